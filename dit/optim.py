@@ -1,0 +1,105 @@
+"""The optimizer's groups under muP, the learning rate's schedule, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ditscale.dit.model import DiT
+from ditscale.errors import InputError
+
+
+def parameter_groups(model: DiT, *, lr: float, weight_decay: float = 0.0) -> list[dict]:
+    """Groups for AdamW with the learning rates of the maximal update parametrisation.
+
+    Matrices whose input grows with the width learn at ``lr * base_width / width``; everything whose input does not
+    (patch and time features, word and label tables, biases) learns at ``lr``. Without ``mup_base_width`` there is one
+    rate. Source: arXiv:2203.03466, table 3 (Adam); for DiT arXiv:2505.15270.
+
+    Args:
+        model: the model; its configuration holds the base width.
+        lr: learning rate at the base width.
+        weight_decay: of matrices; biases and tables have none. Default: 0.0.
+    """
+    config = model.config
+    scale = 1.0 if config.mup_base_width is None else config.mup_base_width / config.width
+    # Matrices that are fed by something of fixed width.
+    inputs = {"x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.proj.weight"}
+    fixed, hidden = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and "embedding_table" not in name
+        (hidden if is_matrix and name not in inputs else fixed).append(parameter)
+    return [
+        {"params": hidden, "lr": lr * scale, "weight_decay": weight_decay},
+        {"params": fixed, "lr": lr, "weight_decay": 0.0},
+    ]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up, constant, then a fall to zero; lengths in steps.
+
+    Args:
+        steps: the whole run.
+        warmup: steps of linear rise.
+        decay: steps of the fall at the end; equal to ``steps - warmup`` for a fall from the start.
+        shape: of the fall, "linear" or "cosine". Default: "linear".
+    """
+
+    steps: int
+    warmup: int
+    decay: int
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.shape not in ("linear", "cosine"):
+            raise InputError(f"schedule shape: expected linear or cosine, got {self.shape!r}")
+        if min(self.steps, self.warmup, self.decay) < 0 or self.warmup + self.decay > self.steps:
+            raise InputError(
+                f"schedule: expected warmup + decay <= steps, got {self.warmup} + {self.decay} > {self.steps}"
+            )
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at step 0 .. steps - 1."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        left = self.steps - step
+        if left > self.decay:
+            return 1.0
+        share = left / (self.decay + 1)
+        return share if self.shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * share)
+
+
+class WeightAverage:
+    """An exponential moving average of the weights whose memory is a fixed share of the steps so far.
+
+    After step s the decay is ``1 - 1 / (1 + share * s)``, never above ``max_decay``: an average over about the last
+    ``share`` of training, at any length of run, which is what lets runs of different lengths be compared (the power
+    function profile of Karras et al., arXiv:2312.02696, section 3.1).
+
+    Args:
+        model: averaged; the average starts as a copy.
+        share: of training that the average remembers, above 0 and up to 1. Default: 0.1.
+        max_decay: upper bound on the decay. Default: 0.9999.
+    """
+
+    def __init__(self, model: nn.Module, *, share: float = 0.1, max_decay: float = 0.9999) -> None:
+        self.share = share
+        self.max_decay = max_decay
+        self.weights: dict[str, Tensor] = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after step ``step`` (counted from 1)."""
+        decay = min(self.max_decay, 1 - 1 / (1 + self.share * step))
+        current = [p.detach() for _, p in model.named_parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the averaged weights into ``model``."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.weights[name])
