@@ -1,0 +1,110 @@
+"""The embedded emoji: pictures, names and the split, verified against their hashes and loaded once.
+
+The files, their licences and how they were made stand beside them in ``assets/``; ``tools/make_emoji_pack.py`` rebuilds them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditscale.errors import InputError
+
+ASSETS = Path(__file__).parent / "assets"
+SHA256 = {
+    "emoji.npz": "ee416cfc82b0fd9bbf42e65ecdcfbec3573e0ff4f512d228e783483d724ff83d",
+    "emoji.json": "e0327268ed8a74812c8ce228434a6b3f3a32a039b8a53fd7ac39337ad037afdd",
+}
+SIDE = 32
+CATEGORIES = ("smileys", "people", "nature", "food", "travel", "activities", "objects", "symbols", "flags")
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One emoji and its skin-tone variants.
+
+    name: lower-case words; article: "a", "an", "the" or ""; kind: what sort of thing it is ("fruit").
+    codepoints: Unicode code points in hexadecimal, joined by "-", one entry a picture (the base first).
+    tones: one entry a picture, such as "dark skin"; the base has "".
+    first: row of the base picture; picture j of this emoji is row ``first + j``.
+    group: emoji that look alike or differ by person only share this number, and never stand in different splits.
+    flip: whether a mirrored picture still is what the name says.
+    """
+
+    name: str
+    article: str
+    kind: str
+    category: str
+    codepoints: tuple[str, ...]
+    tones: tuple[str, ...]
+    first: int
+    group: int
+    split: Split
+    flip: bool
+
+    def phrase(self, picture: int = 0, *, kind: bool = False) -> str:
+        """What a caption calls picture `picture`: "a red apple", with `kind` "a red apple (fruit)"."""
+        words = [self.article] if self.article else []
+        words.append(self.name)
+        if self.tones[picture]:
+            words.append(f"with {self.tones[picture]}")
+        if kind and not set(self.kind.split()) & set(self.name.split()):
+            words.append(f"({self.kind})")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class EmojiPack:
+    """All emoji. pixels: uint8 [N, 4, 32, 32]: sRGB red, green, blue already multiplied by alpha, then alpha."""
+
+    emoji: tuple[Emoji, ...]
+    pixels: NDArray[np.uint8]
+    sha256: str
+
+    def split(self, split: Split) -> tuple[Emoji, ...]:
+        """The emoji of one split, in pack order."""
+        return tuple(emoji for emoji in self.emoji if emoji.split == split)
+
+
+def read_asset(path: Path, sha256: str) -> bytes:
+    """The bytes of an asset, or InputError when it is missing or not the file that was published."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path.name}: expected an embedded data file at {path}, got {error.strerror}") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise InputError(
+            f"{path.name}: expected sha256 {sha256[:16]}..., got {found[:16]}...: the file is damaged, reinstall ditscale ({path})"
+        )
+    return data
+
+
+@functools.lru_cache(maxsize=1)
+def load_pack(folder: Path = ASSETS) -> EmojiPack:
+    """Read and verify the pack; the second call returns the same object.
+
+    folder: where ``emoji.npz`` and ``emoji.json`` lie; default the copy inside the package.
+    Raises InputError when a file is missing or its hash is not the recorded one.
+    """
+    with np.load(io.BytesIO(read_asset(folder / "emoji.npz", SHA256["emoji.npz"])), allow_pickle=False) as arrays:
+        pixels = arrays["pixels"]
+    pixels.setflags(write=False)
+    table = json.loads(read_asset(folder / "emoji.json", SHA256["emoji.json"]))
+    emoji = []
+    for row in table["emoji"]:
+        variants = row.pop("variants")
+        row["tones"] = ("", *(variant["tone"] for variant in variants))
+        row["codepoints"] = (row["codepoints"], *(variant["codepoints"] for variant in variants))
+        emoji.append(Emoji(**row))
+    identity = hashlib.sha256("".join(SHA256[name] for name in sorted(SHA256)).encode()).hexdigest()
+    return EmojiPack(emoji=tuple(emoji), pixels=pixels, sha256=identity)
