@@ -20,10 +20,11 @@ from ditscale.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
 SHA256 = {
-    "emoji.npz": "ee416cfc82b0fd9bbf42e65ecdcfbec3573e0ff4f512d228e783483d724ff83d",
-    "emoji.json": "e0327268ed8a74812c8ce228434a6b3f3a32a039b8a53fd7ac39337ad037afdd",
+    "emoji.npz": "37ece3a38ece33b1a2ba62461760f0f1bbfa7a4898f7ea8e4d437f6d06c464be",
+    "emoji.json": "e75d272203960218d5b1396395846335cea6f7b00d35950011aaaaae071c4852",
 }
 SIDE = 32
+_PERSONS = {"person", "people", "man", "men", "woman", "women"}
 CATEGORIES = ("smileys", "people", "nature", "food", "travel", "activities", "objects", "symbols", "flags")
 Split = Literal["train", "validation"]
 
@@ -51,24 +52,41 @@ class Emoji:
     split: Split
     flip: bool
 
+    @property
+    def _says_kind(self) -> bool:
+        """Whether the name already tells the kind: "a cat face" needs no "(face)", "a man running" no "(person)"."""
+        named = set(self.name.split())
+        if self.kind in ("person", "people"):
+            return bool(named & _PERSONS)
+        return any(word in named or f"{word}s" in named for word in self.kind.split())
+
     def phrase(self, picture: int = 0, *, kind: bool = False) -> str:
         """What a caption calls picture `picture`: "a red apple", with `kind` "a red apple (fruit)"."""
         words = [self.article] if self.article else []
         words.append(self.name)
         if self.tones[picture]:
             words.append(f"with {self.tones[picture]}")
-        if kind and not set(self.kind.split()) & set(self.name.split()):
+        if kind and not self._says_kind:
             words.append(f"({self.kind})")
         return " ".join(words)
 
 
 @dataclass(frozen=True)
 class EmojiPack:
-    """All emoji. pixels: uint8 [N, 4, 32, 32]: sRGB red, green, blue already multiplied by alpha, then alpha."""
+    """All emoji and their pictures.
+
+    sprites: uint8 [N, 32, 4, 32] (row, channel, column): sRGB red, green, blue already multiplied by alpha, then alpha.
+    sha256: identity of both files.
+    """
 
     emoji: tuple[Emoji, ...]
-    pixels: NDArray[np.uint8]
+    sprites: NDArray[np.uint8]
     sha256: str
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """The pictures as uint8 [N, 4, 32, 32], a view of `sprites`."""
+        return self.sprites.transpose(0, 2, 1, 3)
 
     def split(self, split: Split) -> tuple[Emoji, ...]:
         """The emoji of one split, in pack order."""
@@ -97,8 +115,8 @@ def load_pack(folder: Path = ASSETS) -> EmojiPack:
     Raises InputError when a file is missing or its hash is not the recorded one.
     """
     with np.load(io.BytesIO(read_asset(folder / "emoji.npz", SHA256["emoji.npz"])), allow_pickle=False) as arrays:
-        pixels = arrays["pixels"]
-    pixels.setflags(write=False)
+        sprites = arrays["sprites"]
+    sprites.setflags(write=False)
     table = json.loads(read_asset(folder / "emoji.json", SHA256["emoji.json"]))
     emoji = []
     for row in table["emoji"]:
@@ -107,4 +125,4 @@ def load_pack(folder: Path = ASSETS) -> EmojiPack:
         row["codepoints"] = (row["codepoints"], *(variant["codepoints"] for variant in variants))
         emoji.append(Emoji(**row))
     identity = hashlib.sha256("".join(SHA256[name] for name in sorted(SHA256)).encode()).hexdigest()
-    return EmojiPack(emoji=tuple(emoji), pixels=pixels, sha256=identity)
+    return EmojiPack(emoji=tuple(emoji), sprites=sprites, sha256=identity)

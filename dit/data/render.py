@@ -95,5 +95,7 @@ def paste(
         layer = np.matmul(pixels.reshape(k, size * 4, side), across.transpose(0, 2, 1)).reshape(k, size, 4, size)
         layer *= np.float32(1 / (16 * _ONE))
         np.clip(layer, 0, 255, out=layer)
-        clear = np.float32(1) - layer[:, :, 3:] * np.float32(1 / 255)
-        canvas[target[part]] = canvas[target[part]] * clear + layer[:, :, :3]
+        colour, alpha = layer[:, :, :3], layer[:, :, 3:]
+        # The kernel overshoots: a colour above its alpha would be brighter than white once composited.
+        np.minimum(colour, alpha, out=colour)
+        canvas[target[part]] = canvas[target[part]] * (np.float32(1) - alpha * np.float32(1 / 255)) + colour

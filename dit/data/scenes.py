@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditscale.dit.data.draws import Draws
-from ditscale.dit.data.pack import CATEGORIES, SIDE, Emoji, Split, load_pack
+from ditscale.dit.data.pack import CATEGORIES, Emoji, Split, load_pack
 from ditscale.dit.data.render import EXTENTS, UNITS, backgrounds, paste
 from ditscale.dit.data.stream import ImageBatch
 from ditscale.dit.data.words import Vocabulary, split_words
@@ -45,12 +45,6 @@ def emoji_vocabulary() -> Vocabulary:
     for emoji in load_pack().split("train"):
         words.update(split_words(emoji.name), split_words(emoji.kind))
     return Vocabulary(sorted(words))
-
-
-@functools.lru_cache(maxsize=1)
-def _sprites() -> NDArray[np.uint8]:
-    """uint8 [N, 32, 4, 32]: rows outermost, the order in which the renderer multiplies."""
-    return np.ascontiguousarray(load_pack().pixels.transpose(0, 2, 1, 3))
 
 
 def _boxes(layout: NDArray[np.int64], band: NDArray[np.int64], cut: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -103,6 +97,7 @@ class EmojiScenes:
         self.caption_length = caption_length
         self.vocabulary = emoji_vocabulary()
         self.emoji: tuple[Emoji, ...] = load_pack().split(split)
+        self._sprites = load_pack().sprites
         self._first = np.array([emoji.first for emoji in self.emoji])
         self._pictures = np.array([len(emoji.tones) for emoji in self.emoji])
         self._flip = np.array([emoji.flip for emoji in self.emoji])
@@ -146,7 +141,7 @@ class EmojiScenes:
             x, y = left + draws.below(right - left - extent + 1), top + draws.below(bottom - top - extent + 1)
             flip = (draws.below(2) == 1) & self._flip[which[:, slot]]
             rows = np.flatnonzero(slots > slot)
-            sprites = _sprites()[self._first[which[rows, slot]] + picture[rows, slot]]
+            sprites = self._sprites[self._first[which[rows, slot]] + picture[rows, slot]]
             sprites[flip[rows]] = sprites[flip[rows], :, :, ::-1]
             paste(canvas, rows, sprites, extent[rows], x[rows], y[rows])
 
