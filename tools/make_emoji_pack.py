@@ -78,7 +78,7 @@ RENAME = {
     "breast feeding": "woman breast feeding", "camping": "camp site", "cinema": "cinema button",
     "collision": "collision spark", "construction": "construction barrier", "cooking": "cooking pan",
     "copyright": "copyright sign", "currency exchange": "currency exchange sign", "dashing away": "dashing cloud",
-    "divide": "divide sign", "dizzy": "dizzy star", "e mail": "email", "foggy": "foggy bridge",
+    "divide": "divide sign", "dizzy": "dizzy star", "e mail": "email", "flower playing cards": "flower playing card", "foggy": "foggy bridge",
     "grey heart": "gray heart", "high voltage": "lightning bolt", "infinity": "infinity sign",
     "information": "information button", "input latin letters": "input latin letters button",
     "input latin lowercase": "input latin lowercase button", "input latin uppercase": "input latin uppercase button",
@@ -112,7 +112,7 @@ NO_ARTICLE = re.compile(
     r"(santa|mrs|mx) claus|mount fuji|bread|baguette bread|bacon|salt|butter|fog|fire|popcorn|sushi|oden|sake|spaghetti|cooked rice"
     r"|curry rice|shaved ice|soft ice cream|ice cream|ice|custard|candy|canned food|dna|tennis|badminton|softball|bowling|basketball"
     r"|field hockey|ice hockey|ping pong|rugby football|american football|volleyball|lacrosse|horse racing|yarn|thread|wood|mate"
-    r"|nail polish|lipstick|soap|coral|ginger root|garlic|broccoli|luggage|zzz|.* (o'clock|thirty)|bubble tea|meat on bone"
+    r"|nail polish|lipstick|soap|coral|ginger root|garlic|broccoli|luggage|zzz|.* (o'clock|thirty)|bubble tea|meat on bone|money with wings"
     r"|palms up together|people .*|women .*|men .*|fleur de lis"
 )
 AN = re.compile(r"[aio]|e(?!u|we)|u(?!ni|s|k|t)|8|11|18|hour|x ray|sos|ng ")
@@ -184,13 +184,25 @@ def shrink(path: Path) -> np.ndarray:
     return np.rint(255 * np.concatenate([to_srgb(colour) * alpha, alpha[None]])).astype(np.uint8)
 
 
+def fill_frame(picture: np.ndarray) -> np.ndarray:
+    """float32 [4, 16, 16] in 0..1: the picture without its margins, scaled to fill a square and centred in it.
+
+    Scenes draw every emoji at any size, so a small black square is the same picture as a large one.
+    """
+    rows, columns = (np.flatnonzero(picture[3].max(axis=axis) > 16) for axis in (1, 0))
+    half = max(rows[-1] - rows[0], columns[-1] - columns[0]) / 2 + 0.5
+    middle = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
+    padded = np.pad(picture, ((0, 0), (SIDE, SIDE), (SIDE, SIDE))).astype(np.float32) / 255
+    box = tuple(SIDE + centre + side for side in (-half, half) for centre in middle)
+    return np.stack([np.asarray(Image.fromarray(plane).resize((16, 16), Image.Resampling.BILINEAR, box=box)) for plane in padded])
+
+
 def distances(pixels: np.ndarray) -> np.ndarray:
     """float32 [N, N]: how different two pictures look, the lesser of straight and mirrored; see `SAME` for the scale.
 
-    pixels: uint8 [N, 4, 32, 32], premultiplied. Compared at 16 px, on white and on black together, over the area that either
-    picture covers: an empty margin makes nothing alike.
+    pixels: uint8 [N, 4, 32, 32], premultiplied. Compared on white and on black together, over the area that either covers.
     """
-    small = (pixels.reshape(len(pixels), 4, 16, 2, 16, 2).mean(axis=(3, 5)) / 255).astype(np.float32)
+    small = np.stack([fill_frame(picture) for picture in pixels])
     results = []
     for other in (small, small[..., ::-1]):
         one, two = (np.concatenate([x[:, :3], x[:, :3] + 1 - x[:, 3:]], axis=1).reshape(len(x), -1) for x in (small, other))

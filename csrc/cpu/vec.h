@@ -1,0 +1,184 @@
+// Vectors of float32 in the compiler's own notation (GCC and Clang), as wide as the unit's flags allow, and their loads
+// and stores from float32, bfloat16 and float16. Each instruction set is a translation unit of its own that includes this
+// header inside its own namespace, and nothing of the standard library: an inline function compiled with AVX-512 could
+// otherwise be the one copy that the linker keeps for everybody.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace ditscale::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef vf vf_at __attribute__((aligned(4), may_alias));
+typedef vh vh_at __attribute__((aligned(2), may_alias));
+
+#define DS_INLINE inline __attribute__((always_inline))
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+DS_INLINE vf splat(float a) {
+  return vf{} + a;
+}
+
+// a where mask is all ones, else b.
+DS_INLINE vf pick(vi mask, vf a, vf b) {
+  return (vf)((mask & (vi)a) | (~mask & (vi)b));
+}
+
+DS_INLINE vf bf16_to_float(vh h) {
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+// Round to nearest, ties to even; NaN stays NaN (the rounding carry could make it an infinity).
+DS_INLINE vh float_to_bf16(vf a) {
+  const vu u = (vu)a;
+  const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  const vu quiet = (u >> 16) | 0x40u;
+  const vu nan = (vu)(a != a);
+  return __builtin_convertvector((nan & quiet) | (~nan & rounded), vh);
+}
+
+#if defined(__AVX512F__)
+DS_INLINE vf f16_to_float(vh h) {
+  return (vf)_mm512_cvtph_ps((__m256i)h);
+}
+DS_INLINE vh float_to_f16(vf a) {
+  return (vh)_mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__F16C__)
+DS_INLINE vf f16_to_float(vh h) {
+  return (vf)_mm256_cvtph_ps((__m128i)h);
+}
+DS_INLINE vh float_to_f16(vf a) {
+  return (vh)_mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+// Without the instruction: exponents are moved by multiplying with powers of two, which also makes subnormals right.
+DS_INLINE vf f16_to_float(vh h) {
+  const vu bits = __builtin_convertvector(h, vu);
+  const vu sign = (bits & 0x8000u) << 16, body = (bits & 0x7FFFu) << 13;
+  const vf magnitude = (vf)body * splat(0x1p112f);
+  const vu special = (vu)(body >= (vu{} + 0x0F800000u));  // infinity and NaN keep the full exponent
+  return (vf)(sign | (special & (body | 0x7F800000u)) | (~special & (vu)magnitude));
+}
+DS_INLINE vh float_to_f16(vf a) {
+  const vu u = (vu)a, sign = (u >> 16) & 0x8000u, mag = u & 0x7FFFFFFFu;
+  // Normal results: round the mantissa to 10 bits, rebias. Subnormal ones: adding 0.5 lets the adder round them.
+  const vu normal = (mag - 0x38000000u + 0xFFFu + ((mag >> 13) & 1u)) >> 13;
+  const vu small = (vu)((vf)mag + splat(0.5f)) - 0x3F000000u;
+  const vu is_small = (vu)(mag < (vu{} + 0x38800000u));
+  const vu is_large = (vu)(mag >= (vu{} + 0x477FF000u));  // rounds to 65536 or more
+  const vu is_nan = (vu)(mag > (vu{} + 0x7F800000u));
+  vu out = (is_small & small) | (~is_small & normal);
+  out = (is_large & (vu{} + 0x7C00u)) | (~is_large & out);
+  out = (is_nan & (((mag >> 13) & 0x3FFu) | 0x7E00u)) | (~is_nan & out);
+  return __builtin_convertvector(out | sign, vh);
+}
+#endif
+
+DS_INLINE vf load(const float* p) {
+  return *(const vf_at*)p;
+}
+DS_INLINE vf load(const bf16* p) {
+  return bf16_to_float(*(const vh_at*)p);
+}
+DS_INLINE vf load(const f16* p) {
+  return f16_to_float(*(const vh_at*)p);
+}
+DS_INLINE void store(float* p, vf a) {
+  *(vf_at*)p = a;
+}
+DS_INLINE void store(bf16* p, vf a) {
+  *(vh_at*)p = float_to_bf16(a);
+}
+DS_INLINE void store(f16* p, vf a) {
+  *(vh_at*)p = float_to_f16(a);
+}
+
+// The last n < W numbers of a row; the lanes beyond hold `fill`.
+template <class T>
+DS_INLINE vf load_part(const T* p, int64_t n, float fill) {
+  T lane[W];
+  for (int64_t i = 0; i < W; ++i) lane[i] = i < n ? p[i] : T{};
+  vf a = load(lane);
+  for (int64_t i = n; i < W; ++i) a[i] = fill;
+  return a;
+}
+template <class T>
+DS_INLINE void store_part(T* p, vf a, int64_t n) {
+  T lane[W];
+  store(lane, a);
+  for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
+}
+
+// `load<true>` and `store<true>` are whole vectors, `<false>` the rest of a row, so that one body serves both.
+template <bool WHOLE, class T>
+DS_INLINE vf get(const T* p, int64_t n, float fill = 0.f) {
+  if constexpr (WHOLE) return load(p);
+  return load_part(p, n, fill);
+}
+template <bool WHOLE, class T>
+DS_INLINE void put(T* p, vf a, int64_t n) {
+  if constexpr (WHOLE) {
+    store(p, a);
+  } else {
+    store_part(p, a, n);
+  }
+}
+
+DS_INLINE float sum(vf a) {
+  float lane[W];
+  *(vf_at*)lane = a;
+  for (int step = W / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+  }
+  return lane[0];
+}
+
+// The value as the storage will hold it: what is normalised is what is stored, and what the backward pass reads again.
+DS_INLINE vf as_stored(vf a, const float*) {
+  return a;
+}
+DS_INLINE vf as_stored(vf a, const bf16*) {
+  return bf16_to_float(float_to_bf16(a));
+}
+DS_INLINE vf as_stored(vf a, const f16*) {
+  return f16_to_float(float_to_f16(a));
+}
+
+template <bool B>
+struct whole_t {
+  static constexpr bool value = B;
+};
+
+// body(whole_t<true>, d, W) over the whole vectors of a row, then body(whole_t<false>, d, rest).
+template <class F>
+DS_INLINE void for_row(int64_t D, const F& body) {
+  int64_t d = 0;
+  for (; d + W <= D; d += W) body(whole_t<true>{}, d, (int64_t)W);
+  if (d < D) body(whole_t<false>{}, d, D - d);
+}
+
+}  // namespace
+}  // namespace ditscale::cpu

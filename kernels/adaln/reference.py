@@ -1,0 +1,55 @@
+"""The adaLN family in plain PyTorch: the oracle of every kernel, and what runs where no kernel does.
+
+Statistics, ``scale_base + scale`` and all products are float32 (float64 for float64 inputs); results are rounded once, to
+the dtype of ``x``. Everything is differentiable, to any order and in forward mode.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _rows(m: Tensor) -> Tensor:
+    """[D] and [B, T, D] broadcast against [B, T, D] as they are; [B, D] needs its token dimension."""
+    return m.unsqueeze(1) if m.dim() == 2 else m
+
+
+def _norm(x: Tensor, eps: float, rms: bool) -> Tensor:
+    if rms:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+
+
+def layernorm_modulate_ref(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, scale_base: float = 1.0, rms: bool = False
+) -> Tensor:
+    """``norm(x) * (scale_base + scale) + shift``; x [B, T, D], shift and scale [D], [B, D] or [B, T, D]."""
+    y = _norm(_wide(x), eps, rms) * (scale_base + _wide(_rows(scale))) + _wide(_rows(shift))
+    return y.to(x.dtype)
+
+
+def gate_residual_ref(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """``x + gate * branch``; x and branch [B, T, D], gate [D], [B, D] or [B, T, D]."""
+    return (_wide(x) + _wide(_rows(gate)) * _wide(branch)).to(x.dtype)
+
+
+def gate_residual_layernorm_modulate_ref(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    eps: float = 1e-6,
+    scale_base: float = 1.0,
+    rms: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The gated residual, and the norm and modulation of what it gives (as stored, so after rounding)."""
+    x_new = gate_residual_ref(x, branch, gate)
+    return x_new, layernorm_modulate_ref(x_new, shift, scale, eps=eps, scale_base=scale_base, rms=rms)

@@ -1,0 +1,99 @@
+"""Which backend serves a call: what exists here, what proved itself, and the reason where one cannot run."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from ditscale.errors import BackendUnavailable, InputError
+from ditscale.kernels.library import missing_reason
+
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
+KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+# Per operator: the backends that have an implementation, in the order in which `auto` tries them on a device.
+BACKENDS: Final[dict[str, tuple[str, ...]]] = {
+    "layernorm_modulate": ("cpu",),
+    "gate_residual": ("cpu",),
+    "gate_residual_layernorm_modulate": ("cpu",),
+    "bias_gelu": ("cpu",),
+    "qk_norm_rope": (),
+    "attention": ("sdpa",),
+}
+_KNOWN: Final = ("cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers")
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def unavailable_reason(op: str, backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot serve ``op`` on a device of this type; None where it can."""
+    if backend == "reference":
+        return None
+    if backend not in BACKENDS[op]:
+        return f"{op} has no {backend} implementation"
+    if backend == "sdpa":
+        return None
+    if backend == "cpu":
+        return missing_reason("cpu") or (None if device_type == "cpu" else f"it serves CPU tensors, not {device_type}")
+    if backend == "cuda":
+        return missing_reason("cuda") or (None if device_type == "cuda" else f"it serves CUDA tensors, not {device_type}")
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cpu" and not interpreting():
+        return "Triton runs on GPUs (on CPU tensors only in its interpreter, TRITON_INTERPRET=1)"
+    return None
+
+
+@functools.cache
+def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that serves this kind of call; raises where one was named that cannot.
+
+    Raises:
+        InputError: no such backend.
+        BackendUnavailable: the named backend cannot run here; says why.
+    """
+    if backend == "auto":
+        if dtype in KERNEL_DTYPES:
+            for candidate in BACKENDS[op]:
+                # Interpreted Triton is for tests: it is only ever asked for by name.
+                if candidate == "triton" and device_type == "cpu":
+                    continue
+                if unavailable_reason(op, candidate, device_type) is None:
+                    return candidate
+        return "reference"
+    if backend not in ("reference", *_KNOWN):
+        known = ", ".join(("auto", "reference", *BACKENDS[op]))
+        raise InputError(f"backend: expected one of {known}, got {backend!r}")
+    reason = unavailable_reason(op, backend, device_type)
+    if reason is None and backend != "reference" and backend != "sdpa" and dtype not in KERNEL_DTYPES:
+        reason = f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if reason is not None:
+        raise BackendUnavailable(f"backend {backend!r} cannot run {op} here: {reason}")
+    return backend
+
+
+# torch.compile then runs it while tracing and keeps the answer (what torch.compiler.assume_constant_result does; that
+# function imports the compiler, which takes a second that eager users should not pay).
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def in_transform() -> bool:
+    """True inside torch.func transforms and forward-mode AD, where only plain PyTorch gives right answers."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def check_float(name: str, t: Tensor) -> None:
+    """Raise InputError unless ``t`` is a floating-point tensor."""
+    if not isinstance(t, Tensor):
+        raise InputError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise InputError(f"{name}: expected a floating-point tensor, got {str(t.dtype).removeprefix('torch.')}")

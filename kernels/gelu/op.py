@@ -1,0 +1,73 @@
+"""The public ``bias_gelu``: checks, choice of a backend and autograd."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ditscale.errors import InputError
+from ditscale.kernels import dispatch
+from ditscale.kernels.dispatch import Backend
+from ditscale.kernels.gelu import reference
+
+
+def _implementation(backend: str) -> ModuleType:
+    name = "triton_kernels" if backend == "triton" else "native"
+    return importlib.import_module(f"ditscale.kernels.gelu.{name}")
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, impl: ModuleType, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.impl = impl
+        return impl.bias_gelu_fwd(x, bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dbias = ctx.impl.bias_gelu_bwd(dy, *ctx.saved_tensors)
+        return None, dx, dbias
+
+
+def bias_gelu(x: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """``gelu(x + bias)`` in one pass, the tanh form of GELU.
+
+    Args:
+        x: [..., F] of one to three dimensions, float32, bfloat16 or float16 (float64 on the reference): a matmul's result.
+        bias: [F], the dtype of x or float32; anything else is converted to float32.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". Default: "auto".
+
+    Returns:
+        The shape and dtype of x, contiguous.
+
+    Raises:
+        InputError: a shape, dtype or device is not as above.
+        BackendUnavailable: the backend was named and cannot run here (says why).
+
+    Numerics: float32 inside, one rounding; dbias is a float32 sum over rows in a fixed order. Kept for backward: x.
+    Cost: ``ditscale.kernels.gelu.cost``.
+    Source: Hendrycks & Gimpel, arXiv:1606.08415: 0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))).
+    """
+    dispatch.check_float("x", x)
+    dispatch.check_float("bias", bias)
+    if not 1 <= x.dim() <= 3 or x.shape[-1] < 1:
+        raise InputError(f"x: expected [..., F] of one to three dimensions with F >= 1, got shape {list(x.shape)}")
+    if bias.dim() != 1 or bias.shape[0] != x.shape[-1] or bias.device != x.device:
+        raise InputError(
+            f"bias: expected [{x.shape[-1]}] on {x.device} as x, got {list(bias.shape)} on {bias.device}"
+        )
+    if bias.dtype != x.dtype and bias.dtype != torch.float32:
+        bias = bias.to(torch.float32)
+    chosen = dispatch.resolve("bias_gelu", backend, x.device.type, x.dtype)
+    if chosen == "reference" or dispatch.in_transform():
+        return reference.bias_gelu_ref(x, bias)
+    impl = _implementation(chosen)
+    if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
+        return _BiasGelu.apply(impl, x, bias)  # type: ignore[no-any-return]
+    return impl.bias_gelu_fwd(x, bias)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""RMS norm of queries and keys per head, and rotary position embedding."""

@@ -1,0 +1,43 @@
+"""RMS norm of queries and keys per head and rotary position embedding in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _one(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool) -> Tensor:
+    a = _wide(x)
+    a = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        a = a * _wide(weight)
+    if cos is not None and sin is not None:
+        c, s = _wide(cos), _wide(sin)
+        if cos.dim() == 3:
+            c, s = c.unsqueeze(1), s.unsqueeze(1)
+        if interleaved:
+            first, second = a[..., 0::2], a[..., 1::2]
+            a = torch.stack((first * c - second * s, second * c + first * s), dim=-1).flatten(-2)
+        else:
+            first, second = a.chunk(2, dim=-1)
+            a = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+    return a.to(x.dtype)
+
+
+def qk_norm_rope_ref(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm over K, weight, then rotation; q, k [B, H, T, K]; cos, sin [T, K / 2] or [B, T, K / 2]."""
+    return _one(q, q_weight, cos, sin, eps, interleaved), _one(k, k_weight, cos, sin, eps, interleaved)
