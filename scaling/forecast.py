@@ -1,0 +1,196 @@
+"""The loss of a run that has not been made: which law to trust is settled on held-out compute, before the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import optimize, stats
+
+from ditscale.errors import InputError
+from ditscale.scaling.candidates import Fitted, eligible, fit_candidate
+from ditscale.scaling.holdout import Backtest, backtest
+from ditscale.scaling.losses import Loss
+from ditscale.scaling.runs import RunTable
+from ditscale.scaling.surface import CostLaw, as_table, fit_surface
+
+# Laws below this weight do not move an average by anything that a reader could see.
+_LEAST_WEIGHT = 1e-3
+
+
+@dataclass
+class Forecast:
+    """A predicted loss.
+
+    Attributes:
+        value: the predicted loss.
+        interval_95: where one new run lands in 95 of 100 cases: law, choice of law, run noise and budget shock.
+        mean_interval_95: where the law lies, without the noise of the run.
+        chosen: the law of greatest weight.
+        weights: of the laws that were averaged.
+        by_law: each law's own prediction and interval of a new run.
+        backtest: the scoreboard that the weights come from, or None where a law was named.
+        params, data, flops: of the run.
+        data_unit: "images" or "tokens".
+        extrapolation: flops over the greatest fitted compute.
+        widened: factor by which the backtest's errors widened the interval (1: not at all).
+        rule: how law and interval were chosen, in words.
+        warnings: what a reader must know.
+    """
+
+    value: float
+    interval_95: list[float]
+    mean_interval_95: list[float]
+    chosen: str
+    weights: dict[str, float]
+    by_law: dict[str, dict[str, Any]]
+    backtest: Backtest | None
+    params: float
+    data: float
+    flops: float
+    data_unit: str
+    extrapolation: float
+    widened: float
+    rule: str
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def scoreboard(self) -> list[dict[str, Any]]:
+        """The backtest's rows, best law first."""
+        return self.backtest.scoreboard if self.backtest else []
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        out = {k: v for k, v in self.__dict__.items() if k != "backtest"}
+        return {**out, "loss": self.value, "law": self.chosen, "backtest": self.backtest.to_json() if self.backtest else None}
+
+    def summary(self) -> str:
+        """A readable table."""
+        low, high = self.interval_95
+        lines = [
+            f"predicted loss {self.value:.5g}, 95 % interval of a new run [{low:.5g}, {high:.5g}]",
+            f"  N {self.params:.4g}, D {self.data:.4g} {self.data_unit}, C {self.flops:.4g} FLOPs, "
+            f"{self.extrapolation:.1f}x the largest fitted",
+            f"  {self.rule}",
+        ]
+        for name, row in self.by_law.items():
+            weight = self.weights.get(name, 0.0)
+            lines.append(
+                f"  {name:18s}{row['value']:10.5g}  [{row['interval'][0]:.5g}, {row['interval'][1]:.5g}]  weight {weight:.2f}"
+            )
+        lines += [f"  warning: {w}" for w in self.warnings]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def predict_loss(
+    table: RunTable | str | Path,
+    *,
+    params: float | None = None,
+    images: float | None = None,
+    tokens: float | None = None,
+    data: float | None = None,
+    flops: float | None = None,
+    law: str = "auto",
+    laws: Sequence[str] | None = None,
+    loss_fn: str | Loss = "huber:auto",
+) -> Forecast:
+    """Predict the loss of a new run, with an interval for that run.
+
+    With ``law="auto"`` every candidate is scored on budgets that it did not see (an expanding window over the budgets);
+    the prediction is the average of the candidates, weighted by the product of their held-out predictive densities. Its
+    95 % interval holds the uncertainty of each law, their disagreement, and the noise of the run; where held-out errors
+    were larger than the laws' own intervals said, it is widened by that factor.
+
+    Args:
+        table: runs with params, images or tokens, flops, loss and budgets; or a file or folder of them.
+        params: size of the new run.
+        images, tokens, data: its training data (one of them, in the table's unit).
+        flops: its compute. Of params, data and flops two suffice: the third comes from the runs' own cost law.
+        law: "auto", or a candidate by name.
+        laws: candidates for "auto". Default: all of them.
+        loss_fn: of the surface fits.
+
+    Returns:
+        Forecast.
+
+    Raises:
+        InputError: too few budgets or runs, a missing column, or an unknown law.
+    """
+    runs = as_table(table, {})
+    run = _new_run(runs, params, images if runs.data_unit == "images" else tokens, data, flops)
+    return Forecaster(runs, law=law, laws=laws, loss_fn=loss_fn).forecast(*run)
+
+
+class Forecaster:
+    """Laws fitted, scored and weighted once, to predict many runs; see :func:`predict_loss`."""
+
+    def __init__(
+        self,
+        runs: RunTable,
+        *,
+        law: str = "auto",
+        laws: Sequence[str] | None = None,
+        loss_fn: str | Loss = "huber:auto",
+    ) -> None:
+        self.runs = runs
+        self.board: Backtest | None = None
+        self.warnings: list[str] = []
+        names = eligible(laws if law == "auto" else [law])
+        if law == "auto":
+            levels = len(np.unique(runs.budgets))
+            if levels >= 4:
+                self.board = backtest(runs, laws=names, loss_fn=loss_fn)
+                weights = self.board.weights()
+                self.warnings += self.board.warnings
+                self.rule = f"laws averaged by their held-out predictive density over {len(self.board.held_out)} budgets"
+            else:
+                weights, names = {"surface": 1.0}, ("surface",)
+                self.rule = f"{levels} budgets: too few to hold one out; the surface, untested"
+                self.warnings.append(self.rule)
+            if not weights:
+                raise InputError("law: expected at least one law that could be fitted and scored, got none")
+        else:
+            weights = {law: 1.0}
+            self.rule = f"the law was named: {law}"
+        self.fitted: dict[str, Fitted] = {}
+        for name in names:
+            try:
+                self.fitted[name] = fit_candidate(name, runs, loss_fn=loss_fn)
+            except InputError:
+                if self.board is None:
+                    raise
+        weights = {k: v for k, v in weights.items() if k in self.fitted and v >= _LEAST_WEIGHT}
+        total = sum(weights.values())
+        self.weights = {k: v / total for k, v in sorted(weights.items(), key=lambda kv: -kv[1])}
+        self.widened = _widening(self.board, self.weights)
+
+    def forecast(self, params: float, data: float, flops: float) -> Forecast:
+        """Predict one run."""
+        predictions = {k: f.predict(params, data, flops, 1.0) for k, f in self.fitted.items()}
+        weighted = [(w, predictions[k]) for k, w in self.weights.items()]
+        return Forecast(
+            value=float(np.exp(sum(w * p.centre for w, p in weighted))),
+            interval_95=_mixture([(w, p.centre, p.scale * self.widened, p.dof) for w, p in weighted]),
+            mean_interval_95=_mixture([(w, p.centre, p.mean_scale, p.mean_dof) for w, p in weighted]),
+            chosen=next(iter(self.weights)),
+            weights=self.weights,
+            by_law={
+                k: {"value": float(np.exp(p.centre)), "interval": _mixture([(1.0, p.centre, p.scale, p.dof)]), "dof": p.dof}
+                for k, p in predictions.items()
+            },
+            backtest=self.board,
+            params=params,
+            data=data,
+            flops=flops,
+            data_unit=self.runs.data_unit,
+            extrapolation=flops / float(self.runs.flops.max()),
+            widened=self.widened,
+            rule=self.rule,
+            warnings=list(self.warnings),
+        )

@@ -1,0 +1,499 @@
+"""The isoFLOP method (Chinchilla's approach 2): at every budget a curve of loss against size, its minimum, then lines.
+
+It needs no form for the surface, and pays for that: its vertex is biased where the curve is lopsided, and the bias grows
+with the width of the grid and drifts with its centre (arXiv:2603.22339). So every result carries bracket and curvature
+checks, warns of grids that invite the bias, and stands beside the surface fit with a flag where the two disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ditscale.errors import InputError
+from ditscale.scaling.engine import Array
+from ditscale.scaling.fit import Prediction
+from ditscale.scaling.intervals import Interval
+from ditscale.scaling.power import PowerFit, fit_power
+from ditscale.scaling.runs import RunTable
+from ditscale.scaling.surface import SurfaceFit, as_table, fit_surface
+
+VERTICES = ("parabola", "cubic")
+# A grid wider than this factor on either side of its centre moves the vertex by more than a few percent on surfaces with
+# unequal exponents; one further off centre than this shifts it alike (arXiv:2603.22339, table 1).
+_WIDE = 12.0
+_OFF_CENTRE = 2.0
+_DRIFT = 0.08
+_CURVATURE_T = 2.0
+
+
+@dataclass(frozen=True)
+class Vertex:
+    """The minimum of one budget's curve.
+
+    Attributes:
+        budget: nominal compute.
+        params, data, loss: at the minimum.
+        se_log_params, se_log_data, se_loss: standard errors from the curves' residuals (pooled over budgets), or NaN.
+        dof: degrees of freedom of that pooled spread.
+        bracketed: whether the minimum lies between the least and the greatest size, with runs on both sides.
+        curvature, curvature_t: second derivative in log N at the minimum, and that over its standard error.
+        runs: how many runs the curve has.
+        centre_offset: centre of the grid over the minimum, as a factor.
+        width: greatest over least size, as a factor.
+        coefficients: the curve's polynomial in log(N / centre), highest power first.
+        centre: the size at which the polynomial is centred.
+    """
+
+    budget: float
+    params: float
+    data: float
+    loss: float
+    se_log_params: float
+    se_log_data: float
+    se_loss: float
+    dof: int
+    bracketed: bool
+    curvature: float
+    curvature_t: float
+    runs: int
+    centre_offset: float
+    width: float
+    coefficients: tuple[float, ...]
+    centre: float
+
+    def curve(self, params: Any) -> Array:
+        """The fitted loss at other sizes of the same budget."""
+        return np.polyval(self.coefficients, np.log(np.asarray(params, dtype=float) / self.centre))
+
+    def intervals(self) -> dict[str, list[float]]:
+        """95 % intervals of params, data and loss from the scatter of runs around the curves; empty without any."""
+        if self.dof < 1 or not np.isfinite(self.se_log_params):
+            return {}
+        t = float(stats.t.ppf(0.975, self.dof))
+        return {
+            "params": [self.params * float(np.exp(k * t * self.se_log_params)) for k in (-1, 1)],
+            "data": [self.data * float(np.exp(k * t * self.se_log_data)) for k in (-1, 1)],
+            "loss": [self.loss + k * t * self.se_loss for k in (-1, 1)],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        ends = self.intervals()
+        return {
+            "budget": self.budget,
+            "params": self.params,
+            "params_interval": ends.get("params"),
+            "tokens": self.data,
+            "data": self.data,
+            "data_interval": ends.get("data"),
+            "loss": self.loss,
+            "loss_interval": ends.get("loss"),
+            "bracketed": self.bracketed,
+            "se_log_params": self.se_log_params,
+            "curvature": self.curvature,
+            "curvature_t": self.curvature_t,
+            "runs": self.runs,
+            "centre_offset": self.centre_offset,
+            "width": self.width,
+            "coefficients": list(self.coefficients),
+            "centre": self.centre,
+        }
+
+
+@dataclass
+class IsoflopFit:
+    """Minima at every budget and the power laws through them.
+
+    Attributes:
+        vertices: one a budget, rising.
+        used: which vertices the power laws rest on (those bracketed, unless there are too few).
+        n_law, d_law: N_opt(C) and D_opt(C).
+        loss_law: L(C), a pure power.
+        loss_law_floor: L(C) with a free floor, or None with fewer than 4 budgets.
+        surface: the surface fit on the same runs, or None where it could not be fitted.
+        vertex: "parabola" or "cubic".
+        data_unit: "images" or "tokens".
+        bootstrap: draws of exponents and log-coefficients by name.
+        run_noise: relative spread of runs around their curves.
+        warnings: what a reader must know.
+    """
+
+    vertices: list[Vertex]
+    used: list[int]
+    n_law: PowerFit
+    d_law: PowerFit
+    loss_law: PowerFit
+    loss_law_floor: PowerFit | None
+    surface: SurfaceFit | None
+    vertex: str
+    data_unit: str
+    source: str
+    bootstrap: dict[str, Array]
+    run_noise: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def params(self) -> dict[str, float]:
+        """Exponents and coefficients of N_opt(C), D_opt(C) and L(C)."""
+        laws = {"N": self.n_law, "D": self.d_law, "L": self.loss_law}
+        return {f"{k}_{what}": getattr(law, what) for k, law in laws.items() for what in ("exponent", "coefficient")}
+
+    @property
+    def intervals(self) -> dict[str, list[float]]:
+        """95 % intervals by name."""
+        laws = {"N": self.n_law, "D": self.d_law, "L": self.loss_law}
+        return {
+            f"{k}_{what}": self._interval(law, k, what).ends
+            for k, law in laws.items()
+            for what in ("exponent", "coefficient")
+        }
+
+    def _interval(self, law: PowerFit, prefix: str, what: str) -> Interval:
+        """The wider of the line's own t interval and the run-level bootstrap: scatter of the minima, and their error."""
+        line = law.interval(what)
+        draws = self.bootstrap.get(f"{prefix}_{what}")
+        if draws is None:
+            return line
+        se = float(draws.std(ddof=1))
+        if se <= line.se or not np.isfinite(se):
+            return line
+        reach = float(stats.t.ppf(0.975, max(line.dof, 1.0))) * se
+        value = line.value
+        if what == "coefficient":
+            return Interval(value, value * np.exp(-reach), value * np.exp(reach), se, line.dof, "run bootstrap")
+        return Interval(value, value - reach, value + reach, se, line.dof, "run bootstrap")
+
+    @property
+    def converged(self) -> bool:
+        """Whether every fitted line converged."""
+        return all(law.converged for law in (self.n_law, self.d_law, self.loss_law))
+
+    def predict(self, flops: Any, *, floor: bool = False, level: float = 0.95) -> dict[str, Prediction]:
+        """N_opt, D_opt and the loss at other budgets: predictions of "params", "data" and "loss"."""
+        loss = self.loss_law_floor if floor and self.loss_law_floor is not None else self.loss_law
+        return {
+            "params": self.n_law.predict(flops, level=level),
+            "data": self.d_law.predict(flops, level=level),
+            "loss": loss.predict(flops, level=level),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's keys of ``ditscale fit isoflop --json`` and everything else of the fit."""
+        return {
+            **self.params,
+            "params": self.params,
+            "intervals": self.intervals,
+            "optima": [v.to_json() for v in self.vertices],
+            "used": self.used,
+            "vertex": self.vertex,
+            "data_unit": self.data_unit,
+            "converged": self.converged,
+            "N_opt": self.n_law.to_json(),
+            "D_opt": self.d_law.to_json(),
+            "loss": self.loss_law.to_json(),
+            "loss_floor": self.loss_law_floor.to_json() if self.loss_law_floor else None,
+            "surface": self.surface.to_json() if self.surface else None,
+            "source_file": self.source,
+            "warnings": self.warnings,
+        }
+
+    def summary(self) -> str:
+        """A readable table."""
+        lines = [f"isoFLOP, {self.vertex} in log N; D in {self.data_unit}; runs from {self.source}"]
+        lines.append(f"  {'budget':>12s}{'N_opt':>14s}{'D_opt':>14s}{'loss':>12s}  runs  bracketed")
+        for v in self.vertices:
+            lines.append(
+                f"  {v.budget:12.4g}{v.params:14.5g}{v.data:14.5g}{v.loss:12.6g}{v.runs:6d}  {'yes' if v.bracketed else 'NO'}"
+            )
+        for name, value in self.params.items():
+            low, high = self.intervals[name]
+            lines.append(f"  {name:14s}{value:16.8g}   [{low:.6g}, {high:.6g}]")
+        lines += [f"  warning: {w}" for w in self.warnings]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def fit_isoflop(
+    table: RunTable | str | Path,
+    *,
+    vertex: str = "parabola",
+    space: str = "raw",
+    bootstrap: int = 1000,
+    seed: int = 0,
+    with_surface: bool = True,
+    **columns: Any,
+) -> IsoflopFit:
+    """Fit isoFLOP curves and the power laws through their minima.
+
+    Args:
+        table: runs, or a file or study folder to read (``columns`` then go to :meth:`RunTable.read`).
+        vertex: "parabola" (as published) or "cubic" (less biased on lopsided curves; needs 5 sizes at a budget).
+        space: whether the curve is of the "raw" loss, as published, or of its "log".
+        bootstrap: draws of the run-level bootstrap of the curves' residuals. Default: 1000; 0 for none.
+        seed: of the bootstrap.
+        with_surface: fit the surface beside it and warn where the two disagree. Default: True.
+
+    Returns:
+        IsoflopFit.
+
+    Raises:
+        InputError: fewer than 2 budgets, or fewer than 3 sizes at one.
+    """
+    runs = as_table(table, columns)
+    if vertex not in VERTICES:
+        raise InputError(f"vertex: expected parabola or cubic, got {vertex!r}")
+    if space not in ("raw", "log"):
+        raise InputError(f"space: expected raw or log, got {space!r}")
+    degree = 2 if vertex == "parabola" else 3
+    n, d, loss, budgets = runs.params, runs.data, runs.loss, runs.budgets
+    levels = np.unique(budgets)
+    if len(levels) < 2:
+        raise InputError(f"budget: expected at least 2 different budgets for a law of compute, got {len(levels)}")
+    curves = []
+    for level in levels:
+        mask = budgets == level
+        sizes = len(np.unique(n[mask]))
+        if sizes < degree + 1:
+            raise InputError(
+                f"params: expected at least {degree + 1} different sizes at budget {level:.6g} for a {vertex}, got {sizes}"
+            )
+        curves.append(_Curve(n[mask], d[mask], loss[mask], degree, space))
+    sigma = _pooled_sigma(curves)
+    warnings: list[str] = []
+    vertices = [_vertex(c, curves, float(level), sigma, space, warnings) for c, level in zip(curves, levels)]
+    used = [i for i, v in enumerate(vertices) if v.bracketed]
+    if len(used) < 2:
+        good = [i for i, v in enumerate(vertices) if v.curvature > 0]
+        if len(good) < 2:
+            raise InputError(
+                f"loss: expected curves with a minimum at 2 budgets at least, got {len(good)}; add sizes on both sides"
+            )
+        warnings.append("fewer than 2 budgets bracket their minimum: the laws rest on extrapolated minima")
+        used = good
+    elif len(used) < len(vertices):
+        out = ", ".join(f"{v.budget:.3g}" for v in vertices if not v.bracketed)
+        warnings.append(f"left out of the laws, minimum not bracketed: budget {out}")
+    _grid_warnings([vertices[i] for i in used], warnings)
+    laws = _laws(np.array([_row(vertices[i]) for i in used]))
+    floor = None
+    if len(used) >= 4:
+        floor = fit_power([vertices[i].budget for i in used], [vertices[i].loss for i in used], floor="free")
+    result = IsoflopFit(
+        vertices=vertices,
+        used=used,
+        n_law=laws[0],
+        d_law=laws[1],
+        loss_law=laws[2],
+        loss_law_floor=floor,
+        surface=_beside(runs, with_surface),
+        vertex=vertex,
+        data_unit=runs.data_unit,
+        source=runs.source,
+        bootstrap=_bootstrap(curves, levels, used, sigma, space, bootstrap, seed),
+        run_noise=float(np.nan_to_num(sigma)) / (1.0 if space == "log" else float(np.median(loss))),
+        warnings=warnings,
+    )
+    _disagreement(result)
+    if len(used) == 2:
+        warnings.append("2 budgets: the laws pass through both exactly, and nothing tests their form")
+    return result
+
+
+class _Curve:
+    """One budget's runs with their polynomial in centred log N."""
+
+    def __init__(self, params: Array, data: Array, loss: Array, degree: int, space: str) -> None:
+        self.params, self.data = params, data
+        self.x = np.log(params)
+        # The middle of the range, so that replicated sizes do not move the centre of the grid.
+        self.middle = 0.5 * (self.x.min() + self.x.max())
+        self.y = np.log(loss) if space == "log" else loss
+        self.degree = degree
+        self.design = np.vander(self.x - self.middle, degree + 1)
+        self.solver = np.linalg.pinv(self.design)
+        self.coefficients = self.solver @ self.y
+        self.residuals = self.y - self.design @ self.coefficients
+        self.dof = len(self.x) - degree - 1
+        slope, self.data_middle = np.polyfit(self.x - self.middle, np.log(data), 1)
+        self.data_slope = float(slope)
+
+    def minimum(self, coefficients: Array) -> tuple[Array, Array]:
+        """Place (centred log N) and second derivative of the minima of many polynomials [S, degree + 1]."""
+        c = np.atleast_2d(coefficients)
+        with np.errstate(all="ignore"):
+            if self.degree == 2:
+                return -c[:, 1] / (2 * c[:, 0]), 2 * c[:, 0]
+            # Of a cubic's two stationary points the minimum has slope of the derivative +sqrt(disc).
+            disc = np.sqrt(c[:, 1] ** 2 - 3 * c[:, 0] * c[:, 2])
+            # The form without cancellation, which turns into the parabola's vertex as the cubic term vanishes.
+            return -c[:, 2] / (c[:, 1] + disc), 2 * disc
+
+    def data_at(self, place: Array) -> Array:
+        return np.exp(self.data_middle + self.data_slope * place)
+
+
+def _pooled_sigma(curves: list[_Curve]) -> float:
+    dof = sum(c.dof for c in curves)
+    if dof <= 0:
+        return float("nan")
+    return float(np.sqrt(sum(float(c.residuals @ c.residuals) for c in curves) / dof))
+
+
+def _vertex(
+    curve: _Curve, curves: list[_Curve], budget: float, sigma: float, space: str, warnings: list[str]
+) -> Vertex:
+    place, bend = (float(v[0]) for v in curve.minimum(curve.coefficients))
+    low, high = curve.x.min() - curve.middle, curve.x.max() - curve.middle
+    if not (np.isfinite(place) and bend > 0):
+        i = int(np.argmin(curve.y))
+        warnings.append(
+            f"budget {budget:.3g}: the curve has no minimum (it does not bend upwards); widen the grid of sizes"
+        )
+        place, bend, has = float(curve.x[i] - curve.middle), 0.0, False
+    else:
+        has = True
+    inside = bool(has and low < place < high)
+    value = float(np.polyval(curve.coefficients, place))
+    step = 1e-4
+    up = curve.minimum(curve.coefficients + step * sigma * np.eye(curve.degree + 1))[0] if np.isfinite(sigma) else None
+    se, se_data, se_loss, t = (float("nan"),) * 4
+    dof = sum(c.dof for c in curves)
+    if up is not None and sigma > 0 and has:
+        down = curve.minimum(curve.coefficients - step * sigma * np.eye(curve.degree + 1))[0]
+        gradient = (up - down) / (2 * step * sigma)
+        covariance = sigma**2 * curve.solver @ curve.solver.T
+        se = float(np.sqrt(gradient @ covariance @ gradient))
+        se_data = abs(curve.data_slope) * se
+        at = np.vander([place], curve.degree + 1)[0]
+        # To first order the minimum's height does not depend on its place.
+        se_loss = float(np.sqrt(at @ covariance @ at)) * (float(np.exp(value)) if space == "log" else 1.0)
+        t = bend / (2 * float(np.sqrt(covariance[-3, -3])))
+        if t < _CURVATURE_T:
+            warnings.append(f"budget {budget:.3g}: the curvature is only {t:.1f} standard errors from flat")
+            inside = False
+    if has and not inside and not (low < place < high):
+        side = "above" if place >= high else "below"
+        warnings.append(f"budget {budget:.3g}: the minimum lies {side} every size that was run; it is not bracketed")
+    return Vertex(
+        budget=budget,
+        params=float(np.exp(curve.middle + place)),
+        data=float(curve.data_at(np.array([place]))[0]),
+        loss=float(np.exp(value)) if space == "log" else value,
+        se_log_params=se,
+        se_log_data=se_data,
+        se_loss=se_loss,
+        dof=dof,
+        bracketed=inside,
+        curvature=bend,
+        curvature_t=t,
+        runs=len(curve.x),
+        centre_offset=float(np.exp(-place)),
+        width=float(np.exp(high - low)),
+        coefficients=tuple(float(c) for c in curve.coefficients),
+        centre=float(np.exp(curve.middle)),
+    )
+
+
+def _row(v: Vertex) -> tuple[float, float, float, float]:
+    return v.budget, v.params, v.data, v.loss
+
+
+def _laws(rows: Array) -> tuple[PowerFit, PowerFit, PowerFit]:
+    n, d, loss = (fit_power(rows[:, 0], rows[:, k]) for k in (1, 2, 3))
+    return n, d, loss
+
+
+def _bootstrap(
+    curves: list[_Curve], levels: Array, used: list[int], sigma: float, space: str, draws: int, seed: int
+) -> dict[str, Array]:
+    """Resample the curves' residuals (pooled, scaled for the parameters they cost), refit curves and lines."""
+    if draws <= 0 or not np.isfinite(sigma) or len(used) < 2:
+        return {}
+    rng = np.random.default_rng(seed)
+    pool = np.concatenate([curves[i].residuals * np.sqrt(len(curves[i].x) / curves[i].dof) for i in used if curves[i].dof > 0])
+    if not len(pool):
+        return {}
+    columns = []
+    for i in used:
+        c = curves[i]
+        fitted = c.design @ c.coefficients
+        y = fitted + rng.choice(pool, size=(draws, len(c.x)))
+        coefficients = y @ c.solver.T
+        place, bend = c.minimum(coefficients)
+        place = np.where((bend > 0) & (np.abs(place) < np.ptp(c.x)), place, np.nan)
+        value = np.array([np.polyval(k, p) for k, p in zip(coefficients, place)])
+        loss = value if space == "log" else np.log(np.maximum(value, 1e-300))
+        columns.append((c.middle + place, np.log(c.data_at(place)), loss))
+    x = np.log(levels[used])
+    design = np.column_stack([x, np.ones_like(x)])
+    solver = np.linalg.pinv(design)
+    out = {}
+    for prefix, k in (("N", 0), ("D", 1), ("L", 2)):
+        y = np.stack([c[k] for c in columns], axis=1)
+        lines = y[np.isfinite(y).all(1)] @ solver.T
+        if len(lines) >= draws // 2:
+            out[f"{prefix}_exponent"], out[f"{prefix}_coefficient"] = lines[:, 0], lines[:, 1]
+    return out
+
+
+def _grid_warnings(vertices: list[Vertex], warnings: list[str]) -> None:
+    wide = [v for v in vertices if np.sqrt(v.width) > _WIDE]
+    if wide:
+        warnings.append(
+            f"the grid is wide ({wide[0].width:.3g}x from least to greatest size at budget {wide[0].budget:.3g}): "
+            "a lopsided curve moves the vertex; trust the surface fit for coefficients"
+        )
+    offsets = np.log([v.centre_offset for v in vertices])
+    far = int(np.argmax(np.abs(offsets)))
+    if abs(offsets[far]) > np.log(_OFF_CENTRE):
+        v = vertices[far]
+        warnings.append(
+            f"the grid is off centre ({v.centre_offset:.2g}x its minimum at budget {v.budget:.3g}): "
+            "the vertex is biased towards the grid's centre"
+        )
+    if len(vertices) >= 3:
+        x = np.log([v.budget for v in vertices])
+        slope = float(np.polyfit(x, offsets, 1)[0])
+        if abs(slope) > _DRIFT and abs(slope) * np.ptp(x) > np.log(1.5):
+            warnings.append(
+                f"the grid's centre drifts against the minimum (C^{slope:+.2f}): the exponents themselves are biased"
+            )
+
+
+def _beside(runs: RunTable, wanted: bool) -> SurfaceFit | None:
+    if not wanted or not runs.has("flops") and not runs.has("budget"):
+        return None
+    if not runs.has("flops"):
+        runs = RunTable(runs.columns, {**runs.roles, "flops": runs.roles["budget"]}, runs.source, runs.rows, runs.notes)
+    try:
+        return fit_surface(runs)
+    except InputError:
+        return None
+
+
+def _disagreement(result: IsoflopFit) -> None:
+    surface = result.surface
+    if surface is None or not surface.converged or surface.cost is None:
+        return
+    top = max(v.budget for v in result.vertices)
+    for factor in (1.0, 100.0):
+        c = top * factor
+        mine = result.n_law.predict(c).value
+        try:
+            theirs = surface.optimum(c)["params"]
+        except InputError:
+            return
+        gap = mine / theirs.value
+        if np.isfinite(gap) and abs(np.log(gap)) > np.log(1.15):
+            result.warnings.append(
+                f"curves and surface disagree: N_opt at {c:.3g} FLOPs is {mine:.4g} by the {result.vertex}, "
+                f"{theirs.value:.4g} by the surface ({gap:.2f}x)"
+            )
+            return

@@ -1,0 +1,364 @@
+"""The loss surface L(N, D): fit it to runs, and read the compute-optimal allocation from it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditscale.errors import InputError
+from ditscale.scaling.engine import Array
+from ditscale.scaling.fit import LawFit, Prediction, fit_law
+from ditscale.scaling.intervals import Interval, Quantity
+from ditscale.scaling.laws import KAPLAN, SKALING, SURFACE, SURFACE_FLOORLESS, SURFACE_TIED, TermLaw
+from ditscale.scaling.losses import Loss
+from ditscale.scaling.runs import RunTable
+
+SURFACE_LAWS: dict[str, TermLaw] = {
+    law.name: law for law in (SURFACE, SURFACE_TIED, SURFACE_FLOORLESS, SKALING, KAPLAN)
+}
+_MIN_LEVELS = 3
+
+
+@dataclass(frozen=True)
+class CostLaw:
+    """What a run costs: ``C = coefficient * N^exponent * D``, as the ledger measured it.
+
+    Attributes:
+        coefficient: FLOPs of one unit of data at N = 1.
+        exponent: 1 for 6ND; below 1 where a share of the compute does not grow with N.
+        rms: root mean square relative error of this form on the runs.
+        source: "measured", or the convention it stands for.
+    """
+
+    coefficient: float
+    exponent: float
+    rms: float
+    source: str
+
+    @classmethod
+    def measured(cls, params: Array, data: Array, flops: Array) -> CostLaw:
+        """Least squares of log(C/D) on log N."""
+        x, y = np.log(params), np.log(flops / data)
+        centre = x.mean()
+        spread = float(((x - centre) ** 2).sum())
+        slope = float(((x - centre) * y).sum() / spread) if spread > 1e-12 else 1.0
+        intercept = float(y.mean() - slope * centre)
+        left = y - intercept - slope * x
+        return cls(float(np.exp(intercept)), slope, float(np.sqrt((left**2).mean())), "measured")
+
+    def data(self, flops: Any, params: Any) -> Any:
+        """How much data a budget pays at a model size."""
+        return flops / (self.coefficient * params**self.exponent)
+
+    def flops(self, params: Any, data: Any) -> Any:
+        """What a run costs."""
+        return self.coefficient * params**self.exponent * data
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "coefficient": self.coefficient,
+            "exponent": self.exponent,
+            "rms_relative_error": self.rms,
+            "source": self.source,
+        }
+
+
+@dataclass
+class SurfaceFit:
+    """A loss surface with its allocation.
+
+    Attributes:
+        fit: the law's fit (parameters, certificate, intervals, bootstraps).
+        cost: what a run costs, or None where the table had no compute.
+        data_unit: "images" or "tokens": the unit of D.
+        source: where the runs came from.
+        flops_range: least and greatest compute of the runs, or None.
+        bootstrap_draws: how many case-bootstrap draws ``sd`` rests on (0: none asked).
+        seconds: wall time of the parts.
+    """
+
+    fit: LawFit
+    cost: CostLaw | None
+    data_unit: str
+    source: str
+    flops_range: tuple[float, float] | None
+    bootstrap_draws: int
+    seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def params(self) -> dict[str, float]:
+        """Parameters of the law, and the exponents a (of N_opt) and b (of D_opt)."""
+        a, b = self._exponents(self.fit.theta[None, :])
+        return {**self.fit.params, "a": float(a[0]), "b": float(b[0])}
+
+    @property
+    def intervals(self) -> dict[str, list[float]]:
+        """95 % intervals by name."""
+        return {name: self.interval(name).ends for name in self.params}
+
+    @property
+    def converged(self) -> bool:
+        """Whether the certificate of the fit holds."""
+        return self.fit.converged
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know."""
+        return self.fit.warnings
+
+    @property
+    def sd(self) -> dict[str, float]:
+        """Bootstrap standard deviations by name (empty without a bootstrap)."""
+        if not self.bootstrap_draws:
+            return {}
+        return {k: float(v.std(ddof=1)) for k, v in self.replicates().items()}
+
+    def replicates(self) -> dict[str, Array]:
+        """Parameters of the case-bootstrap draws by name."""
+        theta = self.fit.bootstrap("case", max(self.bootstrap_draws, 2))
+        a, b = self._exponents(theta)
+        return {**self.fit.export_replicates(theta), "a": a, "b": b}
+
+    def interval(self, name: str, *, method: str | None = None, level: float = 0.95) -> Interval:
+        """The interval of a parameter, or of "a" and "b"."""
+        if name in ("a", "b"):
+            which = ("a", "b").index(name)
+            return self.fit.interval_of(lambda th: self._exponents(th)[which], method=method, level=level)
+        return self.fit.interval(name, method=method, level=level)
+
+    def predict(
+        self,
+        *,
+        params: Any,
+        data: Any = None,
+        images: Any = None,
+        tokens: Any = None,
+        flops: Any = None,
+        level: float = 0.95,
+        method: str | None = None,
+    ) -> Prediction:
+        """The loss of runs of given size and data (or of given size and compute, through the cost law)."""
+        d = self._data(data, images, tokens)
+        if d is None:
+            if flops is None:
+                raise InputError(f"{self.data_unit}: expected the training data of the run, got none")
+            d = self._need_cost().data(np.asarray(flops, dtype=float), np.asarray(params, dtype=float))
+        return self.fit.predict(params=params, data=d, level=level, method=method)
+
+    def _data(self, data: Any, images: Any, tokens: Any) -> Any:
+        other = tokens if self.data_unit == "images" else images
+        if other is not None:
+            raise InputError(f"{'tokens' if self.data_unit == 'images' else 'images'}: this law counts {self.data_unit}")
+        mine = images if self.data_unit == "images" else tokens
+        return mine if mine is not None else data
+
+    def optimum(self, flops: float, *, level: float = 0.95, method: str | None = None) -> dict[str, Interval]:
+        """The compute-optimal run at a budget: intervals of params, data, loss, new_run (the loss of one run) and ratio D/N."""
+        self._need_cost()
+        budget = _budget(flops)
+
+        def log_of(which: int) -> Quantity:
+            return lambda th: np.exp(self._optimum(th, budget)[which])
+
+        def of(quantity: Quantity, new_run: bool = False) -> Interval:
+            return self.fit.interval_of(quantity, log=True, method=method, level=level, new_run=new_run)
+
+        return {
+            "params": of(log_of(0)),
+            "data": of(log_of(1)),
+            "loss": of(log_of(2)),
+            "new_run": of(log_of(2), True),
+            "ratio": of(lambda th: np.exp(self._optimum(th, budget)[1] - self._optimum(th, budget)[0])),
+        }
+
+    def _need_cost(self) -> CostLaw:
+        if self.cost is None:
+            raise InputError("flops: expected a column of measured compute to allocate a budget, got none")
+        return self.cost
+
+    def _inner(self, theta: Array) -> tuple[Array, Array, Array, Array]:
+        """Logarithms of A and B and the exponents inside the bracket, [S] each."""
+        values = self.fit.law.export(theta, self.fit.centre)
+        names = self.fit.law.names
+        terms = self.fit.law.terms  # type: ignore[attr-defined]
+        alpha, beta = (values[e] if isinstance(e, str) else np.full(len(theta), float(e)) for e in (
+            terms[0].exponents["params"], terms[1].exponents["data"]
+        ))
+        with np.errstate(divide="ignore"):
+            return np.log(values[names[0]]), np.log(values[names[1]]), alpha, beta
+
+    def _exponents(self, theta: Array) -> tuple[Array, Array]:
+        _, _, alpha, beta = self._inner(theta)
+        p = self.cost.exponent if self.cost else 1.0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            a = beta / (alpha + p * beta)
+        return a, 1.0 - p * a
+
+    def _optimum(self, theta: Array, flops: float) -> tuple[Array, Array, Array]:
+        """Logarithms of N_opt, D_opt and the loss there.
+
+        Setting the derivative of A N^-alpha + B D^-beta along k N^p D = C to zero gives
+        N^(alpha + p beta) = (alpha A / (p beta B)) (C/k)^beta.
+        """
+        cost = self._need_cost()
+        log_a, log_b, alpha, beta = self._inner(theta)
+        c = np.log(flops / cost.coefficient)
+        with np.errstate(all="ignore"):
+            log_n = (np.log(alpha) + log_a - np.log(cost.exponent * beta) - log_b + beta * c) / (alpha + cost.exponent * beta)
+        log_d = c - cost.exponent * log_n
+        out = np.empty(len(theta))
+        for i in range(len(theta)):
+            model = self.fit.law.model({"params": log_n[i : i + 1], "data": log_d[i : i + 1]}, self.fit.centre)
+            out[i] = np.log(model.value(theta[i : i + 1])[0, 0])
+        return log_n, log_d, out
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's keys of ``ditscale fit surface --json`` and everything else of the fit."""
+        base = self.fit.to_json()
+        return {
+            **base,
+            **self.params,
+            "params": self.params,
+            "intervals": self.intervals,
+            "sd": self.sd,
+            "bootstrap": self.bootstrap_draws,
+            "data_unit": self.data_unit,
+            "cost": self.cost.to_json() if self.cost else None,
+            "flops_range": list(self.flops_range) if self.flops_range else None,
+            "source_file": self.source,
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+
+    def summary(self) -> str:
+        """A readable table."""
+        lines = [self.fit.summary(), f"  D in {self.data_unit}; runs from {self.source}"]
+        for name in ("a", "b"):
+            low, high = self.intervals[name]
+            lines.append(f"  {name:14s}{self.params[name]:16.8g}   [{low:.6g}, {high:.6g}]")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def fit_surface(
+    table: RunTable | str | Path,
+    *,
+    law: str | TermLaw = "surface",
+    loss_fn: str | Loss = "huber:auto",
+    space: str = "log",
+    starts: int = 8,
+    bootstrap: int = 0,
+    seed: int = 0,
+    interval_method: str = "auto",
+    weights: Any = None,
+    **columns: Any,
+) -> SurfaceFit:
+    """Fit a loss surface L(N, D) to runs.
+
+    Args:
+        table: runs, or a file or study folder to read (``columns`` then go to :meth:`RunTable.read`).
+        law: "surface" (E + A/N^alpha + B/D^beta), "surface-tied", "surface-floorless", "skaling" or "kaplan".
+        loss_fn: "huber:1e-3" with ``space="log"`` is Chinchilla's; the default's knee is 1.345 robust spreads.
+        space: "log" or "raw" residuals.
+        starts: starts of the variable-projection grid that are polished. Default: 8.
+        bootstrap: case-bootstrap draws for ``sd``. Default: 0.
+        seed: of the bootstrap.
+        interval_method: see :mod:`ditscale.scaling.intervals`.
+        weights: of the runs. Default: equal.
+
+    Returns:
+        SurfaceFit.
+
+    Raises:
+        InputError: fewer than 3 sizes or 3 amounts of data, or fewer runs than parameters.
+    """
+    begun = time.perf_counter()
+    runs = as_table(table, columns)
+    form = surface_law(law)
+    if isinstance(bootstrap, bool) or bootstrap < 0:
+        raise InputError(f"bootstrap: expected 0 or more draws, got {bootstrap!r}")
+    n, d, loss = runs.params, runs.data, runs.loss
+    for name, values in (("params", n), (runs.data_unit, d)):
+        levels = len(np.unique(np.round(np.log(values), 6)))
+        if levels < _MIN_LEVELS:
+            raise InputError(
+                f"{name}: expected at least {_MIN_LEVELS} different values to fit a surface, got {levels} in {len(runs)} runs"
+            )
+    fit = fit_law(
+        form,
+        {"params": n, "data": d},
+        loss,
+        weights=weights,
+        groups=_budget_groups(runs),
+        loss_fn=loss_fn,
+        space=space,
+        starts=starts,
+        interval_method=interval_method,
+        seed=seed,
+    )
+    if "tokens (C/6N)" in runs.roles.values():
+        cost: CostLaw | None = CostLaw(6.0, 1.0, 0.0, "6ND")
+    else:
+        cost = CostLaw.measured(n, d, runs.flops) if runs.has("flops") else None
+    ray = abs(float(np.corrcoef(np.log(n), np.log(d))[0, 1]))
+    if ray > 0.999:
+        fit.warnings.append("not identifiable: all runs lie on one line of log N against log D; vary N at fixed compute")
+    if cost and cost.rms > 0.1:
+        fit.warnings.append(f"compute is {100 * cost.rms:.0f} % (rms) off k*N^p*D: allocations from this law are that rough")
+    result = SurfaceFit(
+        fit=fit,
+        cost=cost,
+        data_unit=runs.data_unit,
+        source=runs.source,
+        flops_range=(float(runs.flops.min()), float(runs.flops.max())) if runs.has("flops") else None,
+        bootstrap_draws=int(bootstrap),
+        seconds={"fit": time.perf_counter() - begun, "bootstrap": 0.0},
+        notes=runs.notes,
+    )
+    if bootstrap:
+        begun = time.perf_counter()
+        fit.bootstrap("case", int(bootstrap))
+        result.seconds["bootstrap"] = time.perf_counter() - begun
+    return result
+
+
+def surface_law(law: str | TermLaw) -> TermLaw:
+    """A surface by its name."""
+    if isinstance(law, TermLaw):
+        return law
+    if law not in SURFACE_LAWS:
+        raise InputError(f"law: expected one of {', '.join(SURFACE_LAWS)}, got {law!r}")
+    return SURFACE_LAWS[law]
+
+
+def as_table(table: RunTable | str | Path, columns: dict[str, Any]) -> RunTable:
+    """A run table, read where a path came."""
+    if isinstance(table, RunTable):
+        if columns:
+            raise InputError(f"{next(iter(columns))}: expected column options only with a path")
+        return table
+    return RunTable.read(table, **columns)
+
+
+def _budget_groups(runs: RunTable) -> Array | None:
+    """Budgets as groups where runs really come in a few budgets with several runs each."""
+    if not runs.has("budget") and not runs.has("flops"):
+        return None
+    budgets = runs.budgets
+    count = len(np.unique(budgets))
+    return budgets if 3 <= count <= len(runs) / 2 else None
+
+
+def _budget(flops: Any) -> float:
+    value = float(flops)
+    if not (np.isfinite(value) and value > 0):
+        raise InputError(f"budget: expected a positive number of FLOPs, got {flops!r}")
+    return value
