@@ -194,3 +194,73 @@ class Forecaster:
             rule=self.rule,
             warnings=list(self.warnings),
         )
+
+    def band(self, flops: Any) -> dict[str, Any]:
+        """The forecast along the compute-optimal path, for figures.
+
+        Args:
+            flops: budgets.
+
+        Returns:
+            Lists "budget", "value", "low", "high" (of a new run), and the path's "params" and "data".
+        """
+        surface = fit_surface(self.runs)
+        rows = []
+        for c in np.atleast_1d(np.asarray(flops, dtype=float)):
+            best = surface.optimum(float(c))
+            rows.append(self.forecast(best["params"].value, best["data"].value, float(c)))
+        return {
+            "budget": [r.flops for r in rows],
+            "params": [r.params for r in rows],
+            "data": [r.data for r in rows],
+            "value": [r.value for r in rows],
+            "low": [r.interval_95[0] for r in rows],
+            "high": [r.interval_95[1] for r in rows],
+        }
+
+
+def _new_run(
+    runs: RunTable, params: float | None, mine: float | None, data: float | None, flops: float | None
+) -> tuple[float, float, float]:
+    d = mine if mine is not None else data
+    cost = CostLaw.measured(runs.params, runs.data, runs.flops)
+    given = {"params": params, runs.data_unit: d, "flops": flops}
+    for name, value in given.items():
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise InputError(f"{name}: expected a positive number, got {value!r}")
+    if sum(v is not None for v in given.values()) < 2:
+        raise InputError(f"params: expected two of params, {runs.data_unit} and flops of the new run")
+    if flops is None:
+        flops = cost.flops(params, d)
+    elif d is None:
+        d = cost.data(flops, params)
+    elif params is None:
+        params = (flops / (cost.coefficient * d)) ** (1.0 / cost.exponent)
+    return float(params), float(d), float(flops)  # type: ignore[arg-type]
+
+
+def _widening(board: Backtest | None, weights: dict[str, float]) -> float:
+    """How much larger the held-out errors were than the laws' own scales said; never below 1."""
+    if board is None:
+        return 1.0
+    rows = {r["law"]: r["spread"] for r in board.scoreboard if r["trials"]}
+    square = sum(w * rows[k] ** 2 for k, w in weights.items())
+    return float(max(1.0, np.sqrt(square)))
+
+
+def _mixture(parts: list[tuple[float, float, float, float]], level: float = 0.95) -> list[float]:
+    """Ends of the central interval of a mixture of t distributions on the logarithm, as losses."""
+    centres = np.array([p[1] for p in parts])
+    scales = np.array([max(p[2], 1e-15) for p in parts])
+
+    def below(x: float) -> float:
+        return float(sum(w * stats.t.cdf((x - m) / max(s, 1e-15), max(dof, 1.0)) for w, m, s, dof in parts))
+
+    ends: list[float] = []
+    for q in (0.5 - level / 2, 0.5 + level / 2):
+        reach = np.array([abs(stats.t.ppf(q, max(p[3], 1.0))) for p in parts])
+        low, high = float((centres - reach * scales).min()), float((centres + reach * scales).max())
+        pad = 1e-9 + 1e-6 * (high - low)
+        root = optimize.brentq(lambda x, q=q: below(x) - q, low - pad, high + pad, xtol=1e-13)
+        ends.append(float(np.exp(root)))
+    return ends
