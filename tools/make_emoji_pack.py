@@ -4,19 +4,23 @@
     # unpack each into SOURCE/<package name>/package
     python tools/make_emoji_pack.py SOURCE dit/data/assets
 
-The pictures (64x64 RGBA PNG, Noto Emoji) come from the first package, the English short names from the other two. Same input,
-same bytes: nothing here depends on time, hash seeds or the order of a directory. Needs Pillow and numpy; the library does not.
+The pictures (64x64 RGBA PNG, Noto Emoji) come from the first package, the English short names from the other
+two. Same input, same bytes: nothing here depends on time, hash seeds or the order of a directory. Needs
+Pillow and numpy; the library does not.
 
-What it does to the pictures: sRGB to linear light, multiply by alpha, LANCZOS from 64 to 32 px, back to sRGB, multiply by alpha
-once more and store as uint8 [N, 32 rows, 4, 32 columns], colour already multiplied by alpha: what the renderer multiplies.
+What it does to the pictures: sRGB to linear light, multiply by alpha, LANCZOS from 64 to 32 px, back to sRGB,
+multiply by alpha once more and store as uint8 [N, 32 rows, 4, 32 columns], colour already multiplied by
+alpha: what the renderer multiplies.
 
-What it does to the names: CLDR short names in lower case with neither accents nor punctuation, made nouns where they are none
-("plus" becomes "plus sign"), an article where English wants one, and a kind ("fruit", "animal") from the Unicode subcategory.
+What it does to the names: CLDR short names in lower case with neither accents nor punctuation, made nouns
+where they are none ("plus" becomes "plus sign"), an article where English wants one, and a kind ("fruit",
+"animal") from the Unicode subcategory.
 
-What it does to the split: pictures that are variants of each other (skin tone, gender, direction), or nearer than ``SAME`` in
-perceptual distance, mirrored or not, are one group, and a group is never divided. About 5 % of the emoji of every category are
-held out: groups that are nowhere nearer than ``APART`` to a picture of another group, in a fixed hash order in which those
-whose words all occur elsewhere come first.
+What it does to the split: pictures that are variants of each other (skin tone, gender, direction), or nearer
+than ``SAME`` in perceptual distance, mirrored or not, are one group, and a group is never divided. About 5 %
+of the emoji of every category are
+held out: groups that are nowhere nearer than ``APART`` to a picture of another group, in a fixed hash order
+    in which those whose words all occur elsewhere come first.
 """
 
 from __future__ import annotations
@@ -37,83 +41,93 @@ PICTURES = "emoji-datasource-google"
 NAMES = ("cldr-annotations-full", "cldr-annotations-derived-full")
 VERSIONS = {PICTURES: "16.0.0", NAMES[0]: "48.2.0", NAMES[1]: "48.2.0"}
 SIDE = 32
-# Root mean square difference over the area that either picture covers, colours in 0..1. Looked at by eye: below 0.1 stand the
-# faces of a clock, keycaps and faces that differ by a mouth; at 0.12 a snowman with and without snow; at 0.22 tiger and leopard.
+# Root mean square difference over the area that either picture covers, colours in 0..1. Looked at by eye:
+# below 0.1 stand the faces of a clock, keycaps and faces that differ by a mouth; at 0.12 a snowman with and
+# without snow; at 0.22 tiger and leopard.
 SAME = 0.10
 APART = 0.15
 HELD_OUT = 0.05
+LARGEST = 3  # members of a held-out group: a few big families would crowd 95 emoji
 
 SKIN = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
 CATEGORIES = {
-    "Smileys & Emotion": "smileys", "People & Body": "people", "Animals & Nature": "nature", "Food & Drink": "food",
-    "Travel & Places": "travel", "Activities": "activities", "Objects": "objects", "Symbols": "symbols", "Flags": "flags",
+    "Smileys & Emotion": "smileys", "People & Body": "people", "Animals & Nature": "nature",
+    "Food & Drink": "food", "Travel & Places": "travel", "Activities": "activities", "Objects": "objects",
+    "Symbols": "symbols", "Flags": "flags",
 }  # fmt: skip
+# Unicode subcategory -> kind; every other one is a "symbol".
 KINDS = {
     "activities": "activity", "animal-amphibian": "animal", "animal-bird": "bird", "animal-bug": "bug",
-    "animal-mammal": "animal", "animal-marine": "sea animal", "animal-reptile": "reptile", "arts & crafts": "craft",
-    "award-medal": "award", "book-paper": "paper", "country-flag": "flag", "drink": "drink", "event": "celebration",
-    "face-affection": "face", "face-concerned": "face", "face-costume": "face", "face-glasses": "face",
-    "face-hand": "face", "face-hat": "face", "face-negative": "face", "face-neutral-skeptical": "face",
-    "face-sleepy": "face", "face-smiling": "face", "face-tongue": "face", "face-unwell": "face", "cat-face": "face",
+    "animal-mammal": "animal", "animal-marine": "sea animal", "animal-reptile": "reptile",
+    "arts & crafts": "craft", "award-medal": "award", "book-paper": "paper", "country-flag": "flag",
+    "drink": "drink", "event": "celebration", "face-affection": "face", "face-concerned": "face",
+    "face-costume": "face", "face-glasses": "face", "face-hand": "face", "face-hat": "face",
+    "face-negative": "face", "face-neutral-skeptical": "face", "face-sleepy": "face",
+    "face-smiling": "face", "face-tongue": "face", "face-unwell": "face", "cat-face": "face",
     "monkey-face": "face", "family": "people", "flag": "flag", "food-asian": "food", "food-fruit": "fruit",
     "food-prepared": "food", "food-sweet": "food", "food-vegetable": "vegetable", "game": "game",
     "geometric": "shape", "hand-fingers-closed": "hand", "hand-fingers-open": "hand",
     "hand-fingers-partial": "hand", "hand-prop": "hand", "hand-single-finger": "hand", "hands": "hand",
     "body-parts": "body part", "heart": "symbol", "emotion": "symbol", "light & video": "object",
     "musical-instrument": "instrument", "music": "music", "person": "person", "person-activity": "person",
-    "person-fantasy": "person", "person-gesture": "person", "person-resting": "person", "person-role": "person",
-    "person-sport": "person", "person-symbol": "person", "place-building": "building", "place-geographic": "place",
-    "place-map": "place", "place-other": "place", "place-religious": "building", "plant-flower": "flower",
-    "plant-other": "plant", "sky & weather": "sky", "sport": "sport", "time": "clock", "tool": "tool",
-    "transport-air": "vehicle", "transport-ground": "vehicle", "transport-water": "vehicle",
-    "transport-sign": "sign", "warning": "sign", "zodiac": "symbol", "clothing": "clothing", "dishware": "kitchen",
-    "hotel": "object", "computer": "device", "phone": "device", "household": "household", "mail": "mail",
+    "person-fantasy": "person", "person-gesture": "person", "person-resting": "person",
+    "person-role": "person", "person-sport": "person", "person-symbol": "person",
+    "place-building": "building", "place-geographic": "place", "place-map": "place", "place-other": "place",
+    "place-religious": "building", "plant-flower": "flower", "plant-other": "plant", "sky & weather": "sky",
+    "sport": "sport", "time": "clock", "tool": "tool", "transport-air": "vehicle",
+    "transport-ground": "vehicle", "transport-water": "vehicle", "transport-sign": "sign",
+    "warning": "sign", "zodiac": "symbol", "clothing": "clothing", "dishware": "kitchen", "hotel": "object",
+    "computer": "device", "phone": "device", "household": "household", "mail": "mail",
     "medical": "medicine", "money": "money", "office": "office", "science": "science", "sound": "sound",
     "writing": "pen", "lock": "lock", "other-object": "object",
-}  # fmt: skip  # everything else is a "symbol"
+}  # fmt: skip
 # Names that are no noun, or not the noun that a caption needs.
 RENAME = {
     "a button blood type": "blood type a button", "ab button blood type": "blood type ab button",
     "antenna bars": "antenna bars button", "b button blood type": "blood type b button",
     "breast feeding": "woman breast feeding", "camping": "camp site", "cinema": "cinema button",
     "collision": "collision spark", "construction": "construction barrier", "cooking": "cooking pan",
-    "copyright": "copyright sign", "currency exchange": "currency exchange sign", "dashing away": "dashing cloud",
-    "divide": "divide sign", "dizzy": "dizzy star", "e mail": "email", "flower playing cards": "flower playing card", "foggy": "foggy bridge",
-    "grey heart": "gray heart", "high voltage": "lightning bolt", "infinity": "infinity sign",
-    "information": "information button", "input latin letters": "input latin letters button",
-    "input latin lowercase": "input latin lowercase button", "input latin uppercase": "input latin uppercase button",
-    "input numbers": "input numbers button", "input symbols": "input symbols button", "khanda": "khanda symbol",
-    "locked": "lock", "locked with key": "lock with key", "locked with pen": "lock with pen", "minus": "minus sign",
+    "copyright": "copyright sign", "currency exchange": "currency exchange sign",
+    "dashing away": "dashing cloud", "divide": "divide sign", "dizzy": "dizzy star", "e mail": "email",
+    "flower playing cards": "flower playing card", "foggy": "foggy bridge", "grey heart": "gray heart",
+    "high voltage": "lightning bolt", "infinity": "infinity sign", "information": "information button",
+    "input latin letters": "input latin letters button",
+    "input latin lowercase": "input latin lowercase button",
+    "input latin uppercase": "input latin uppercase button", "input numbers": "input numbers button",
+    "input symbols": "input symbols button", "khanda": "khanda symbol", "locked": "lock",
+    "locked with key": "lock with key", "locked with pen": "lock with pen", "minus": "minus sign",
     "mobile phone off": "mobile phone off button", "moon viewing ceremony": "moon viewing vase",
     "motorway": "motorway road", "multiply": "multiply sign", "o button blood type": "blood type o button",
     "om": "om symbol", "performing arts": "theater masks", "place of worship": "place of worship sign",
     "plus": "plus sign", "pouring liquid": "glass of pouring liquid", "registered": "registered sign",
-    "rolling on the floor laughing": "face rolling on the floor laughing", "star struck": "star struck face",
-    "trade mark": "trade mark sign", "unlocked": "open lock", "vibration mode": "vibration mode button",
-    "wireless": "wireless button", "yin yang": "yin yang symbol",
+    "rolling on the floor laughing": "face rolling on the floor laughing",
+    "star struck": "star struck face", "trade mark": "trade mark sign", "unlocked": "open lock",
+    "vibration mode": "vibration mode button", "wireless": "wireless button", "yin yang": "yin yang symbol",
 }  # fmt: skip
 SIGNS = {"transport-sign", "warning", "zodiac"}  # their names say what the sign forbids or means
-# A mirrored picture must still be what its name says: no letters, digits, hands of a clock, directions or maps.
+# A mirrored picture must still be what its name says: no letters, digits, hands of a clock, directions, maps.
 NO_FLIP_KINDS = {"flag", "symbol", "sign", "clock"}
 NO_FLIP_WORDS = re.compile(
-    r"\b(left|right|leftwards|rightwards|map|globe|calendar|medal|8|crescent|gibbous|quarter|mahjong|bank|hotel|hospital|store"
-    r"|school|post|love|newspaper|tickets?|banknote|keyboard|chart|slot|receipt|label|dvd|film|police|ambulance|fire engine|stop"
-    r"|joker|button|symbols)\b"
+    r"\b(left|right|leftwards|rightwards|map|globe|calendar|medal|8|crescent|gibbous|quarter|mahjong|bank"
+    r"|hotel|hospital|store|school|post|love|newspaper|tickets?|banknote|keyboard|chart|slot|receipt|label"
+    r"|dvd|film|police|ambulance|fire engine|stop|joker|button|symbols)\b"
 )
 PLURAL = re.compile(r"([^s]s|(ie|x|ss)es|women|men|people|feet|teeth|jeans)$")
 SINGULAR_S = {
-    "bus", "trolleybus", "minibus", "dress", "cactus", "compass", "octopus", "lotus", "hibiscus", "princess", "abacus",
-    "rhinoceros", "hippopotamus", "claus",
+    "bus", "trolleybus", "minibus", "dress", "cactus", "compass", "octopus", "lotus", "hibiscus",
+    "princess", "abacus", "rhinoceros", "hippopotamus", "claus",
 }  # fmt: skip
 HEAD = re.compile(
-    r" (?:with|of|in|on|at|over|behind|without|for|under|showing|from|to|not|facing|holding|lifting|getting|playing|fluttering) "
+    r" (?:with|of|in|on|at|over|behind|without|for|under|showing|from|to|not|facing|holding|lifting"
+    r"|getting|playing|fluttering) "
 )
 NO_ARTICLE = re.compile(
-    r"(santa|mrs|mx) claus|mount fuji|bread|baguette bread|bacon|salt|butter|fog|fire|popcorn|sushi|oden|sake|spaghetti|cooked rice"
-    r"|curry rice|shaved ice|soft ice cream|ice cream|ice|custard|candy|canned food|dna|tennis|badminton|softball|bowling|basketball"
-    r"|field hockey|ice hockey|ping pong|rugby football|american football|volleyball|lacrosse|horse racing|yarn|thread|wood|mate"
-    r"|nail polish|lipstick|soap|coral|ginger root|garlic|broccoli|luggage|zzz|.* (o'clock|thirty)|bubble tea|meat on bone|money with wings"
-    r"|palms up together|people .*|women .*|men .*|fleur de lis"
+    r"(santa|mrs|mx) claus|mount fuji|bread|baguette bread|bacon|salt|butter|fog|fire|popcorn|sushi|oden"
+    r"|sake|spaghetti|cooked rice|curry rice|shaved ice|soft ice cream|ice cream|ice|custard|candy"
+    r"|canned food|dna|tennis|badminton|softball|bowling|basketball|field hockey|ice hockey|ping pong"
+    r"|rugby football|american football|volleyball|lacrosse|horse racing|yarn|thread|wood|mate|nail polish"
+    r"|lipstick|soap|coral|ginger root|garlic|broccoli|luggage|zzz|.* (o'clock|thirty)|bubble tea"
+    r"|meat on bone|money with wings|palms up together|people .*|women .*|men .*|fleur de lis"
 )
 AN = re.compile(r"[aio]|e(?!u|we)|u(?!ni|s|k|t)|8|11|18|hour|x ray|sos|ng ")
 
@@ -126,8 +140,10 @@ def read_json(path: Path) -> Any:
 def short_names(source: Path) -> dict[str, str]:
     """Text of an emoji (variation selectors removed) -> CLDR short name in English."""
     table: dict[str, str] = {}
-    for package, kind in zip(NAMES, ("annotations", "annotationsDerived")):
-        entries = read_json(source / package / "package" / kind / "en" / "annotations.json")[kind]["annotations"]
+    for package, kind in zip(NAMES, ("annotations", "annotationsDerived"), strict=True):
+        entries = read_json(source / package / "package" / kind / "en" / "annotations.json")[kind][
+            "annotations"
+        ]
         for text, entry in entries.items():
             if "tts" in entry:
                 table.setdefault(text.replace("\ufe0f", ""), entry["tts"][0])
@@ -136,9 +152,19 @@ def short_names(source: Path) -> dict[str, str]:
 
 def clean(name: str, subcategory: str) -> str:
     """A CLDR short name as the words of a caption: lower case ASCII letters, digits and apostrophes."""
-    name = unicodedata.normalize("NFKD", name.replace("’", "'")).encode("ascii", "ignore").decode().lower().replace("u.s.", "us")
+    name = (
+        unicodedata.normalize("NFKD", name.replace("’", "'"))
+        .encode("ascii", "ignore")
+        .decode()
+        .lower()
+        .replace("u.s.", "us")
+    )
     name = name.replace("keycap: #", "keycap hash").replace("keycap: *", "keycap star").replace("&", " and ")
-    name = name.replace(": facing right", " facing right").replace("flag: ", "flag of ").replace("keycap: ", "keycap ")
+    name = (
+        name.replace(": facing right", " facing right")
+        .replace("flag: ", "flag of ")
+        .replace("keycap: ", "keycap ")
+    )
     if match := re.fullmatch(r"(man|woman|person): bald", name):
         name = f"bald {match[1]}"
     if match := re.fullmatch(r"(man|woman|person): (.*)", name):
@@ -152,7 +178,7 @@ def clean(name: str, subcategory: str) -> str:
 
 
 def article(name: str) -> str:
-    """"a", "an", "the" or nothing: what stands before the name in a caption."""
+    """ "a", "an", "the" or nothing: what stands before the name in a caption."""
     if NO_ARTICLE.fullmatch(name):
         return ""
     if name.startswith("flag of "):
@@ -168,7 +194,9 @@ def to_linear(value: np.ndarray) -> np.ndarray:
 
 
 def to_srgb(value: np.ndarray) -> np.ndarray:
-    return np.where(value <= 0.0031308, value * 12.92, 1.055 * np.maximum(value, 0.0031308) ** (1 / 2.4) - 0.055)
+    return np.where(
+        value <= 0.0031308, value * 12.92, 1.055 * np.maximum(value, 0.0031308) ** (1 / 2.4) - 0.055
+    )
 
 
 def shrink(path: Path) -> np.ndarray:
@@ -177,7 +205,14 @@ def shrink(path: Path) -> np.ndarray:
         rgba = np.asarray(image.convert("RGBA"), dtype=np.float64) / 255
     planes = np.concatenate([to_linear(rgba[..., :3]) * rgba[..., 3:], rgba[..., 3:]], axis=-1)
     small = np.stack(
-        [np.asarray(Image.fromarray(planes[..., c].astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)) for c in range(4)]
+        [
+            np.asarray(
+                Image.fromarray(planes[..., c].astype(np.float32)).resize(
+                    (SIDE, SIDE), Image.Resampling.LANCZOS
+                )
+            )
+            for c in range(4)
+        ]
     ).astype(np.float64)
     alpha = np.clip(small[3], 0, 1)
     colour = np.clip(small[:3] / np.maximum(alpha, 1e-6), 0, 1)
@@ -185,7 +220,8 @@ def shrink(path: Path) -> np.ndarray:
 
 
 def fill_frame(picture: np.ndarray) -> np.ndarray:
-    """float32 [4, 16, 16] in 0..1: the picture without its margins, scaled to fill a square and centred in it.
+    """float32 [4, 16, 16] in 0..1: the picture without its margins, scaled to fill a square and centred in
+    it.
 
     Scenes draw every emoji at any size, so a small black square is the same picture as a large one.
     """
@@ -194,20 +230,33 @@ def fill_frame(picture: np.ndarray) -> np.ndarray:
     middle = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
     padded = np.pad(picture, ((0, 0), (SIDE, SIDE), (SIDE, SIDE))).astype(np.float32) / 255
     box = tuple(SIDE + centre + side for side in (-half, half) for centre in middle)
-    return np.stack([np.asarray(Image.fromarray(plane).resize((16, 16), Image.Resampling.BILINEAR, box=box)) for plane in padded])
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(plane).resize((16, 16), Image.Resampling.BILINEAR, box=box))
+            for plane in padded
+        ]
+    )
 
 
 def distances(pixels: np.ndarray) -> np.ndarray:
-    """float32 [N, N]: how different two pictures look, the lesser of straight and mirrored; see `SAME` for the scale.
+    """float32 [N, N]: how different two pictures look, the lesser of straight and mirrored; see `SAME` for
+    the scale.
 
-    pixels: uint8 [N, 4, 32, 32], premultiplied. Compared on white and on black together, over the area that either covers.
+    pixels: uint8 [N, 4, 32, 32], premultiplied. Compared on white and on black together, over the area that
+        either covers.
     """
     small = np.stack([fill_frame(picture) for picture in pixels])
     results = []
     for other in (small, small[..., ::-1]):
-        one, two = (np.concatenate([x[:, :3], x[:, :3] + 1 - x[:, 3:]], axis=1).reshape(len(x), -1) for x in (small, other))
+        one, two = (
+            np.concatenate([x[:, :3], x[:, :3] + 1 - x[:, 3:]], axis=1).reshape(len(x), -1)
+            for x in (small, other)
+        )
         squared = (one**2).sum(1)[:, None] + (two**2).sum(1)[None] - 2 * one @ two.T
-        cover, over = small[:, 3].reshape(len(small), -1), np.ascontiguousarray(other[:, 3]).reshape(len(small), -1)
+        cover, over = (
+            small[:, 3].reshape(len(small), -1),
+            np.ascontiguousarray(other[:, 3]).reshape(len(small), -1),
+        )
         union = cover.sum(1)[:, None] + over.sum(1)[None] - cover @ over.T
         results.append(np.maximum(squared, 0) / (6 * np.maximum(union, 1)))
     return np.sqrt(np.minimum(*results))
@@ -239,16 +288,16 @@ def group(names: list[str], subcategories: list[str], near: np.ndarray) -> list[
         return i
 
     first: dict[str, int] = {}
-    for i, (name, subcategory) in enumerate(zip(names, subcategories)):
+    for i, (name, subcategory) in enumerate(zip(names, subcategories, strict=True)):
         parent[root(i)] = root(first.setdefault(variant_key(name, subcategory), i))
-    for i, j in zip(*np.nonzero(near < SAME)):
+    for i, j in np.argwhere(near < SAME):
         parent[root(int(i))] = root(int(j))
     numbers: dict[int, int] = {}
     return [numbers.setdefault(root(i), len(numbers)) for i in range(len(names))]
 
 
 def hold_out(emoji: list[dict[str, Any]], near: np.ndarray) -> set[int]:
-    """Groups for validation: HELD_OUT of the emoji of each category, APART from all others, those of known words first."""
+    """Groups for validation: HELD_OUT of each category, APART from all others, those of known words first."""
     members: dict[int, list[dict[str, Any]]] = {}
     for entry in emoji:
         members.setdefault(entry["group"], []).append(entry)
@@ -263,7 +312,9 @@ def hold_out(emoji: list[dict[str, Any]], near: np.ndarray) -> set[int]:
             (
                 number
                 for number, group_ in members.items()
-                if group_[0]["category"] == category and apart[numbers == number].min() >= APART
+                if group_[0]["category"] == category
+                and len(group_) <= LARGEST
+                and apart[numbers == number].min() >= APART
             ),
             key=lambda number: hashlib.sha256(f"hold-out {members[number][0]['name']}".encode()).digest(),
         )
@@ -283,8 +334,12 @@ def hold_out(emoji: list[dict[str, Any]], near: np.ndarray) -> set[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder that holds <package name>/package of the three npm packages")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", type=Path, help="folder that holds <package name>/package of the three npm packages"
+    )
     parser.add_argument("out", type=Path, help="folder for emoji.npz and emoji.json")
     arguments = parser.parse_args()
     root = arguments.source / PICTURES / "package"
@@ -303,7 +358,10 @@ def main() -> None:
     for source in sorted(read_json(root / "emoji.json"), key=lambda entry: entry["sort_order"]):
         if source["category"] == "Component" or not source["has_img_google"]:
             continue
-        name, kind = clean(title(source["unified"]), source["subcategory"]), KINDS.get(source["subcategory"], "symbol")
+        name, kind = (
+            clean(title(source["unified"]), source["subcategory"]),
+            KINDS.get(source["subcategory"], "symbol"),
+        )
         variants = []
         files = [source["image"]]
         for tones, variant in sorted(source.get("skin_variations", {}).items()):
@@ -311,7 +369,12 @@ def main() -> None:
                 words = list(dict.fromkeys(SKIN[tone] for tone in tones.split("-")))
                 variants.append({"codepoints": variant["unified"], "tone": " and ".join(words) + " skin"})
                 files.append(variant["image"])
-        entry: dict[str, Any] = {"name": name, "article": article(name), "kind": kind, "category": CATEGORIES[source["category"]]}
+        entry: dict[str, Any] = {
+            "name": name,
+            "article": article(name),
+            "kind": kind,
+            "category": CATEGORIES[source["category"]],
+        }
         entry["codepoints"] = source["unified"]
         entry["flip"] = not (kind in NO_FLIP_KINDS or NO_FLIP_WORDS.search(name))
         entry["first"], entry["variants"] = len(pictures), variants
@@ -323,21 +386,33 @@ def main() -> None:
     first = [entry["first"] for entry in emoji]
     near = distances(pixels)
     near = np.minimum.reduceat(np.minimum.reduceat(near, first, axis=0), first, axis=1)
-    for entry, number in zip(emoji, group([entry["name"] for entry in emoji], subcategories, near)):
+    numbers = group([entry["name"] for entry in emoji], subcategories, near)
+    for entry, number in zip(emoji, numbers, strict=True):
         entry["group"] = number
     held = hold_out(emoji, near)
     for entry in emoji:
         entry["split"] = "validation" if entry["group"] in held else "train"
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(arguments.out / "emoji.npz", sprites=np.ascontiguousarray(pixels.transpose(0, 2, 1, 3)))
+    np.savez_compressed(
+        arguments.out / "emoji.npz", sprites=np.ascontiguousarray(pixels.transpose(0, 2, 1, 3))
+    )
     rows = ",\n".join(json.dumps(entry, ensure_ascii=True) for entry in emoji)
     head = json.dumps({"schema": 1, "name": "Noto Emoji, 32 px", "sources": VERSIONS})[:-1]
-    (arguments.out / "emoji.json").write_text(f'{head}, "emoji": [\n{rows}\n]}}\n', encoding="ascii", newline="\n")
+    (arguments.out / "emoji.json").write_text(
+        f'{head}, "emoji": [\n{rows}\n]}}\n', encoding="ascii", newline="\n"
+    )
     for file in ("emoji.npz", "emoji.json"):
-        print(hashlib.sha256((arguments.out / file).read_bytes()).hexdigest(), (arguments.out / file).stat().st_size, file)
+        print(
+            hashlib.sha256((arguments.out / file).read_bytes()).hexdigest(),
+            (arguments.out / file).stat().st_size,
+            file,
+        )
     counts = Counter((entry["category"], entry["split"]) for entry in emoji)
-    print(f"{len(emoji)} emoji, {len(pixels)} pictures, {len({entry['group'] for entry in emoji})} groups", dict(counts))
+    print(
+        f"{len(emoji)} emoji, {len(pixels)} pictures, {len({entry['group'] for entry in emoji})} groups",
+        dict(counts),
+    )
 
 
 if __name__ == "__main__":
