@@ -1,7 +1,7 @@
-"""Random numbers by counter: the numbers of an index depend on the key and that index only, never on what was drawn before.
+"""Random numbers by counter: a function of key and index, never of what was drawn before.
 
-The mixer is SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) on
-wrapping 64-bit integers, so that results are equal on every machine and every numpy.
+The mixer is SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+OOPSLA 2014) on wrapping 64-bit integers, so that results are equal on every machine and every numpy.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * _M1
     x = (x ^ (x >> np.uint64(27))) * _M2
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(31)
+    return x
 
 
 class Draws:
     """A table of uniform 32-bit integers, one row an index and one column a decision.
 
-    key: any text that names the stream (seed, split); index: int64 or uint64 [n]; columns: how many decisions a row needs.
+    key: any text that names the stream (seed, split).
+    index: int64 or uint64 [n].
+    columns: how many decisions a row needs.
     """
 
     def __init__(self, key: str, index: NDArray[np.integer], columns: int) -> None:
@@ -41,7 +44,9 @@ class Draws:
         """
         column = self._table[:, self._next]
         self._next += 1
-        return ((column * np.asarray(limit).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
+        product: NDArray[np.uint64] = column * np.asarray(limit).astype(np.uint64)
+        value: NDArray[np.int64] = (product >> np.uint64(32)).astype(np.int64)
+        return value
 
     def between(self, low: NDArray[np.integer] | int, high: NDArray[np.integer] | int) -> NDArray[np.int64]:
         """int64 [n] in low..high, both ends included."""

@@ -1,6 +1,7 @@
 """The embedded emoji: pictures, names and the split, verified against their hashes and loaded once.
 
-The files, their licences and how they were made stand beside them in ``assets/``; ``tools/make_emoji_pack.py`` rebuilds them.
+The files, their licences and how they were made stand beside them in ``assets/``;
+``tools/make_emoji_pack.py`` rebuilds them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ditscale.errors import InputError
 ASSETS = Path(__file__).parent / "assets"
 SHA256 = {
     "emoji.npz": "37ece3a38ece33b1a2ba62461760f0f1bbfa7a4898f7ea8e4d437f6d06c464be",
-    "emoji.json": "e75d272203960218d5b1396395846335cea6f7b00d35950011aaaaae071c4852",
+    "emoji.json": "3e3db8ede19d4f39929a41ca2989620666ccfb462c2f297edd12259082ddf3f7",
 }
 SIDE = 32
 _PERSONS = {"person", "people", "man", "men", "woman", "women"}
@@ -37,7 +38,7 @@ class Emoji:
     codepoints: Unicode code points in hexadecimal, joined by "-", one entry a picture (the base first).
     tones: one entry a picture, such as "dark skin"; the base has "".
     first: row of the base picture; picture j of this emoji is row ``first + j``.
-    group: emoji that look alike or differ by person only share this number, and never stand in different splits.
+    group: emoji that look alike, or differ by person only, share this number and stand in one split.
     flip: whether a mirrored picture still is what the name says.
     """
 
@@ -54,7 +55,7 @@ class Emoji:
 
     @property
     def _says_kind(self) -> bool:
-        """Whether the name already tells the kind: "a cat face" needs no "(face)", "a man running" no "(person)"."""
+        """Whether the name tells the kind: "a cat face" needs no "(face)", "a man running" no "(person)"."""
         named = set(self.name.split())
         if self.kind in ("person", "people"):
             return bool(named & _PERSONS)
@@ -75,7 +76,7 @@ class Emoji:
 class EmojiPack:
     """All emoji and their pictures.
 
-    sprites: uint8 [N, 32, 4, 32] (row, channel, column): sRGB red, green, blue already multiplied by alpha, then alpha.
+    sprites: uint8 [N, 32, 4, 32] (row, channel, column): sRGB multiplied by alpha, then alpha.
     sha256: identity of both files.
     """
 
@@ -86,7 +87,8 @@ class EmojiPack:
     @property
     def pixels(self) -> NDArray[np.uint8]:
         """The pictures as uint8 [N, 4, 32, 32], a view of `sprites`."""
-        return self.sprites.transpose(0, 2, 1, 3)
+        view: NDArray[np.uint8] = self.sprites.transpose(0, 2, 1, 3)
+        return view
 
     def split(self, split: Split) -> tuple[Emoji, ...]:
         """The emoji of one split, in pack order."""
@@ -98,11 +100,14 @@ def read_asset(path: Path, sha256: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path.name}: expected an embedded data file at {path}, got {error.strerror}") from None
+        raise InputError(
+            f"{path.name}: expected an embedded data file at {path}, got {error.strerror}"
+        ) from None
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise InputError(
-            f"{path.name}: expected sha256 {sha256[:16]}..., got {found[:16]}...: the file is damaged, reinstall ditscale ({path})"
+            f"{path.name}: expected sha256 {sha256[:16]}..., got {found[:16]}...: "
+            f"the file is damaged, reinstall ditscale ({path})"
         )
     return data
 
@@ -114,7 +119,9 @@ def load_pack(folder: Path = ASSETS) -> EmojiPack:
     folder: where ``emoji.npz`` and ``emoji.json`` lie; default the copy inside the package.
     Raises InputError when a file is missing or its hash is not the recorded one.
     """
-    with np.load(io.BytesIO(read_asset(folder / "emoji.npz", SHA256["emoji.npz"])), allow_pickle=False) as arrays:
+    with np.load(
+        io.BytesIO(read_asset(folder / "emoji.npz", SHA256["emoji.npz"])), allow_pickle=False
+    ) as arrays:
         sprites = arrays["sprites"]
     sprites.setflags(write=False)
     table = json.loads(read_asset(folder / "emoji.json", SHA256["emoji.json"]))

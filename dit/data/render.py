@@ -1,11 +1,13 @@
-"""Draws sprites on canvases: cubic resampling at sub-pixel places and alpha compositing, for a whole batch at once.
+"""Draws a batch of sprites on canvases: cubic resampling at sub-pixel places and alpha compositing.
 
-Every scene lives on a grid of 128 units a side, whatever the size in pixels: the same scene at 16 and at 64 px is the same
-picture at two resolutions. A sprite of `extent` units at place `p` is resampled by two small matrix products, rows then columns.
+Every scene lives on a grid of 128 units a side, whatever the size in pixels: the same scene at 16 and at 64
+px is the same picture at two resolutions. A sprite of `extent` units at place `p` is resampled by two small
+matrix products, rows then columns.
 
-Bit-equal everywhere: weights are integers (11 bits) and pixels are integers (8 bits, 12 between the products), and every partial
-sum stays below 2**24, so that float32 products are exact in any order: the largest is 255*16 * 1.25**2 * 2048 = 1.31e7, where
-1.25 bounds the sum of absolute weights of the kernel. A batch, a thread count or another BLAS cannot change a pixel.
+Bit-equal everywhere: weights are integers (11 bits) and pixels are integers (8 bits, 12 between the
+products), and every partial sum stays below 2**24, so that float32 products are exact in any order: the
+largest is 255*16 * 1.25**2 * 2048 = 1.31e7, where 1.25 bounds the sum of absolute weights of the kernel. A
+batch, a thread count or another BLAS cannot change a pixel.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 def _weights(side: int, size: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Integer weights [R, size, side] of every (extent, place), and the first row of each extent.
 
-    Weights are normalised over the endless lattice, not over the sprite: outside it is transparent, not repeated.
+    Normalised over the endless lattice, not over the sprite: outside it is transparent, not repeated.
     """
     tables, first, rows = [], [], 0
     centres = (np.arange(size) + 0.5) * (UNITS / size)
@@ -66,7 +68,8 @@ def backgrounds(
     reach = np.float32(2 * (size - 1)) * np.maximum(np.abs(dx) + np.abs(dy), 1)
     mix = np.float32(0.5) + (dy * ramp / reach)[:, :, None] + (dx * ramp / reach)[:, None, :]
     low, high = start.astype(np.float32), end.astype(np.float32)
-    return low[:, None, :, None] + (high - low)[:, None, :, None] * mix[:, :, None, :]
+    canvas: NDArray[np.float32] = low[:, None, :, None] + (high - low)[:, None, :, None] * mix[:, :, None, :]
+    return canvas
 
 
 def paste(
@@ -79,8 +82,11 @@ def paste(
 ) -> None:
     """Lay sprite i over ``canvas[target[i]]``, in place; targets must differ from each other.
 
-    canvas: float32 [n, size, 3, size]; sprites: uint8 [k, side, 4, side], premultiplied;
-    extent: int64 [k], width and height in units, a member of `EXTENTS`; x, y: int64 [k], left and top edge in units.
+    canvas: float32 [n, size, 3, size].
+    target: int64 [k], rows of `canvas`.
+    sprites: uint8 [k, side, 4, side], premultiplied.
+    extent: int64 [k], width and height in units, members of `EXTENTS`.
+    x, y: int64 [k], left and top edge in units.
     """
     side, size = sprites.shape[1], canvas.shape[1]
     table, first = _weights(side, size)
@@ -92,7 +98,9 @@ def paste(
         k = len(pixels)
         pixels = np.matmul(down, pixels.reshape(k, side, 4 * side))
         np.rint(pixels * np.float32(16 / _ONE), out=pixels)
-        layer = np.matmul(pixels.reshape(k, size * 4, side), across.transpose(0, 2, 1)).reshape(k, size, 4, size)
+        layer = np.matmul(pixels.reshape(k, size * 4, side), across.transpose(0, 2, 1)).reshape(
+            k, size, 4, size
+        )
         layer *= np.float32(1 / (16 * _ONE))
         np.clip(layer, 0, 255, out=layer)
         colour, alpha = layer[:, :, :3], layer[:, :, 3:]

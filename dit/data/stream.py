@@ -1,4 +1,4 @@
-"""What every image source of this package offers to a trainer, and the two conversions between bytes and floats."""
+"""What every image source offers to a trainer, and the two conversions between bytes and floats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ImageBatch:
 
 
 class ImageStream(Protocol):
-    """An endless, replayable sequence of captioned images: the image at an index depends on nothing but that index."""
+    """An endless, replayable sequence of captioned images: what stands at an index never changes."""
 
     @property
     def name(self) -> str:
@@ -63,9 +63,11 @@ class ImageStream(Protocol):
 
 def to_float(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """uint8 images as float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1. Any shape."""
-    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    scaled: NDArray[np.float32] = images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return scaled
 
 
 def to_uint8(images: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Inverse of `to_float`, rounded to the nearest byte; values outside [-1, 1] are clipped. Any shape."""
-    return np.rint(np.clip((images + 1) * 127.5, 0, 255)).astype(np.uint8)
+    bytes_: NDArray[np.uint8] = np.rint(np.clip((images + 1) * 127.5, 0, 255)).astype(np.uint8)
+    return bytes_
