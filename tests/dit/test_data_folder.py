@@ -1,0 +1,134 @@
+"""A user's own folder as a stream: what is read, in which order, with which captions, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ditscale.dit.data import ImageFolder
+from ditscale.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten images whose red channel is their number: two classes, some at the top, every kind of caption."""
+    for i in range(10):
+        home = tmp_path / ("cats" if i < 4 else "tall_dogs" if i < 8 else ".")
+        home.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 12), (10 * i, 200, 30)).save(home / f"{i}.png")
+    (tmp_path / "cats" / "0.txt").write_text("a cat\n asleep", encoding="utf-8")
+    (tmp_path / "captions.jsonl").write_text(
+        json.dumps({"file": "tall_dogs/5.png", "caption": "a dog, running"}) + "\n\n", encoding="utf-8"
+    )
+    (tmp_path / ".hidden.png").write_bytes(b"no image")
+    (tmp_path / "notes.md").write_text("no image", encoding="utf-8")
+    return tmp_path
+
+
+def test_epochs_show_every_image_once_in_fresh_orders(folder: Path) -> None:
+    stream = ImageFolder(folder, 8)
+    assert stream.unique_images == 10
+    epochs = stream.batch(0, 30).images[:, 0, 0, 0].reshape(3, 10) // 10
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+    other = ImageFolder(folder, 8, seed=1).batch(0, 10).images[:, 0, 0, 0] // 10
+    assert other.tolist() != epochs[0].tolist()
+
+
+def test_batch_boundaries_do_not_matter(folder: Path) -> None:
+    whole = ImageFolder(folder, 8).batch(0, 35)
+    stream = ImageFolder(
+        folder, 8, cache_bytes=3 * 8 * 8 * 2
+    )  # keeps two of ten: kept and read images must agree
+    for start, count in ((33, 2), (0, 7), (8, 14)):
+        piece = stream.batch(start, count)
+        assert np.array_equal(piece.images, whole.images[start : start + count])
+        assert piece.captions == whole.captions[start : start + count]
+        assert np.array_equal(piece.labels, whole.labels[start : start + count])
+
+
+def test_captions_and_classes(folder: Path) -> None:
+    stream = ImageFolder(folder, 8)
+    assert stream.classes == ("cats", "tall_dogs")
+    batch = stream.batch(0, 10)
+    told = {
+        int(image[0, 0, 0]) // 10: (caption, int(label))
+        for image, caption, label in zip(batch.images, batch.captions, batch.labels, strict=True)
+    }
+    assert told[0] == ("a cat asleep", 0) and told[1] == ("cats", 0)
+    assert told[5] == ("a dog, running", 1) and told[6] == ("tall dogs", 1)
+    assert told[9] == ("", -1)
+    assert stream.vocabulary.decode(batch.tokens) == batch.captions
+
+
+def test_splits_are_disjoint_and_stay_when_files_are_added(folder: Path) -> None:
+    parts = [
+        set(ImageFolder(folder, 8, split=split, held_out=0.4).names) for split in ("train", "validation")
+    ]
+    assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 10 and parts[1]
+    Image.new("RGB", (9, 9)).save(folder / "cats" / "new.png")
+    again = set(ImageFolder(folder, 8, split="validation", held_out=0.4).names)
+    assert again - {"cats/new.png"} == parts[1]
+
+
+def test_identity_follows_bytes_and_captions(folder: Path) -> None:
+    first = ImageFolder(folder, 8).sha256
+    assert ImageFolder(folder, 8).sha256 == first
+    assert ImageFolder(folder, 16).sha256 != first
+    Image.new("RGB", (20, 12), (1, 2, 3)).save(folder / "cats" / "1.png")
+    changed = ImageFolder(folder, 8).sha256
+    assert changed != first
+    (folder / "cats" / "1.txt").write_text("another", encoding="utf-8")
+    assert ImageFolder(folder, 8).sha256 not in (first, changed)
+
+
+def test_centre_square_and_transparency(tmp_path: Path) -> None:
+    wide = np.zeros((10, 30, 4), dtype=np.uint8)
+    wide[:, 10:20] = (255, 0, 0, 255)  # the centred square is red, the rest transparent
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    assert (ImageFolder(tmp_path, 10).batch(0, 1).images[0].transpose(1, 2, 0) == (255, 0, 0)).all()
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (ImageFolder(tmp_path, 4).batch(0, 1).images == 255).all()
+
+
+def test_link_to_a_folder_above_ends(folder: Path) -> None:
+    (folder / "cats" / "loop").symlink_to(folder, target_is_directory=True)
+    assert ImageFolder(folder, 8).unique_images == 10
+
+
+def test_bad_folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(InputError, match="path: expected a folder of images"):
+        ImageFolder(folder / "nowhere", 8)
+    with pytest.raises(InputError, match="path: expected images .* got none"):
+        ImageFolder(empty, 8)
+    with pytest.raises(InputError, match="held_out"):
+        ImageFolder(folder, 8, held_out=1.5)
+    with pytest.raises(InputError, match="split: expected images for 'validation', got none"):
+        ImageFolder(folder, 8, split="validation", held_out=1e-9)
+
+
+def test_file_that_is_no_image(folder: Path) -> None:
+    (folder / "cats" / "0.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"0\.png: expected an image") as error:
+        ImageFolder(folder, 8).batch(0, 10)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["not json", '{"file": "cats/0.png"}', '{"file": "gone.png", "caption": "x"}', "[1]"]
+)
+def test_bad_caption_lines(folder: Path, line: str) -> None:
+    (folder / "captions.jsonl").write_text(line, encoding="utf-8")
+    with pytest.raises(InputError, match="captions.jsonl, line 1: expected"):
+        ImageFolder(folder, 8)
+
+
+def test_caption_that_is_no_text(folder: Path) -> None:
+    (folder / "cats" / "0.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(InputError, match=r"0\.txt: expected a text in UTF-8"):
+        ImageFolder(folder, 8)
