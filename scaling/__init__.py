@@ -14,6 +14,8 @@ _HOMES = {
     "fit_power": "power",
     "fit_isoflop": "isoflop",
     "fit_law": "fit",
+    "plan": "planner",
+    "published": "registry",
     "predict_loss": "forecast",
     "Forecaster": "forecast",
     "backtest": "holdout",

@@ -2,8 +2,215 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
 import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+File = Annotated[Path, typer.Argument(help="CSV, JSONL, JSON or Parquet with one finished run a row, or a study's folder.")]
+Column = Annotated[Optional[str], typer.Option(help="Column of this role. Default: the column of that name.")]
+Where = Annotated[Optional[str], typer.Option(help="Keep rows for which this holds: 'params > 1e7 and lr == 0.001'.")]
+DropHighest = Annotated[int, typer.Option(help="Leave out this many rows of highest loss.")]
+SixNd = Annotated[bool, typer.Option("--tokens-from-6nd", help="Derive tokens as C/(6N): a language model's convention.")]
+Pool = Annotated[bool, typer.Option("--pool", help="Accept runs that differ in loss convention, schedule or data.")]
+Intervals = Annotated[
+    str, typer.Option(help="auto, components, delta, hc, jackknife, case, cluster, wild or profile.")
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add this room's commands to ``app``."""
+    fit = typer.Typer(help="Fit a scaling law to finished runs.", no_args_is_help=True)
+    for name, command in (("surface", surface), ("isoflop", isoflop), ("power", power)):
+        fit.command(name)(command)
+    app.add_typer(fit, name="fit")
+    app.command()(plan)
+
+    # Studies, the demo and the report have their own page.
+    from ditscale.scaling import study_commands
+
+    study_commands.register(app)
+
+
+def surface(
+    file: File,
+    params: Column = None,
+    tokens: Column = None,
+    images: Column = None,
+    flops: Column = None,
+    loss: Column = None,
+    budget: Column = None,
+    tokens_from_6nd: SixNd = False,
+    drop_highest: DropHighest = 0,
+    where: Where = None,
+    pool: Pool = False,
+    law: Annotated[str, typer.Option(help="surface, surface-tied, surface-floorless, skaling, kaplan.")] = "surface",
+    loss_fn: Annotated[
+        str, typer.Option(help="huber:DELTA, huber:auto, l1, mse, student-t:DOF or envelope:RATIO.")
+    ] = "huber:auto",
+    space: Annotated[str, typer.Option(help="log or raw residuals.")] = "log",
+    starts: Annotated[int, typer.Option(help="Starts of the variable-projection grid to polish.")] = 8,
+    bootstrap: Annotated[int, typer.Option(help="Draws of the case bootstrap for standard deviations.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    intervals: Intervals = "auto",
+    as_json: Json = False,
+) -> None:
+    """Fit the loss surface L(N, D) and its compute-optimal allocation."""
+    from ditscale.scaling.surface import fit_surface
+
+    table = _table(
+        file, params, tokens, images, flops, loss, budget, tokens_from_6nd, drop_highest, where, pool
+    )
+    _print(
+        fit_surface(
+            table,
+            law=law,
+            loss_fn=loss_fn,
+            space=space,
+            starts=starts,
+            bootstrap=bootstrap,
+            seed=seed,
+            interval_method=intervals,
+        ),
+        as_json,
+    )
+
+
+def isoflop(
+    file: File,
+    budget: Column = None,
+    params: Column = None,
+    tokens: Column = None,
+    images: Column = None,
+    flops: Column = None,
+    loss: Column = None,
+    drop_highest: DropHighest = 0,
+    where: Where = None,
+    pool: Pool = False,
+    vertex: Annotated[str, typer.Option(help="parabola (as published) or cubic (less biased).")] = "parabola",
+    space: Annotated[str, typer.Option(help="Curves of the raw loss, or of its log.")] = "raw",
+    bootstrap: Annotated[int, typer.Option(help="Draws of the run-level bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit a curve of loss against size at every budget, and power laws through the minima."""
+    from ditscale.scaling.isoflop import fit_isoflop
+
+    table = _table(file, params, tokens, images, flops, loss, budget, False, drop_highest, where, pool)
+    _print(fit_isoflop(table, vertex=vertex, space=space, bootstrap=bootstrap, seed=seed), as_json)
+
+
+def power(
+    file: File,
+    x: Annotated[str, typer.Option(help="Column of x, such as compute.")] = "flops",
+    y: Annotated[str, typer.Option(help="Column of y, such as a loss or FID.")] = "loss",
+    floor: Annotated[str, typer.Option(help="none, free, or a number.")] = "none",
+    where: Where = None,
+    pool: Pool = False,
+    loss_fn: Annotated[str, typer.Option(help="mse, huber:DELTA, huber:auto, l1, ...")] = "mse",
+    space: Annotated[str, typer.Option(help="log or raw residuals.")] = "log",
+    seed: Annotated[int, typer.Option(help="Of bootstraps.")] = 0,
+    intervals: Intervals = "auto",
+    as_json: Json = False,
+) -> None:
+    """Fit y = floor + coefficient * x ** exponent."""
+    from ditscale.scaling.power import fit_power
+    from ditscale.scaling.runs import RunTable
+
+    table = RunTable.read(file, where=where, pool=pool)
+    result = fit_power(
+        table.column(x), table.column(y), floor=floor, loss_fn=loss_fn, space=space, seed=seed, interval_method=intervals
+    )
+    _print(result, as_json)
+
+
+def plan(
+    law: Annotated[str, typer.Option(help="A published law's name, a saved fit (JSON), or a study's folder.")],
+    budget: Annotated[Optional[float], typer.Option(help="Training compute in FLOPs.")] = None,
+    target_loss: Annotated[Optional[float], typer.Option(help="Or: the loss to reach.")] = None,
+    hours: Annotated[Optional[float], typer.Option(help="Or: wall time on --gpus machines.")] = None,
+    gpu: Annotated[Optional[str], typer.Option(help="h100, a100, h200, b200, rtx4090, mi300x, ...")] = None,
+    gpus: Annotated[int, typer.Option(help="How many.")] = 1,
+    mfu: Annotated[Optional[float], typer.Option(help="Measured share of the GPU's peak.")] = None,
+    flops_per_second: Annotated[Optional[float], typer.Option(help="Measured throughput of one machine.")] = None,
+    batch: Annotated[Optional[int], typer.Option(help="Images a step.")] = None,
+    hparams: Annotated[Optional[str], typer.Option(help="A law of batch and learning rate: a name or a file.")] = None,
+    image_size: Annotated[Optional[int], typer.Option(help="Pixels on a side.")] = None,
+    config: Annotated[Optional[Path], typer.Option(help="TOML with the DiT's other fields.")] = None,
+    aspect: Annotated[float, typer.Option(help="Width over depth of the DiT.")] = 64.0,
+    head_width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    params_kind: Annotated[Optional[str], typer.Option(help="What the law's N counts: per_token or total.")] = None,
+    inference_images: Annotated[float, typer.Option(help="Images to be generated in the model's life.")] = 0.0,
+    evaluations_per_image: Annotated[float, typer.Option(help="Forward passes an image.")] = 50.0,
+    no_config: Annotated[bool, typer.Option("--no-config", help="Do not design a DiT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what to train with a budget, a target loss or a deadline."""
+    from ditscale.dit.config import DiTConfig
+    from ditscale.scaling.planner import plan as make
+
+    _print(
+        make(
+            law,
+            budget=budget,
+            target_loss=target_loss,
+            hours=hours,
+            gpu=gpu,
+            gpus=gpus,
+            mfu=mfu,
+            flops_per_second=flops_per_second,
+            batch=batch,
+            hparams=hparams,
+            template=DiTConfig.from_toml(config) if config else None,
+            image_size=image_size,
+            aspect=aspect,
+            head_width=head_width,
+            params_kind=params_kind,
+            configure=not no_config,
+            inference_images=inference_images,
+            evaluations_per_image=evaluations_per_image,
+        ),
+        as_json,
+    )
+
+
+def _table(
+    file: Path,
+    params: str | None,
+    tokens: str | None,
+    images: str | None,
+    flops: str | None,
+    loss: str | None,
+    budget: str | None,
+    tokens_from_6nd: bool,
+    drop_highest: int,
+    where: str | None,
+    pool: bool,
+) -> Any:
+    from ditscale.scaling.runs import RunTable
+
+    return RunTable.read(
+        file,
+        params=params,
+        tokens=tokens,
+        images=images,
+        flops=flops,
+        loss=loss,
+        budget=budget,
+        tokens_from_6nd=tokens_from_6nd,
+        drop_highest=drop_highest,
+        where=where,
+        pool=pool,
+    )
+
+
+def _print(result: Any, as_json: bool) -> None:
+    if as_json:
+        from ditscale.scaling.jsonable import dumps
+
+        typer.echo(dumps(result.to_json()))
+        return
+    from rich.console import Console
+
+    Console(soft_wrap=True, highlight=True, markup=False).print(result.summary())

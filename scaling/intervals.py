@@ -20,7 +20,7 @@ from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
 
 if TYPE_CHECKING:
-    from ditscale.scaling.fit import LawFit
+    from ditscale.scaling.results import LawFit
 
 Quantity = Callable[[Array], Array]
 METHODS = ("auto", "components", "delta", "jackknife", "case", "cluster", "wild", "profile")

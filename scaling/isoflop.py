@@ -16,7 +16,7 @@ from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
-from ditscale.scaling.fit import Prediction
+from ditscale.scaling.results import Prediction
 from ditscale.scaling.intervals import Interval
 from ditscale.scaling.power import PowerFit, fit_power
 from ditscale.scaling.runs import RunTable

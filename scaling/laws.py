@@ -460,3 +460,21 @@ def power_with_floor(floor: float) -> TermLaw:
         source="the floor is the caller's",
         target="y",
     )
+
+
+BY_NAME: dict[str, Law] = {
+    law.name: law for law in (SURFACE, SURFACE_TIED, SURFACE_FLOORLESS, SKALING, KAPLAN, POWER, POWER_FLOOR)
+}
+
+
+def law_by_name(name: str, floor: float | None = None) -> Law:
+    """A law by its name; ``floor`` where the floor was given from outside.
+
+    Raises:
+        InputError: none of that name.
+    """
+    if floor is not None:
+        return power_with_floor(floor)
+    if name not in BY_NAME:
+        raise InputError(f"law: expected one of {', '.join(BY_NAME)}, got {name!r}")
+    return BY_NAME[name]

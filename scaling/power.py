@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 
 from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
-from ditscale.scaling.fit import LawFit, Prediction, fit_law
+from ditscale.scaling.fit import fit_law
 from ditscale.scaling.intervals import Interval
 from ditscale.scaling.laws import POWER, POWER_FLOOR, power_with_floor
 from ditscale.scaling.losses import Loss
+from ditscale.scaling.results import LawFit, Prediction
 from ditscale.scaling.runs import RunTable
 
 
@@ -76,6 +78,11 @@ class PowerFit:
     def predict(self, x: Any, *, level: float = 0.95, method: str | None = None) -> Prediction:
         """Predict at x (a number or an array), with the interval of the law and that of a new observation."""
         return self.fit.predict(x=x, level=level, method=method)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> PowerFit:
+        """Rebuild from :meth:`to_json`."""
+        return cls(LawFit.from_json(record), record["floor_mode"])
 
     def to_json(self) -> dict[str, Any]:
         """The contract's keys of ``ditscale fit power --json`` and everything else of the fit."""

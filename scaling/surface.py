@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 
 from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
-from ditscale.scaling.fit import LawFit, Prediction, fit_law
+from ditscale.scaling.fit import fit_law
 from ditscale.scaling.intervals import Interval, Quantity
 from ditscale.scaling.laws import KAPLAN, SKALING, SURFACE, SURFACE_FLOORLESS, SURFACE_TIED, TermLaw
 from ditscale.scaling.losses import Loss
+from ditscale.scaling.results import LawFit, Prediction
 from ditscale.scaling.runs import RunTable
 
 SURFACE_LAWS: dict[str, TermLaw] = {
@@ -235,6 +237,27 @@ class SurfaceFit:
             "notes": list(self.notes),
             "seconds": self.seconds,
         }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> SurfaceFit:
+        """Rebuild from :meth:`to_json`, without fitting again.
+
+        Raises:
+            InputError: the record is no saved surface.
+        """
+        fit = LawFit.from_json(record)
+        cost = record.get("cost")
+        span = record.get("flops_range")
+        return cls(
+            fit=fit,
+            cost=CostLaw(cost["coefficient"], cost["exponent"], cost["rms_relative_error"], cost["source"]) if cost else None,
+            data_unit=record["data_unit"],
+            source=record["source_file"],
+            flops_range=(span[0], span[1]) if span else None,
+            bootstrap_draws=0,
+            seconds=dict(record["seconds"]),
+            notes=tuple(record.get("notes", ())),
+        )
 
     def summary(self) -> str:
         """A readable table."""

@@ -1,0 +1,436 @@
+"""What a fit returns: parameters with intervals, predictions, replicates, certificates, and their JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditscale.errors import InputError
+from ditscale.scaling import engine, intervals
+from ditscale.scaling.engine import Array
+from ditscale.scaling.intervals import Components, Interval, Quantity
+from ditscale.scaling.laws import Law, law_by_name
+from ditscale.scaling.losses import Loss, parse_loss, robust_sigma
+
+# A saved fit carries its points up to this many, so that intervals can be made from the file alone.
+_SAVED_POINTS = 5000
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted value with two 95 % intervals.
+
+    Attributes:
+        value: the law's value, a number or an array.
+        interval: where the law itself lies (``mean`` interval), lower and upper.
+        new_run: where one new run would land: the law's interval plus the noise of a run.
+        level: nominal coverage.
+        method: how the intervals were made.
+        beyond: how far past the fitted range, as a factor per input (1 inside it), for scalar inputs.
+    """
+
+    value: Any
+    interval: list[Any]
+    new_run: list[Any]
+    level: float
+    method: str
+    beyond: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "value": _plain(self.value),
+            "interval": _plain(self.interval),
+            "new_run": _plain(self.new_run),
+            "level": self.level,
+            "method": self.method,
+            "beyond": dict(self.beyond),
+        }
+
+
+@dataclass
+class LawFit:
+    """A law fitted to points.
+
+    Attributes:
+        law: the law.
+        theta: internal parameters at the optimum [p] (see ``laws.py``).
+        centre: logarithm of the inputs at which coefficients are centred.
+        inputs, target, weights: the points.
+        groups: budget index of each point, or None.
+        loss: the loss that was minimised, its scale set.
+        asked_loss: its name as asked for.
+        space: "log" or "raw" residuals.
+        objective: the weighted sum of losses at the optimum.
+        certificate: decrement, kkt, iterations, sharp-knee scale: what convergence rests on.
+        converged: whether the certificate holds.
+        starts, starts_agreeing: how many starts were polished, and how many reached this optimum (1e-8 relative).
+        at_bounds: names of parameters at a bound.
+        warnings: what a reader must know, one sentence each.
+        seconds: wall time of the fit.
+        seed: of bootstraps.
+    """
+
+    law: Law
+    theta: Array
+    centre: dict[str, float]
+    inputs: dict[str, Array]
+    target: Array
+    weights: Array
+    groups: NDArray[np.int64] | None
+    loss: Loss
+    asked_loss: str
+    space: str
+    objective: float
+    certificate: dict[str, float]
+    converged: bool
+    starts: int
+    starts_agreeing: int
+    at_bounds: list[str]
+    warnings: list[str]
+    seconds: float
+    seed: int = 0
+    interval_method: str = "auto"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        """Number of points."""
+        return len(self.target)
+
+    @cached_property
+    def params(self) -> dict[str, float]:
+        """The law's parameters by name, at full precision."""
+        return {k: float(v[0]) for k, v in self.law.export(self.theta[None, :], self.centre).items()}
+
+    @cached_property
+    def intervals(self) -> dict[str, list[float]]:
+        """95 % intervals of the parameters by name."""
+        return {name: self.interval(name).ends for name in self.law.names}
+
+    @cached_property
+    def _model(self) -> engine.Model:
+        return self.law.model({k: np.log(v) for k, v in self.inputs.items()}, self.centre)
+
+    @cached_property
+    def residuals(self) -> Array:
+        """Residuals [n] in the fit's space."""
+        f = self._model.value(self.theta[None, :])[0]
+        return np.log(f) - np.log(self.target) if self.space == "log" else f - self.target
+
+    @cached_property
+    def r2(self) -> float:
+        """Share of the target's variance that the law explains, in the fit's space."""
+        goal = np.log(self.target) if self.space == "log" else self.target
+        spread = float(np.average((goal - np.average(goal, weights=self.weights)) ** 2, weights=self.weights))
+        left = float(np.average(self.residuals**2, weights=self.weights))
+        return 1.0 - left / spread if spread > 0 else float("nan")
+
+    @cached_property
+    def share_inside(self) -> float | None:
+        """Share of points within the loss's knee: near 0, a Huber fit is a least-absolute-deviation fit in all but name."""
+        if self.loss.kind not in ("huber", "envelope") or self.asked_loss == "l1":
+            return None
+        return float(np.mean(np.abs(self.residuals) <= (self.loss.scale or 0.0)))
+
+    @cached_property
+    def jacobian(self) -> Array:
+        """Derivatives of the residuals with respect to the internal parameters [n, p]."""
+        f, jacobian = self._model.value_and_jacobian(self.theta[None, :])
+        j = jacobian[0] / f[0] if self.space == "log" else jacobian[0]
+        return j.T
+
+    @cached_property
+    def _errors(self) -> Array:
+        """psi(r) / mean psi': the errors that a robust fit averages (the residuals themselves for least squares)."""
+        r = self.residuals
+        if self.loss.kind == "mse":
+            return r
+        slope = self.loss.psi(r)
+        bend = float(np.average(self.loss.curvature(r), weights=self.weights))
+        if self.loss.kind in ("huber", "envelope"):
+            # With few points inside a sharp knee their share is a poor estimate of the density there: widen the window.
+            knee = self.loss.scale or 0.0
+            sigma = robust_sigma(r, free_parameters=len(self.theta))
+            window = max(knee, sigma * (self.n ** (-1 / 5)))
+            bend = float(np.mean(np.abs(r) <= window)) * (knee / window if window > 0 else 1.0)
+        return slope / bend if bend > 0 else r
+
+    def _components(self, groups: NDArray[np.int64] | None) -> Components:
+        root = np.sqrt(self.weights / self.weights.mean())
+        free = [i for i, name in enumerate(self.law.names) if name not in self.at_bounds]
+        parts = intervals.components(self.jacobian[:, free] * root[:, None], self._errors * root, groups)
+        leverage = np.zeros((self.n, len(self.theta)))
+        leverage[:, free] = parts.leverage
+        return dataclasses.replace(parts, leverage=leverage)
+
+    @cached_property
+    def components(self) -> Components:
+        """Run noise and budget shock (see ``intervals.py``)."""
+        return self._components(self.groups)
+
+    @cached_property
+    def plain_components(self) -> Components:
+        """Run noise alone, all points independent."""
+        return self._components(None)
+
+    @cached_property
+    def _se(self) -> Array:
+        return np.sqrt(np.maximum(np.diag(self.components.covariance), 0.0))
+
+    def gradient(self, quantity: Quantity) -> Array:
+        """Gradient of a quantity with respect to the internal parameters, at the optimum."""
+        with np.errstate(all="ignore"):
+            return intervals.gradient_of(quantity, self.theta, self._se)
+
+    def interval(self, name: str, *, method: str | None = None, level: float = 0.95) -> Interval:
+        """The interval of one parameter by its name; coefficients and other positive ones on their logarithm."""
+        if name not in self.law.names:
+            raise InputError(f"name: expected one of {', '.join(self.law.names)}, got {name!r}")
+        return self.interval_of(
+            lambda th: self.law.export(th, self.centre)[name],
+            log=name in self._log_names(),
+            method=method,
+            level=level,
+        )
+
+    def _log_names(self) -> list[str]:
+        return [t.coefficient for t in getattr(self.law, "terms", ())]
+
+    def interval_of(
+        self,
+        quantity: Quantity,
+        *,
+        log: bool = False,
+        method: str | None = None,
+        level: float = 0.95,
+        new_run: bool | float = False,
+    ) -> Interval:
+        """The interval of any quantity of the internal parameters; see :func:`ditscale.scaling.intervals.interval_of`."""
+        return intervals.interval_of(
+            self, quantity, log=log, method=method or self.interval_method, level=level, new_run=new_run
+        )
+
+    def predict(self, *, level: float = 0.95, method: str | None = None, **inputs: Any) -> Prediction:
+        """Predict at inputs (numbers or arrays), with the interval of the law and that of a new run.
+
+        Raises:
+            InputError: an input of the law is missing or not positive.
+        """
+        logs = self.law._logs(inputs)
+        shape = np.broadcast_shapes(*(v.shape for v in logs.values()))
+        flat = {k: np.broadcast_to(v, shape).ravel() for k, v in logs.items()}
+        value = self.law.model(flat, self.centre).value(self.theta[None, :])[0]
+        ends: list[list[Interval]] = [[], []]
+        for i in range(len(value)):
+            model = self.law.model({k: v[i : i + 1] for k, v in flat.items()}, self.centre)
+            for new_run in (False, True):
+                ends[new_run].append(
+                    self.interval_of(
+                        lambda th, m=model: m.value(th)[:, 0],  # type: ignore[misc]
+                        log=self.space == "log",
+                        method=method,
+                        level=level,
+                        new_run=new_run,
+                    )
+                )
+        beyond = {}
+        if shape == ():
+            for k, v in flat.items():
+                low, high = float(self.inputs[k].min()), float(self.inputs[k].max())
+                x = float(np.exp(v[0]))
+                beyond[k] = max(x / high, low / x, 1.0)
+        return Prediction(
+            value=value.reshape(shape) if shape else float(value[0]),
+            interval=_pair(ends[0], shape),
+            new_run=_pair(ends[1], shape),
+            level=level,
+            method=ends[0][0].method,
+            beyond=beyond,
+        )
+
+    # --- replicates -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _replicates(self) -> dict[Any, Array]:
+        return {}
+
+    def bootstrap(self, kind: str = "case", draws: int = 1000, seed: int | None = None) -> Array:
+        """Refit to resampled data: internal parameters [draws, p].
+
+        Args:
+            kind: "case" resamples runs, "cluster" whole budgets, "wild" flips and scales residuals (Rademacher, by budget
+                where there are budgets).
+            draws: how many. Default: 1000.
+            seed: of the generator. Default: the fit's.
+        """
+        seed = self.seed if seed is None else seed
+        key = (kind, draws, seed)
+        if key not in self._replicates:
+            rng = np.random.default_rng(seed)
+            target: Array = self.target
+            weights = np.broadcast_to(self.weights, (draws, self.n))
+            if kind == "case":
+                weights = rng.multinomial(self.n, np.full(self.n, 1 / self.n), size=draws) * self.weights
+            elif kind == "cluster":
+                groups = self._need_groups("cluster bootstrap")
+                count = int(groups.max()) + 1
+                weights = rng.multinomial(count, np.full(count, 1 / count), size=draws)[:, groups] * self.weights
+            elif kind == "wild":
+                signs = rng.choice([-1.0, 1.0], size=(draws, self.n))
+                grow = np.sqrt(self.n / max(self.n - len(self.theta), 1))
+                shifted = np.log(self._model.value(self.theta[None, :])) if self.space == "log" else self._model.value(
+                    self.theta[None, :]
+                )
+                values = shifted + signs * self.residuals * grow
+                target = np.exp(values) if self.space == "log" else np.maximum(values, 1e-300)
+            else:
+                raise InputError(f"bootstrap: expected case, cluster or wild, got {kind!r}")
+            self._replicates[key] = self._refit(weights, target, draws)
+        return self._replicates[key]
+
+    def jackknife(self) -> Array:
+        """Refit without one budget at a time (without one point at a time where there are no budgets) [G, p]."""
+        if "jackknife" not in self._replicates:
+            groups = np.arange(self.n) if self.groups is None else self.groups
+            count = int(groups.max()) + 1
+            weights = (groups[None, :] != np.arange(count)[:, None]) * self.weights
+            self._replicates["jackknife"] = self._refit(weights, self.target, count)
+        return self._replicates["jackknife"]
+
+    def _refit(self, weights: Array, target: Array, count: int) -> Array:
+        start = np.repeat(self.theta[None, :], count, axis=0)
+        solution = engine.minimise(self._bounded(), target, self.loss, start, weights=weights, space=self.space)
+        return solution.theta
+
+    def _bounded(self) -> engine.Model:
+        model = self._model
+        if hasattr(model, "bound_coefficients"):
+            model.bound_coefficients(self.target)
+        return model
+
+    def _need_groups(self, what: str) -> NDArray[np.int64]:
+        if self.groups is None:
+            raise InputError(f"budget: expected a column of budgets for a {what}, got none")
+        return self.groups
+
+    def export_replicates(self, theta: Array) -> dict[str, Array]:
+        """Public parameters of replicates."""
+        return self.law.export(theta, self.centre)
+
+    # --- output ---------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything needed to read and replay the fit, as plain values."""
+        return {
+            "law": self.law.name,
+            "formula": self.law.formula,
+            "source": self.law.source,
+            "n": self.n,
+            "params": dict(self.params),
+            "intervals": self.intervals,
+            "objective": self.objective,
+            "loss_fn": self.asked_loss,
+            "loss_used": self.loss.name,
+            "space": self.space,
+            "r2": self.r2,
+            "run_noise": float(np.sqrt(self.components.run)),
+            "budget_shock": float(np.sqrt(self.components.budget)),
+            "share_inside": self.share_inside,
+            "converged": self.converged,
+            "certificate": self.certificate,
+            "starts": self.starts,
+            "starts_agreeing": self.starts_agreeing,
+            "at_bounds": self.at_bounds,
+            "warnings": self.warnings,
+            "seconds": {"fit": self.seconds},
+            "saved": self._saved(),
+        }
+
+    def _saved(self) -> dict[str, Any]:
+        """What :meth:`from_json` needs beside the summary."""
+        few = self.n <= _SAVED_POINTS
+        return {
+            "theta": self.theta.tolist(),
+            "centre": self.centre,
+            "floor": self.law.floor if isinstance(getattr(self.law, "floor", None), float) else None,
+            "interval_method": self.interval_method,
+            "seed": self.seed,
+            "inputs": {k: v.tolist() for k, v in self.inputs.items()} if few else None,
+            "target": self.target.tolist() if few else None,
+            "weights": self.weights.tolist() if few else None,
+            "groups": self.groups.tolist() if few and self.groups is not None else None,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> LawFit:
+        """Rebuild a fit from :meth:`to_json`, points and all, without fitting again.
+
+        Raises:
+            InputError: the record is no saved fit, or its points were too many to be saved.
+        """
+        try:
+            saved = record["saved"]
+            law = law_by_name(record["law"], saved["floor"])
+            if saved["inputs"] is None:
+                raise InputError("law: expected a fit saved with its points, got one of too many points; fit it again")
+            loss = parse_loss(record["loss_used"])
+            return cls(
+                law=law,
+                theta=np.array(saved["theta"], dtype=float),
+                centre=dict(saved["centre"]),
+                inputs={k: np.array(v, dtype=float) for k, v in saved["inputs"].items()},
+                target=np.array(saved["target"], dtype=float),
+                weights=np.array(saved["weights"], dtype=float),
+                groups=None if saved["groups"] is None else np.array(saved["groups"], dtype=np.int64),
+                loss=loss,
+                asked_loss=record["loss_fn"],
+                space=record["space"],
+                objective=float(record["objective"]),
+                certificate=dict(record["certificate"]),
+                converged=bool(record["converged"]),
+                starts=int(record["starts"]),
+                starts_agreeing=int(record["starts_agreeing"]),
+                at_bounds=list(record["at_bounds"]),
+                warnings=list(record["warnings"]),
+                seconds=float(record["seconds"]["fit"]),
+                seed=int(saved["seed"]),
+                interval_method=saved["interval_method"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"law: expected a fit saved by ditscale, got a record without {error}") from None
+
+    def summary(self) -> str:
+        """A readable table."""
+        lines = [
+            f"{self.law.name}: {self.law.formula}",
+            f"  {self.n} points, loss {self.loss.name} in {self.space} space, objective {self.objective:.12g} (sum)",
+            f"  {'converged' if self.converged else 'NOT CONVERGED'}: could still fall by "
+            f"{self.certificate['decrement']:.1e} of itself; {self.starts_agreeing} of {self.starts} starts agree",
+            f"  {'':14s}{'estimate':>16s}   95 % interval",
+        ]
+        for name in self.law.names:
+            low, high = self.intervals[name]
+            lines.append(f"  {name:14s}{self.params[name]:16.8g}   [{low:.6g}, {high:.6g}]")
+        lines += [f"  warning: {w}" for w in self.warnings]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def _pair(ends: list[Interval], shape: tuple[int, ...]) -> list[Any]:
+    low, high = np.array([e.low for e in ends]), np.array([e.high for e in ends])
+    return [low.reshape(shape), high.reshape(shape)] if shape else [float(low[0]), float(high[0])]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
