@@ -45,6 +45,9 @@ def test_known_emoji_are_what_their_names_say() -> None:
     dark = by_name["waving hand"]
     light = [pack.pixels[dark.first + j][:3].sum() for j in (1, 5)]
     assert dark.tones[1] == "light skin" and dark.tones[5] == "dark skin" and light[0] > light[1]
+    assert dark.phrase(5) == "a waving hand with dark skin"
+    assert by_name["red apple"].phrase(kind=True) == "a red apple (fruit)"
+    assert by_name["cat face"].phrase() == "a cat face" and by_name["eyes"].phrase() == "eyes"
 
 
 def test_names_are_clean_words() -> None:

@@ -90,7 +90,7 @@ def test_drawn_emoji_are_those_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for emoji in pack.emoji:
         for j in range(len(emoji.tones)):
             sprite = pack.sprites[emoji.first + j]
-            for seen in (sprite, sprite[..., ::-1]):
+            for seen in (sprite, sprite[..., ::-1])[: 1 + emoji.flip]:  # a mirrored "6" would not be found
                 names = (emoji.phrase(j), emoji.phrase(j, kind=True))
                 pictures.setdefault(np.ascontiguousarray(seen).tobytes(), []).append(names)
     drawn: list[list[tuple[list[tuple[str, str]], int, int, int]]] = [[] for _ in range(400)]
@@ -156,6 +156,20 @@ def test_background_is_the_colour_named() -> None:
         named = np.array(COLOURS[batch.captions[i].rsplit(" on ", 1)[1]])
         wrong += int(np.abs(ground - named).max() > 10)
     assert wrong <= 3  # a large square emoji of one colour may outnumber the ground
+
+
+def test_gradient_has_the_colours_named() -> None:
+    """Both ends lie on the border, where an emoji can hide one now and then but not often."""
+    batch = EmojiScenes().batch(0, 300)
+    missing = {"first": 0, "second": 0}
+    scenes = [(i, c.split()) for i, c in enumerate(batch.captions) if c.endswith("gradient")]
+    for i, words in scenes:
+        image = batch.images[i].astype(int)
+        border = np.concatenate([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], axis=1).T
+        assert words[-4] != words[-2]
+        for end, name in (("first", words[-4]), ("second", words[-2])):
+            missing[end] += int(np.abs(border - COLOURS[name]).max(axis=1).min() > 14)
+    assert len(scenes) > 100 and max(missing.values()) < 0.05 * len(scenes)
 
 
 def test_splits_draw_their_own_emoji() -> None:
