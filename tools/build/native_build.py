@@ -3,11 +3,13 @@
 The compile needs torch's headers and the name of one of its libraries, nothing of its C++ symbols, so one result serves
 every torch from TARGET on. Files are written under a temporary name and renamed, so that a process that has the old
 library open goes on with it.
+
+Environment: CXX, CXXFLAGS (host compiler), CUDA_HOME (where nvcc is), MAX_JOBS (compilers at once), DITSCALE_SKIP_CUDA=1 (no
+CUDA library).
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import platform
@@ -17,27 +19,34 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 TARGET = "0x020a000000000000"  # torch 2.10: the oldest whose C shim has parallel_for
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}", "-Wall", "-Wno-maybe-uninitialized"]
-X86_UNITS = {
+HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
+HOST_FLAGS += ["-Wall", "-Wno-maybe-uninitialized"]  # GCC 12 sees its own AVX-512 header as uninitialised
+LINK_FLAGS = ["-shared", "-Wl,-s"]
+X86_UNITS: dict[str, list[str]] = {
     "cpu/adaln_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "cpu/adaln_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "cpu/adaln_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx2"],
 }
 CPU_UNITS: dict[str, list[str]] = {
-    "bindings/schemas.cpp": [],
+    **(X86_UNITS if platform.machine() in ("x86_64", "AMD64") else {}),  # the slow ones first
     "cpu/adaln.cpp": [],
     "cpu/adaln_portable.cpp": [],
+    "bindings/schemas.cpp": [],
     "cpu/isa.cpp": [],
-    **(X86_UNITS if platform.machine() in ("x86_64", "AMD64") else {}),
 }
+CUDA_ARCHITECTURES = ("80", "90a", "100", "120")
+CUDA_KERNELS = ("cuda/norm.cu", "cuda/rows.cu")
+CUDA_BINDINGS = ("cuda/bindings.cpp",)
 
 
 def say(message: str) -> None:
+    """One line for whoever waits for the build."""
     print(f"ditscale: {message}", file=sys.stderr, flush=True)
 
 
@@ -52,6 +61,16 @@ def find_torch() -> Path | None:
     return None
 
 
+def find_nvcc() -> Path | None:
+    """nvcc: under CUDA_HOME, on the PATH, or at the usual place."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    for candidate in [*(Path(h) / "bin/nvcc" for h in homes), on_path, "/usr/local/cuda/bin/nvcc"]:
+        if candidate is not None and Path(candidate).is_file():
+            return Path(candidate)
+    return None
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -61,23 +80,9 @@ def _run(command: list[str]) -> None:
 
 
 def _run_all(commands: list[list[str]]) -> None:
-    jobs = int(os.environ.get("MAX_JOBS", 0)) or min(4, os.cpu_count() or 1)
+    jobs = int(os.environ.get("MAX_JOBS", 0)) or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(_run, commands))
-
-
-def build_cpu(torch: Path, out: Path) -> None:
-    """Compile libditscale_cpu.so into `out`."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    with tempfile.TemporaryDirectory() as folder:
-        objects, commands = [], []
-        for unit, flags in CPU_UNITS.items():
-            objects.append(str(Path(folder) / (unit.replace("/", "_") + ".o")))
-            source = str(CSRC / unit)
-            commands.append([*compiler, *COMMON, *flags, *extra, f"-I{torch}/include", "-c", source, "-o", objects[-1]])
-        _run_all(commands)
-        _link([*compiler, "-shared", *objects, f"-L{torch}/lib", "-ltorch_cpu"], out / "libditscale_cpu.so")
 
 
 def _link(command: list[str], target: Path) -> None:
@@ -90,14 +95,57 @@ def _link(command: list[str], target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _host_command(torch: Path, unit: str, flags: list[str], output: str) -> list[str]:
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    return [*compiler, *HOST_FLAGS, *flags, *extra, f"-I{torch}/include", "-c", str(CSRC / unit), "-o", output]
+
+
 def build_all(out: Path) -> list[Path]:
-    """Compile what can be compiled here into `out`; returns the libraries. Says in one line what is left out and why."""
-    torch = find_torch()
+    """Compile what can be compiled here into ``out``; returns the libraries. Says in one line each what is left out and why.
+
+    Raises:
+        RuntimeError: torch's headers or the compiler are missing, or a compile failed.
+    """
     if sys.platform != "linux":
-        say(f"no native libraries on {sys.platform}; the reference backend serves every operator")
+        say(f"no native libraries on {sys.platform}: the reference backend serves every operator")
         return []
+    torch = find_torch()
     if torch is None:
-        raise RuntimeError("building ditscale needs torch >= 2.10 for its headers: install torch first, or build with isolation")
+        raise RuntimeError("ditscale needs the headers of torch >= 2.10: install torch first, or build with isolation")
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(f"ditscale needs a C++17 compiler: {compiler[0]} is not on the PATH (set CXX to another)")
+    nvcc = find_nvcc()
+    if os.environ.get("DITSCALE_SKIP_CUDA") == "1":
+        nvcc = None
+        say("DITSCALE_SKIP_CUDA=1: libditscale_cuda is left out")
+    elif nvcc is None:
+        say("no nvcc found: libditscale_cuda is left out; set CUDA_HOME to build it")
+    start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    build_cpu(torch, out)
-    return sorted(out.glob("libditscale_*.so"))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def place(unit: str) -> str:
+            return str(Path(folder) / (unit.replace("/", "_") + ".o"))
+
+        commands = [_host_command(torch, unit, flags, place(unit)) for unit, flags in CPU_UNITS.items()]
+        if nvcc is not None:
+            archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+            flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", compiler[0], *archs]
+            # Ahead of the host's: they take the longest.
+            commands = [[str(nvcc), *flags, "-c", str(CSRC / u), "-o", place(u)] for u in CUDA_KERNELS] + commands
+            commands += [_host_command(torch, unit, [], place(unit)) for unit in CUDA_BINDINGS]
+        _run_all(commands)
+        with_torch = [f"-L{torch}/lib", "-ltorch_cpu"]
+        _link([*compiler, *LINK_FLAGS, *map(place, CPU_UNITS), *with_torch], out / "libditscale_cpu.so")
+        cuda_library = out / "libditscale_cuda.so"
+        if nvcc is None:
+            cuda_library.unlink(missing_ok=True)
+        else:
+            objects = list(map(place, CUDA_KERNELS + CUDA_BINDINGS))
+            linker = [str(nvcc), "-shared", "-cudart=static", "-ccbin", compiler[0], "-Xlinker=-s"]
+            _link([*linker, *objects, *with_torch, "-ldl"], cuda_library)
+    built = sorted(out.glob("libditscale_*.so"))
+    say(f"built {' and '.join(p.name for p in built)} in {time.monotonic() - start:.0f} s")
+    return built

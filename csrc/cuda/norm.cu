@@ -1,0 +1,472 @@
+// LayerNorm / RMS norm with modulation, with or without a gated residual in front: forward and backward. Mathematics and
+// reduction scheme: docs/kernels.md.
+//
+// The fast kernels give every thread one 16-byte vector of columns, a block as many threads as a row has vectors, and walk
+// down the rows of a chunk ROWS at a time: modulation is read once a chunk, all loads of a step are in flight together, and
+// sums over tokens stay in registers. The `any` kernels take every other width, alignment and per-token modulation.
+#include "adaln.h"
+#include "device.h"
+#include "launch.h"
+
+namespace ditscale::cuda {
+namespace {
+
+// Threads of a fast block: enough for 3072 float32 or 4096 half columns, few enough to leave the registers they use.
+template <class T>
+constexpr int FAST_THREADS = sizeof(T) == 4 ? 768 : 512;
+constexpr int ANY_THREADS = 256;
+
+// The K row sums of ROWS rows held as packs, then the centred squares: two passes, over registers.
+template <class T, int N, int ROWS>
+__device__ __forceinline__ void row_moments(
+    const Pack<T, N> (&x)[ROWS], bool active, int64_t D, float eps, bool rms, float (*buffer)[ROWS * 32],
+    float (&mean)[ROWS], float (&rstd)[ROWS]) {
+  float total[ROWS];
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) mean[i] = 0.f;
+  if (!rms) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      total[i] = 0.f;
+#pragma unroll
+      for (int j = 0; j < N; ++j) total[i] += active ? widen(x[i].v[j]) : 0.f;
+    }
+    block_sum<ROWS>(total, buffer[0]);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) mean[i] = total[i] / static_cast<float>(D);
+  }
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    total[i] = 0.f;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float c = widen(x[i].v[j]) - mean[i];
+      total[i] += active ? c * c : 0.f;
+    }
+  }
+  block_sum<ROWS>(total, buffer[1]);
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) rstd[i] = 1.0f / sqrtf(total[i] / static_cast<float>(D) + eps);
+}
+
+template <class T, bool BRANCH>
+__global__ void __launch_bounds__(FAST_THREADS<T>) forward_fast(ForwardArgs a, int64_t chunk, int64_t chunks) {
+  constexpr int N = LANES<T>, ROWS = 4;
+  __shared__ float buffer[2][ROWS * 32];
+  const int64_t b = blockIdx.x / chunks, first = (blockIdx.x % chunks) * chunk;
+  const int64_t last = first + chunk < a.T ? first + chunk : a.T;
+  const int64_t d = static_cast<int64_t>(threadIdx.x) * N;
+  const bool active = d < a.D;
+  float factor[N], shift[N], gate[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    factor[j] = active ? a.scale_base + modulation_at(a.scale, a.modulation, b, 0, d + j) : 0.f;
+    shift[j] = active ? modulation_at(a.shift, a.modulation, b, 0, d + j) : 0.f;
+    if constexpr (BRANCH) gate[j] = active ? modulation_at(a.gate, a.modulation, b, 0, d + j) : 0.f;
+  }
+  for (int64_t t0 = first; t0 < last; t0 += ROWS) {
+    Pack<T, N> x[ROWS], branch[BRANCH ? ROWS : 1];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      x[i] = Pack<T, N>{};
+      if (active && t0 + i < last) x[i] = fetch<T, N>(row_of<T>(a.x, b, t0 + i) + d);
+      if constexpr (BRANCH) {
+        branch[i] = Pack<T, N>{};
+        if (active && t0 + i < last) branch[i] = fetch<T, N>(row_of<T>(a.branch, b, t0 + i) + d);
+      }
+    }
+    if constexpr (BRANCH) {
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        float sum[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          sum[j] = widen(x[i].v[j]) + gate[j] * widen(branch[i].v[j]);
+          narrow(sum[j], &x[i].v[j]);  // the norm sees what is stored
+        }
+        if (active && t0 + i < last) put<T, N>(static_cast<T*>(a.x_new) + (b * a.T + t0 + i) * a.D + d, sum);
+      }
+    }
+    float mean[ROWS], rstd[ROWS];
+    row_moments<T, N, ROWS>(x, active, a.D, a.eps, a.rms, buffer, mean, rstd);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      if (t0 + i >= last) break;
+      const int64_t row = b * a.T + t0 + i;
+      float y[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) y[j] = (widen(x[i].v[j]) - mean[i]) * rstd[i] * factor[j] + shift[j];
+      if (active) put<T, N>(static_cast<T*>(a.y) + row * a.D + d, y);
+      if (a.rstd != nullptr && threadIdx.x == 0) {
+        a.mean[row] = mean[i];
+        a.rstd[row] = rstd[i];
+      }
+    }
+  }
+}
+
+// One row a block, any width; what a thread reads again from memory is what it wrote itself.
+template <class T, int N>
+__global__ void __launch_bounds__(ANY_THREADS) forward_any(ForwardArgs a) {
+  __shared__ float buffer[2][32];
+  const int64_t row = blockIdx.x, b = row / a.T, t = row % a.T;
+  const int64_t start = static_cast<int64_t>(threadIdx.x) * N, step = static_cast<int64_t>(blockDim.x) * N;
+  const T* x = row_of<T>(a.x, b, t);
+  float total[1] = {0.f};
+  if (a.branch.data != nullptr) {
+    const T* branch = row_of<T>(a.branch, b, t);
+    T* x_new = static_cast<T*>(a.x_new) + row * a.D;
+    for (int64_t d = start; d < a.D; d += step) {
+      const Pack<T, N> p = fetch<T, N>(x + d), q = fetch<T, N>(branch + d);
+      float sum[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        sum[j] = widen(p.v[j]) + modulation_at(a.gate, a.modulation, b, t, d + j) * widen(q.v[j]);
+      }
+      put<T, N>(x_new + d, sum);
+    }
+    x = x_new;
+  }
+  float mean = 0.f;
+  if (!a.rms) {
+    for (int64_t d = start; d < a.D; d += step) {
+      const Pack<T, N> p = fetch<T, N>(x + d);
+#pragma unroll
+      for (int j = 0; j < N; ++j) total[0] += widen(p.v[j]);
+    }
+    block_sum<1>(total, buffer[0]);
+    mean = total[0] / static_cast<float>(a.D);
+  }
+  total[0] = 0.f;
+  for (int64_t d = start; d < a.D; d += step) {
+    const Pack<T, N> p = fetch<T, N>(x + d);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float c = widen(p.v[j]) - mean;
+      total[0] += c * c;
+    }
+  }
+  block_sum<1>(total, buffer[1]);
+  const float rstd = 1.0f / sqrtf(total[0] / static_cast<float>(a.D) + a.eps);
+  if (a.rstd != nullptr && threadIdx.x == 0) {
+    a.mean[row] = mean;
+    a.rstd[row] = rstd;
+  }
+  T* out = static_cast<T*>(a.y) + row * a.D;
+  for (int64_t d = start; d < a.D; d += step) {
+    const Pack<T, N> p = fetch<T, N>(x + d);
+    float y[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      y[j] = (widen(p.v[j]) - mean) * rstd * (a.scale_base + modulation_at(a.scale, a.modulation, b, t, d + j)) +
+          modulation_at(a.shift, a.modulation, b, t, d + j);
+    }
+    put<T, N>(out + d, y);
+  }
+}
+
+template <class T, bool BRANCH>
+__global__ void __launch_bounds__(FAST_THREADS<T>)
+    backward_fast(BackwardArgs a, int64_t segment_rows, int64_t chunk, int64_t chunks, float* partial) {
+  constexpr int N = LANES<T>, SUMS = BRANCH ? 3 : 2;
+  constexpr int ROWS = BRANCH ? 1 : 2;  // what fits the registers of a block of FAST_THREADS without a spill
+  __shared__ float buffer[2][ROWS * 32];
+  __shared__ float pair_buffer[2][2 * ROWS * 32];
+  const int64_t segment = blockIdx.x / chunks, first = (blockIdx.x % chunks) * chunk;
+  const int64_t last = first + chunk < segment_rows ? first + chunk : segment_rows;
+  const int64_t d = static_cast<int64_t>(threadIdx.x) * N;
+  const bool active = d < a.D;
+  int64_t row = segment * segment_rows + first, b = row / a.T, t = row % a.T;
+  float factor[N], gate[BRANCH ? N : 1], s0[N], s1[N], s2[BRANCH ? N : 1];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {  // a segment has one modulation, so any of its samples will do
+    factor[j] = active ? a.scale_base + modulation_at(a.scale, a.modulation, b, 0, d + j) : 0.f;
+    if constexpr (BRANCH) gate[j] = active ? modulation_at(a.gate, a.modulation, b, 0, d + j) : 0.f;
+    s0[j] = s1[j] = 0.f;
+    if constexpr (BRANCH) s2[j] = 0.f;
+  }
+  const int64_t end = segment * segment_rows + last;
+  for (int parity = 0; row < end; row += ROWS, parity ^= 1) {
+    Pack<T, N> x[ROWS], dy[ROWS], residual[BRANCH ? ROWS : 1], branch[BRANCH ? ROWS : 1];
+    float mean[ROWS], rstd[ROWS], pair[2 * ROWS];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const bool mine = active && row + i < end;
+      x[i] = dy[i] = Pack<T, N>{};
+      if (mine) {
+        x[i] = fetch<T, N>(row_of<T>(a.x, b, t) + d);
+        dy[i] = fetch<T, N>(row_of<T>(a.dy, b, t) + d);
+      }
+      if constexpr (BRANCH) {
+        residual[i] = branch[i] = Pack<T, N>{};
+        if (mine) {
+          branch[i] = fetch<T, N>(row_of<T>(a.branch, b, t) + d);
+          if (a.dresidual.data != nullptr) residual[i] = fetch<T, N>(row_of<T>(a.dresidual, b, t) + d);
+        }
+      }
+      if (a.rstd != nullptr) {
+        mean[i] = row + i < end && !a.rms ? a.mean[row + i] : 0.f;
+        rstd[i] = row + i < end ? a.rstd[row + i] : 0.f;
+      }
+      if (++t == a.T) {
+        t = 0;
+        ++b;
+      }
+    }
+    if (a.rstd == nullptr) row_moments<T, N, ROWS>(x, active, a.D, a.eps, a.rms, buffer, mean, rstd);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      pair[2 * i] = pair[2 * i + 1] = 0.f;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float g = widen(dy[i].v[j]) * factor[j];
+        pair[2 * i] += g;
+        pair[2 * i + 1] += active ? g * ((widen(x[i].v[j]) - mean[i]) * rstd[i]) : 0.f;
+      }
+    }
+    block_sum<2 * ROWS>(pair, pair_buffer[parity]);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      if (row + i >= end) break;
+      const float c1 = a.rms ? 0.f : pair[2 * i] / static_cast<float>(a.D), c2 = pair[2 * i + 1] / static_cast<float>(a.D);
+      float dx[N], dbranch[BRANCH ? N : 1];
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float grad = widen(dy[i].v[j]), normed = (widen(x[i].v[j]) - mean[i]) * rstd[i];
+        dx[j] = rstd[i] * (grad * factor[j] - c1 - normed * c2);
+        s0[j] += grad;
+        s1[j] += grad * normed;
+        if constexpr (BRANCH) {
+          dx[j] += widen(residual[i].v[j]);
+          dbranch[j] = dx[j] * gate[j];
+          s2[j] += dx[j] * widen(branch[i].v[j]);
+        }
+      }
+      if (!active) continue;
+      put<T, N>(static_cast<T*>(a.dx) + (row + i) * a.D + d, dx);
+      if constexpr (BRANCH) put<T, N>(static_cast<T*>(a.dbranch) + (row + i) * a.D + d, dbranch);
+    }
+  }
+  if (!active) return;
+  float* out = partial + static_cast<int64_t>(blockIdx.x) * SUMS * a.D + d;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    out[j] = s0[j];
+    out[a.D + j] = s1[j];
+    if constexpr (BRANCH) out[2 * a.D + j] = s2[j];
+  }
+}
+
+// One row a block: dx, dbranch, per-token gradients of the modulation, and what the sums over columns need of the row.
+template <class T, int N>
+__global__ void __launch_bounds__(ANY_THREADS) backward_any_rows(BackwardArgs a, float* row_stats) {
+  __shared__ float buffer[2][32];
+  __shared__ float pair_buffer[64];
+  const int64_t row = blockIdx.x, b = row / a.T, t = row % a.T;
+  const int64_t start = static_cast<int64_t>(threadIdx.x) * N, step = static_cast<int64_t>(blockDim.x) * N;
+  const T *x = row_of<T>(a.x, b, t), *dy = row_of<T>(a.dy, b, t);
+  float mean = 0.f, rstd;
+  if (a.rstd != nullptr) {
+    mean = a.rms ? 0.f : a.mean[row];
+    rstd = a.rstd[row];
+  } else {
+    float total[1] = {0.f};
+    if (!a.rms) {
+      for (int64_t d = start; d < a.D; d += step) {
+        const Pack<T, N> p = fetch<T, N>(x + d);
+#pragma unroll
+        for (int j = 0; j < N; ++j) total[0] += widen(p.v[j]);
+      }
+      block_sum<1>(total, buffer[0]);
+      mean = total[0] / static_cast<float>(a.D);
+    }
+    total[0] = 0.f;
+    for (int64_t d = start; d < a.D; d += step) {
+      const Pack<T, N> p = fetch<T, N>(x + d);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float c = widen(p.v[j]) - mean;
+        total[0] += c * c;
+      }
+    }
+    block_sum<1>(total, buffer[1]);
+    rstd = 1.0f / sqrtf(total[0] / static_cast<float>(a.D) + a.eps);
+  }
+  float pair[2] = {0.f, 0.f};
+  for (int64_t d = start; d < a.D; d += step) {
+    const Pack<T, N> p = fetch<T, N>(x + d), q = fetch<T, N>(dy + d);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float g = widen(q.v[j]) * (a.scale_base + modulation_at(a.scale, a.modulation, b, t, d + j));
+      pair[0] += g;
+      pair[1] += g * ((widen(p.v[j]) - mean) * rstd);
+    }
+  }
+  block_sum<2>(pair, pair_buffer);
+  const float c1 = a.rms ? 0.f : pair[0] / static_cast<float>(a.D), c2 = pair[1] / static_cast<float>(a.D);
+  if (row_stats != nullptr && threadIdx.x == 0) {
+    row_stats[4 * row] = mean;
+    row_stats[4 * row + 1] = rstd;
+    row_stats[4 * row + 2] = c1;
+    row_stats[4 * row + 3] = c2;
+  }
+  const T* residual = a.dresidual.data != nullptr ? row_of<T>(a.dresidual, b, t) : nullptr;
+  const T* branch = a.branch.data != nullptr ? row_of<T>(a.branch, b, t) : nullptr;
+  for (int64_t d = start; d < a.D; d += step) {
+    const Pack<T, N> p = fetch<T, N>(x + d), q = fetch<T, N>(dy + d);
+    Pack<T, N> res{}, br{};
+    if (residual != nullptr) res = fetch<T, N>(residual + d);
+    if (branch != nullptr && a.per_token) br = fetch<T, N>(branch + d);
+    float dx[N], dbranch[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float grad = widen(q.v[j]), normed = (widen(p.v[j]) - mean) * rstd;
+      const float factor = a.scale_base + modulation_at(a.scale, a.modulation, b, t, d + j);
+      dx[j] = rstd * (grad * factor - c1 - normed * c2) + widen(res.v[j]);
+      dbranch[j] = branch != nullptr ? dx[j] * modulation_at(a.gate, a.modulation, b, t, d + j) : 0.f;
+      if (a.per_token) {
+        const int64_t at = row * a.D + d + j;
+        store_any(a.dshift, a.modulation, at, grad);
+        store_any(a.dscale, a.modulation, at, grad * normed);
+        if (branch != nullptr) store_any(a.dgate, a.modulation, at, dx[j] * widen(br.v[j]));
+      }
+    }
+    put<T, N>(static_cast<T*>(a.dx) + row * a.D + d, dx);
+    if (branch != nullptr) put<T, N>(static_cast<T*>(a.dbranch) + row * a.D + d, dbranch);
+  }
+}
+
+// One column a thread down the rows of a chunk.
+template <class T>
+__global__ void __launch_bounds__(ANY_THREADS) backward_any_columns(
+    BackwardArgs a, int64_t segment_rows, int64_t chunk, int64_t chunks, int64_t column_blocks, const float* row_stats,
+    float* partial) {
+  const int64_t part = blockIdx.x / column_blocks;
+  const int64_t d = (blockIdx.x % column_blocks) * blockDim.x + threadIdx.x;
+  if (d >= a.D) return;
+  const int64_t segment = part / chunks, first = (part % chunks) * chunk;
+  const int64_t last = first + chunk < segment_rows ? first + chunk : segment_rows;
+  int64_t row = segment * segment_rows + first, b = row / a.T, t = row % a.T;
+  const float factor = a.scale_base + modulation_at(a.scale, a.modulation, b, 0, d);
+  float s0 = 0.f, s1 = 0.f, s2 = 0.f;
+  for (const int64_t end = segment * segment_rows + last; row < end; ++row) {
+    const float* st = row_stats + 4 * row;
+    const float grad = widen(row_of<T>(a.dy, b, t)[d]), normed = (widen(row_of<T>(a.x, b, t)[d]) - st[0]) * st[1];
+    s0 += grad;
+    s1 += grad * normed;
+    if (a.branch.data != nullptr) {
+      float dx = st[1] * (grad * factor - st[2] - normed * st[3]);
+      if (a.dresidual.data != nullptr) dx += widen(row_of<T>(a.dresidual, b, t)[d]);
+      s2 += dx * widen(row_of<T>(a.branch, b, t)[d]);
+    }
+    if (++t == a.T) {
+      t = 0;
+      ++b;
+    }
+  }
+  const int64_t sums = a.branch.data != nullptr ? 3 : 2;
+  float* out = partial + part * sums * a.D + d;
+  out[0] = s0;
+  out[a.D] = s1;
+  if (a.branch.data != nullptr) out[2 * a.D] = s2;
+}
+
+// 16-byte accesses need the width, every row and every base address to be multiples of them.
+template <class T>
+bool vectors_fit(int64_t D, std::initializer_list<Strided> views, std::initializer_list<const void*> dense) {
+  constexpr int64_t N = LANES<T>;
+  bool fit = D % N == 0;
+  for (const Strided& v : views) fit = fit && (v.data == nullptr || (aligned(v.data) && v.b % N == 0 && v.t % N == 0));
+  for (const void* p : dense) fit = fit && (p == nullptr || aligned(p));
+  return fit;
+}
+template <class T>
+bool vectors_fit(const ForwardArgs& a) {
+  return vectors_fit<T>(a.D, {a.x, a.branch}, {a.x_new, a.y});
+}
+template <class T>
+bool vectors_fit(const BackwardArgs& a) {
+  return vectors_fit<T>(a.D, {a.x, a.dy, a.dresidual, a.branch}, {a.dx, a.dbranch});
+}
+template <class T>
+bool width_fits(int64_t D) {
+  return D <= FAST_THREADS<T> * LANES<T>;
+}
+unsigned row_threads(int64_t vectors) {
+  return static_cast<unsigned>((vectors + 31) / 32 * 32);
+}
+
+template <class T>
+void forward_as(const ForwardArgs& a, const Shape& s, bool per_token, void* stream) {
+  const bool fit = vectors_fit<T>(a);
+  if (fit && !per_token && width_fits<T>(a.D)) {
+    // Short chunks fill the device; modulation is read again for each, from the L2 cache.
+    const int64_t chunk = s.T < 8 ? s.T : 8, chunks = (s.T + chunk - 1) / chunk;
+    const dim3 grid(static_cast<unsigned>(s.B * chunks)), block(row_threads(a.D / LANES<T>));
+    if (a.branch.data != nullptr) {
+      DS_LAUNCH((forward_fast<T, true>), grid, block, stream, a, chunk, chunks);
+    } else {
+      DS_LAUNCH((forward_fast<T, false>), grid, block, stream, a, chunk, chunks);
+    }
+    return;
+  }
+  const dim3 grid(static_cast<unsigned>(s.B * s.T)), block(ANY_THREADS);
+  if (fit) {
+    DS_LAUNCH((forward_any<T, LANES<T>>), grid, block, stream, a);
+  } else {
+    DS_LAUNCH((forward_any<T, 1>), grid, block, stream, a);
+  }
+}
+
+template <class T>
+bool backward_is_fast(const BackwardArgs& a) {
+  return !a.per_token && vectors_fit<T>(a) && width_fits<T>(a.D);
+}
+
+template <class T>
+void backward_as(const BackwardArgs& a, const Shape& s, const Cut& cut, float* partial, float* row_stats, void* stream) {
+  const int64_t parts = cut.segments * cut.chunks;
+  if (backward_is_fast<T>(a)) {
+    const dim3 grid(static_cast<unsigned>(parts)), block(row_threads(a.D / LANES<T>));
+    if (a.branch.data != nullptr) {
+      DS_LAUNCH((backward_fast<T, true>), grid, block, stream, a, cut.rows, cut.chunk, cut.chunks, partial);
+    } else {
+      DS_LAUNCH((backward_fast<T, false>), grid, block, stream, a, cut.rows, cut.chunk, cut.chunks, partial);
+    }
+    return;
+  }
+  const dim3 rows(static_cast<unsigned>(s.B * s.T)), block(ANY_THREADS);
+  if (vectors_fit<T>(a)) {
+    DS_LAUNCH((backward_any_rows<T, LANES<T>>), rows, block, stream, a, row_stats);
+  } else {
+    DS_LAUNCH((backward_any_rows<T, 1>), rows, block, stream, a, row_stats);
+  }
+  if (a.per_token) return;
+  const int64_t column_blocks = (a.D + ANY_THREADS - 1) / ANY_THREADS;
+  const dim3 columns(static_cast<unsigned>(parts * column_blocks));
+  DS_LAUNCH(
+      (backward_any_columns<T>), columns, block, stream, a, cut.rows, cut.chunk, cut.chunks, column_blocks, row_stats, partial);
+}
+
+}  // namespace
+
+const char* launch_forward(const ForwardArgs& a, Storage storage, const Shape& s, bool per_token, void* stream) {
+  if (s.B * s.T == 0) return nullptr;
+  DS_BY_STORAGE(storage, (forward_as<T>(a, s, per_token, stream)));
+  return launch_error();
+}
+
+bool backward_needs_row_stats(const BackwardArgs& a, Storage storage) {
+  bool fast = false;
+  DS_BY_STORAGE(storage, (fast = backward_is_fast<T>(a)));
+  return !fast && !a.per_token;
+}
+
+const char* launch_backward(
+    const BackwardArgs& a, Storage storage, const Shape& s, const Cut& cut, float* partial, float* row_stats, void* stream) {
+  if (s.B * s.T == 0) return nullptr;
+  DS_BY_STORAGE(storage, (backward_as<T>(a, s, cut, partial, row_stats, stream)));
+  return launch_error();
+}
+
+}  // namespace ditscale::cuda
