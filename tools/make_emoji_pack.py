@@ -5,8 +5,8 @@
     python tools/make_emoji_pack.py SOURCE dit/data/assets
 
 The pictures (64x64 RGBA PNG, Noto Emoji) come from the first package, the English short names from the other
-two. Same input, same bytes: nothing here depends on time, hash seeds or the order of a directory. Needs
-Pillow and numpy; the library does not.
+two. Nothing here depends on time, hash seeds or the order of a directory: the same input gives the same bytes
+(made with Pillow 13.0 and numpy 2.4; another zlib may pack the same arrays into other bytes).
 
 What it does to the pictures: sRGB to linear light, multiply by alpha, LANCZOS from 64 to 32 px, back to sRGB,
 multiply by alpha once more and store as uint8 [N, 32 rows, 4, 32 columns], colour already multiplied by
@@ -18,9 +18,8 @@ where they are none ("plus" becomes "plus sign"), an article where English wants
 
 What it does to the split: pictures that are variants of each other (skin tone, gender, direction), or nearer
 than ``SAME`` in perceptual distance, mirrored or not, are one group, and a group is never divided. About 5 %
-of the emoji of every category are
-held out: groups that are nowhere nearer than ``APART`` to a picture of another group, in a fixed hash order
-    in which those whose words all occur elsewhere come first.
+of the emoji of every category are held out: groups that are nowhere nearer than ``APART`` to a picture of
+another group, in a fixed hash order in which those whose words all occur elsewhere come first.
 """
 
 from __future__ import annotations
