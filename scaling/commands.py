@@ -15,7 +15,7 @@ DropHighest = Annotated[int, typer.Option(help="Leave out this many rows of high
 SixNd = Annotated[bool, typer.Option("--tokens-from-6nd", help="Derive tokens as C/(6N): a language model's convention.")]
 Pool = Annotated[bool, typer.Option("--pool", help="Accept runs that differ in loss convention, schedule or data.")]
 Intervals = Annotated[
-    str, typer.Option(help="auto, components, delta, hc, jackknife, case, cluster, wild or profile.")
+    str, typer.Option(help="auto, components, delta, case-t, jackknife, case, cluster, wild or profile.")
 ]
 
 

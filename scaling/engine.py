@@ -98,7 +98,7 @@ def minimise(
     parts = []
     for first in range(0, len(start), size):
         rows = slice(first, first + size)
-        piece = _Problem(
+        piece = Problem(
             model,
             goal[rows] if goal.ndim == 2 else goal,
             loss,
@@ -139,7 +139,9 @@ def descend(
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
+    """A law at points with its loss: the objective and its derivatives for many parameter vectors at once."""
+
     model: Model
     goal: Array
     loss: Loss
@@ -150,12 +152,13 @@ class _Problem:
         return values if values is None or values.ndim == 1 else values[index]
 
     def objective(self, theta: Array, index: NDArray[np.int64] | slice) -> Array:
+        """The weighted sum of losses [S]; ``index`` picks rows of goal and weights where every problem has its own."""
         f = self.model.value(theta)
         with np.errstate(all="ignore"):
             r = (np.log(f) if self.space == "log" else f) - self._rows(self.goal, index)
             cost = self.loss.rho(r)
             weights = self._rows(self.weights, index)
-            total = cost.sum(-1) if weights is None else np.einsum("sn,sn->s", cost, weights)
+            total = cost.sum(-1) if weights is None else (cost * weights).sum(-1)
         return np.where(np.isfinite(total), total, np.inf)
 
     def derivatives(self, theta: Array, index: NDArray[np.int64] | slice) -> tuple[Array, Array, Array]:
@@ -186,7 +189,7 @@ class _Problem:
         return cost.sum(-1) if weights is None else (cost * weights).sum(-1)
 
 
-def _solve(problem: _Problem, start: Array, max_steps: int, tolerance: float) -> Solution:
+def _solve(problem: Problem, start: Array, max_steps: int, tolerance: float) -> Solution:
     lower, upper = problem.model.lower, problem.model.upper
     count, p = start.shape
     everyone = slice(None)

@@ -13,6 +13,7 @@ from scipy import optimize, stats
 from ditscale.errors import InputError
 from ditscale.scaling.candidates import Fitted, eligible, fit_candidate
 from ditscale.scaling.holdout import Backtest, backtest
+from ditscale.scaling.jsonable import plain
 from ditscale.scaling.losses import Loss
 from ditscale.scaling.runs import RunTable
 from ditscale.scaling.surface import CostLaw, as_table, fit_surface
@@ -65,7 +66,7 @@ class Forecast:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         out = {k: v for k, v in self.__dict__.items() if k != "backtest"}
-        return {**out, "loss": self.value, "law": self.chosen, "backtest": self.backtest.to_json() if self.backtest else None}
+        return plain({**out, "loss": self.value, "law": self.chosen, "backtest": self.backtest})  # type: ignore[no-any-return]
 
     def summary(self) -> str:
         """A readable table."""

@@ -12,6 +12,7 @@ from scipy import stats
 from ditscale.errors import InputError
 from ditscale.scaling.candidates import eligible, fit_candidate
 from ditscale.scaling.engine import Array
+from ditscale.scaling.jsonable import plain
 from ditscale.scaling.isoflop import Vertex, fit_isoflop
 from ditscale.scaling.losses import Loss
 from ditscale.scaling.runs import RunTable
@@ -87,7 +88,7 @@ class Backtest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
+        content = {
             "scoreboard": self.scoreboard,
             "best": self.best,
             "weights": self.weights(),
@@ -95,6 +96,7 @@ class Backtest:
             "trials": [{**t.__dict__, "log_score": t.log_score, "inside": t.inside} for t in self.trials],
             "warnings": self.warnings,
         }
+        return plain(content)  # type: ignore[no-any-return]
 
     def summary(self) -> str:
         """A readable table."""
@@ -222,7 +224,7 @@ def held_out_goals(runs: RunTable, budgets: Array, levels: Array) -> list[Goal]:
 
 def _row(name: str, trials: list[Trial], skipped: str | None, runs: RunTable) -> dict[str, Any]:
     if not trials:
-        return {"law": name, "trials": 0, "splits": 0, "score": -np.inf, "skipped": skipped or "no held-out budget"}
+        return {"law": name, "trials": 0, "splits": 0, "score": None, "skipped": skipped or "no held-out budget"}
     errors = np.array([t.log_error for t in trials])
     # d log L / d log C between the least and the greatest held-out goal turns an error of loss into one of compute.
     slope = _slope(trials, runs)

@@ -2,8 +2,21 @@
 
 Runs at one budget share more than their compute (a schedule, a batch size, a lucky order of the data), so their errors may
 have a common part. The default interval is a delta interval with two variance components, run noise and budget shock,
-estimated from the residuals, and Student's t with Satterthwaite's degrees of freedom: few budgets give few degrees.
-Beside it stand the delete-one-budget jackknife with t(G-1), bootstraps and the profile likelihood.
+estimated from the residuals by the method of moments, and Student's t with Satterthwaite's degrees of freedom: few
+budgets give few degrees. ``docs/coverage.md`` holds the coverage of every method, and the command that measures it.
+
+The default ("auto"), by what the runs can tell:
+
+=========================  =======================================================================================
+runs                       method
+=========================  =======================================================================================
+under 100, 3+ budgets      "components": run noise and budget shock
+under 100, no budgets      "delta": run noise alone, t with n - p degrees
+100 and more               "case-t": standard error of the case bootstrap, plus the budget shock where there are budgets
+=========================  =======================================================================================
+
+Beside them stand the delete-one-budget "jackknife" with t(G-1), the bootstraps "case" (runs), "cluster" (budgets; too
+narrow under about 10 of them), "wild" (residuals), and the "profile" likelihood.
 """
 
 from __future__ import annotations
@@ -14,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
@@ -23,7 +36,9 @@ if TYPE_CHECKING:
     from ditscale.scaling.results import LawFit
 
 Quantity = Callable[[Array], Array]
-METHODS = ("auto", "components", "delta", "jackknife", "case", "cluster", "wild", "profile")
+METHODS = ("auto", "components", "delta", "case-t", "jackknife", "case", "cluster", "wild", "profile")
+# From this many runs on, resampling them shows unequal noise and uneven density better than one common variance.
+MANY_RUNS = 100
 # Below this many points of one budget beyond its own mean, a budget shock cannot be told from run noise.
 _MIN_WITHIN_DOF = 3
 _MAX_COMPONENT_POINTS = 4000
@@ -64,8 +79,9 @@ class Components:
         run: variance of one run around its budget.
         budget: variance that all runs of a budget share; 0 where none could be seen.
         dof_run: degrees of freedom of ``run``.
+        dof_total: degrees of freedom of all residuals, n - p.
         shared: how many budgets' worth of shared error the fit leaves visible (trace of the projected budget design).
-        covariance: of the internal parameters [p, p].
+        shared_squared: trace of that projected design squared.
         leverage: [n, p], the linear map from errors to internal parameters, transposed.
         groups: the group of each point [n], or None.
     """
@@ -87,11 +103,17 @@ class Components:
     def variance_of(self, gradient: Array) -> Array:
         """Covariance of linear functions of the internal parameters, gradients [q, p]."""
         c = self.leverage @ np.atleast_2d(gradient).T
-        a = c.T @ c
+        return self.run * (c.T @ c) + self._shock_of(c)
+
+    def _shock_of(self, c: Array) -> Array:
         if self.groups is None or self.budget == 0:
-            return self.run * a
+            return np.zeros((c.shape[1], c.shape[1]))
         z = _group_sums(c, self.groups)
-        return self.run * a + self.budget * (z.T @ z)
+        return self.budget * (z.T @ z)
+
+    def shock_of(self, gradient: Array) -> float:
+        """The part of ``variance_of`` that the budget shock makes, for one gradient [p]."""
+        return float(self._shock_of(self.leverage @ gradient[:, None])[0, 0])
 
     def degrees(self, gradient: Array, *, extra_run: float = 0.0, extra_budget: float = 0.0) -> float:
         """Satterthwaite's degrees of freedom of ``variance_of(gradient) + extra_run*run + extra_budget*budget``."""
@@ -113,7 +135,12 @@ class Components:
         mean = a * run + b * budget
         if spread <= 0 or mean <= 0:
             return self.dof_total
-        return float(np.clip(2.0 * mean**2 / spread, 1.0, self.dof_total))
+        degrees = 2.0 * mean**2 / spread
+        if budget == 0:
+            # No shock was seen, but few budgets could have hidden one. All residuals' degrees would forget that, the
+            # components' alone overstate it: their geometric mean held its level in simulation (docs/coverage.md).
+            degrees = np.sqrt(degrees * self.dof_total)
+        return float(np.clip(degrees, 1.0, self.dof_total))
 
 
 def components(jacobian: Array, errors: Array, groups: NDArray[np.int64] | None) -> Components:
@@ -197,7 +224,7 @@ def interval_of(
         fit: the fit.
         quantity: internal parameters [S, p] -> values [S].
         log: whether to build the interval on the logarithm (positive quantities).
-        method: one of ``METHODS``; "auto" is "components" with three budgets or more, else "delta".
+        method: one of ``METHODS``; see the module's table for "auto".
         level: nominal coverage. Default: 0.95.
         new_run: add the noise of one new run at a new budget (for predicted losses on the fit's own scale); a number
             is the share of a run's variance, such as 0.2 for the mean of five runs of one budget.
@@ -206,18 +233,30 @@ def interval_of(
         raise InputError(f"intervals: expected one of {', '.join(METHODS)}, got {method!r}")
     if not 0 < level < 1:
         raise InputError(f"level: expected a number between 0 and 1, got {level!r}")
-    on_scale: Quantity = (lambda th: np.log(quantity(th))) if log else quantity
+    def on_scale(theta: Array) -> Array:
+        with np.errstate(all="ignore"):
+            values = quantity(theta)
+            return np.log(values) if log else values
+
     with np.errstate(all="ignore"):
         value = float(quantity(fit.theta[None, :])[0])
-    parts = fit.components if method in ("auto", "components") else fit.plain_components
+    if method == "auto":
+        method = "case-t" if fit.n >= MANY_RUNS else "components"
+    parts = fit.components_for(method)
     share = float(new_run)
     run_noise = share * parts.run + parts.budget if share else 0.0
 
-    if method in ("auto", "components", "delta"):
+    if method in ("components", "delta", "case-t"):
         gradient = fit.gradient(on_scale)
-        variance = float(parts.variance_of(gradient)[0, 0])
+        if method == "case-t":
+            values = on_scale(fit.bootstrap("case"))
+            # Half the middle 68 %: a resample that lost the runs that determine a parameter must not set its spread.
+            low, high = np.nanquantile(values, [0.1587, 0.8413])
+            variance = (0.5 * (high - low)) ** 2 + parts.shock_of(gradient)
+        else:
+            variance = float(parts.variance_of(gradient)[0, 0])
         dof = parts.degrees(gradient, extra_run=share, extra_budget=1.0 if share else 0.0)
-        name = "components" if parts.groups is not None else "delta"
+        name = "delta" if method == "components" and parts.groups is None else method
         return t_interval(value, float(np.sqrt(variance + run_noise)), dof, log=log, level=level, method=name)
     if method == "jackknife":
         replicates = fit.jackknife()
@@ -238,5 +277,46 @@ def interval_of(
 
 
 def profile_interval(fit: LawFit, quantity: Quantity, value: float, *, log: bool, level: float) -> Interval:
-    """The values of a quantity that a likelihood-ratio test does not reject, all other parameters refitted."""
-    raise InputError("intervals: profile is not available for this quantity")
+    """The values of a quantity that a likelihood-ratio test does not reject, all other parameters refitted.
+
+    The test compares ``2 (objective(value) - objective) * mean psi' / mean psi²`` with the squared t quantile of n - p
+    degrees; for least squares that is the F test. Runs count as independent: it knows no budget shock.
+    """
+    theta, scale = fit.theta, np.maximum(np.sqrt(np.diag(fit.components_for("delta").covariance)), 1e-12)
+    dof = fit.n - len(theta)
+    if dof < 1:
+        return Interval(value, float("-inf"), float("inf"), float("nan"), 0.0, "profile", level)
+    limit = float(stats.t.ppf(0.5 + level / 2, dof))
+    unit = fit.objective_scale
+    base = fit.objective_at(theta)
+    here = float(quantity(theta[None, :])[0])
+    gradient = fit.gradient(quantity) * scale
+    reach = float(np.linalg.norm(gradient)) or 1e-12
+    lower, upper = (fit.bounds[0] - theta) / scale, (fit.bounds[1] - theta) / scale
+    start = np.zeros_like(theta)
+
+    def root(target: float) -> float:
+        """Signed root of the test statistic with the quantity held at ``target``."""
+        found = optimize.minimize(
+            lambda u: (fit.objective_at(theta + u * scale) - base) / unit,
+            np.clip(start + gradient * (target - here) / reach**2, lower, upper),
+            jac=lambda u: fit.gradient_at(theta + u * scale) * scale / unit,
+            bounds=list(zip(lower, upper)),
+            constraints={"type": "eq", "fun": lambda u: (float(quantity((theta + u * scale)[None, :])[0]) - target) / reach},
+            method="SLSQP",
+            options={"maxiter": 300, "ftol": 1e-10},
+        )
+        return float(np.sqrt(max(found.fun, 0.0)))
+
+    ends = []
+    for side in (-1.0, 1.0):
+        step, inside = reach * limit, 0.0
+        for _ in range(12):
+            if root(here + side * step) > limit:
+                ends.append(here + side * optimize.brentq(lambda d: root(here + side * d) - limit, inside, step, rtol=1e-4))
+                break
+            inside, step = step, 2.0 * step
+        else:
+            ends.append(side * float("inf"))
+    low, high = (float(np.exp(e)) for e in ends) if log else (float(e) for e in ends)
+    return Interval(value, low, high, reach, float(dof), "profile", level)

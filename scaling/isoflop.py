@@ -18,6 +18,7 @@ from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
 from ditscale.scaling.results import Prediction
 from ditscale.scaling.intervals import Interval
+from ditscale.scaling.jsonable import plain
 from ditscale.scaling.power import PowerFit, fit_power
 from ditscale.scaling.runs import RunTable
 from ditscale.scaling.surface import SurfaceFit, as_table, fit_surface
@@ -84,7 +85,7 @@ class Vertex:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         ends = self.intervals()
-        return {
+        content = {
             "budget": self.budget,
             "params": self.params,
             "params_interval": ends.get("params"),
@@ -103,6 +104,7 @@ class Vertex:
             "coefficients": list(self.coefficients),
             "centre": self.centre,
         }
+        return plain(content)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -184,7 +186,7 @@ class IsoflopFit:
 
     def to_json(self) -> dict[str, Any]:
         """The contract's keys of ``ditscale fit isoflop --json`` and everything else of the fit."""
-        return {
+        content = {
             **self.params,
             "params": self.params,
             "intervals": self.intervals,
@@ -201,6 +203,7 @@ class IsoflopFit:
             "source_file": self.source,
             "warnings": self.warnings,
         }
+        return plain(content)  # type: ignore[no-any-return]
 
     def summary(self) -> str:
         """A readable table."""

@@ -242,6 +242,7 @@ class TermModel:
 
     def _log_terms(self, theta: Array) -> list[Array]:
         outer = None if self._outer is None else theta[:, self._outer, None]
+        theta = np.clip(theta, -1e150, 1e150)
         logs = []
         for columns, offset in zip(self._columns, self._offsets):
             value: Any = 0.0

@@ -86,7 +86,7 @@ class PowerFit:
 
     def to_json(self) -> dict[str, Any]:
         """The contract's keys of ``ditscale fit power --json`` and everything else of the fit."""
-        return {**self.fit.to_json(), **self.params, "params": self.params, "floor_mode": self.floor_mode, "r2": self.r2}
+        return {**self.fit.to_json(), **self.params, "params": self.params, "floor_mode": self.floor_mode}
 
     def summary(self) -> str:
         """A readable table."""

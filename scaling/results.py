@@ -15,6 +15,7 @@ from ditscale.errors import InputError
 from ditscale.scaling import engine, intervals
 from ditscale.scaling.engine import Array
 from ditscale.scaling.intervals import Components, Interval, Quantity
+from ditscale.scaling.jsonable import plain
 from ditscale.scaling.laws import Law, law_by_name
 from ditscale.scaling.losses import Loss, parse_loss, robust_sigma
 
@@ -44,14 +45,7 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "value": _plain(self.value),
-            "interval": _plain(self.interval),
-            "new_run": _plain(self.new_run),
-            "level": self.level,
-            "method": self.method,
-            "beyond": dict(self.beyond),
-        }
+        return plain(self.__dict__)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -74,7 +68,7 @@ class LawFit:
         at_bounds: names of parameters at a bound.
         warnings: what a reader must know, one sentence each.
         seconds: wall time of the fit.
-        seed: of bootstraps.
+        seed, draws: of bootstraps.
     """
 
     law: Law
@@ -96,6 +90,7 @@ class LawFit:
     warnings: list[str]
     seconds: float
     seed: int = 0
+    draws: int = 1000
     interval_method: str = "auto"
     notes: list[str] = field(default_factory=list)
 
@@ -160,25 +155,61 @@ class LawFit:
             sigma = robust_sigma(r, free_parameters=len(self.theta))
             window = max(knee, sigma * (self.n ** (-1 / 5)))
             bend = float(np.mean(np.abs(r) <= window)) * (knee / window if window > 0 else 1.0)
-        return slope / bend if bend > 0 else r
+        if bend <= 0:
+            return r
+        share = min(float(np.mean(self.loss.curvature(r) > 0)), 1.0)
+        # Huber's correction for the parameters that were fitted (Huber & Ronchetti 2009, section 7.6).
+        correction = 1.0 + len(self.theta) / self.n * (1.0 - share) / share if share > 0.5 else 1.0
+        return slope / bend * correction
 
-    def _components(self, groups: NDArray[np.int64] | None) -> Components:
-        root = np.sqrt(self.weights / self.weights.mean())
-        free = [i for i, name in enumerate(self.law.names) if name not in self.at_bounds]
-        parts = intervals.components(self.jacobian[:, free] * root[:, None], self._errors * root, groups)
-        leverage = np.zeros((self.n, len(self.theta)))
-        leverage[:, free] = parts.leverage
-        return dataclasses.replace(parts, leverage=leverage)
+    def components_for(self, method: str) -> Components:
+        """Variance components as an interval method sees them: with budgets for "components" and "case-t", else runs alone."""
+        if method not in self._parts:
+            root = np.sqrt(self.weights / self.weights.mean())
+            free = [i for i, name in enumerate(self.law.names) if name not in self.at_bounds]
+            groups = self.groups if method in ("components", "case-t") else None
+            parts = intervals.components(self.jacobian[:, free] * root[:, None], self._errors * root, groups)
+            leverage = np.zeros((self.n, len(self.theta)))
+            leverage[:, free] = parts.leverage
+            self._parts[method] = dataclasses.replace(parts, leverage=leverage)
+        return self._parts[method]
 
     @cached_property
+    def _parts(self) -> dict[str, Components]:
+        return {}
+
+    @property
     def components(self) -> Components:
         """Run noise and budget shock (see ``intervals.py``)."""
-        return self._components(self.groups)
+        return self.components_for("components")
+
+    @property
+    def bounds(self) -> tuple[Array, Array]:
+        """Bounds of the internal parameters."""
+        model = self._bounded()
+        return model.lower, model.upper
 
     @cached_property
-    def plain_components(self) -> Components:
-        """Run noise alone, all points independent."""
-        return self._components(None)
+    def _problem(self) -> Any:
+        goal = np.log(self.target) if self.space == "log" else self.target
+        return engine.Problem(self._model, goal, self.loss, self.weights, self.space)
+
+    def objective_at(self, theta: Array) -> float:
+        """The objective at other internal parameters."""
+        return float(self._problem.objective(theta[None, :], slice(None))[0])
+
+    def gradient_at(self, theta: Array) -> Array:
+        """Its gradient."""
+        gradient: Array = self._problem.derivatives(theta[None, :], slice(None))[0][0]
+        return gradient
+
+    @property
+    def objective_scale(self) -> float:
+        """What twice a drop of the objective is measured in: mean psi² over mean psi', n - p for n."""
+        r = self.residuals
+        psi = float((self.weights * self.loss.psi(r) ** 2).sum()) / max(self.n - len(self.theta), 1)
+        bend = float(np.average(self.loss.curvature(r), weights=self.weights))
+        return 0.5 * psi / bend if bend > 0 and psi > 0 else 1e-300
 
     @cached_property
     def _se(self) -> Array:
@@ -261,16 +292,16 @@ class LawFit:
     def _replicates(self) -> dict[Any, Array]:
         return {}
 
-    def bootstrap(self, kind: str = "case", draws: int = 1000, seed: int | None = None) -> Array:
+    def bootstrap(self, kind: str = "case", draws: int | None = None, seed: int | None = None) -> Array:
         """Refit to resampled data: internal parameters [draws, p].
 
         Args:
-            kind: "case" resamples runs, "cluster" whole budgets, "wild" flips and scales residuals (Rademacher, by budget
-                where there are budgets).
-            draws: how many. Default: 1000.
+            kind: "case" resamples runs, "cluster" whole budgets, "wild" flips the signs of residuals at random.
+            draws: how many. Default: the fit's, 1000.
             seed: of the generator. Default: the fit's.
         """
         seed = self.seed if seed is None else seed
+        draws = self.draws if draws is None else draws
         key = (kind, draws, seed)
         if key not in self._replicates:
             rng = np.random.default_rng(seed)
@@ -328,7 +359,7 @@ class LawFit:
 
     def to_json(self) -> dict[str, Any]:
         """Everything needed to read and replay the fit, as plain values."""
-        return {
+        content = {
             "law": self.law.name,
             "formula": self.law.formula,
             "source": self.law.source,
@@ -352,6 +383,7 @@ class LawFit:
             "seconds": {"fit": self.seconds},
             "saved": self._saved(),
         }
+        return plain(content)  # type: ignore[no-any-return]
 
     def _saved(self) -> dict[str, Any]:
         """What :meth:`from_json` needs beside the summary."""
@@ -428,9 +460,3 @@ class LawFit:
 def _pair(ends: list[Interval], shape: tuple[int, ...]) -> list[Any]:
     low, high = np.array([e.low for e in ends]), np.array([e.high for e in ends])
     return [low.reshape(shape), high.reshape(shape)] if shape else [float(low[0]), float(high[0])]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value

@@ -13,7 +13,8 @@ import numpy as np
 from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
 from ditscale.scaling.fit import fit_law
-from ditscale.scaling.intervals import Interval, Quantity
+from ditscale.scaling.intervals import MANY_RUNS, Interval, Quantity
+from ditscale.scaling.jsonable import plain
 from ditscale.scaling.laws import KAPLAN, SKALING, SURFACE, SURFACE_FLOORLESS, SURFACE_TIED, TermLaw
 from ditscale.scaling.losses import Loss
 from ditscale.scaling.results import LawFit, Prediction
@@ -23,6 +24,7 @@ SURFACE_LAWS: dict[str, TermLaw] = {
     law.name: law for law in (SURFACE, SURFACE_TIED, SURFACE_FLOORLESS, SKALING, KAPLAN)
 }
 _MIN_LEVELS = 3
+_MAX_DRAWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class SurfaceFit:
 
     def replicates(self) -> dict[str, Array]:
         """Parameters of the case-bootstrap draws by name."""
-        theta = self.fit.bootstrap("case", max(self.bootstrap_draws, 2))
+        theta = self.fit.bootstrap("case", self.bootstrap_draws)
         a, b = self._exponents(theta)
         return {**self.fit.export_replicates(theta), "a": a, "b": b}
 
@@ -223,7 +225,7 @@ class SurfaceFit:
     def to_json(self) -> dict[str, Any]:
         """The contract's keys of ``ditscale fit surface --json`` and everything else of the fit."""
         base = self.fit.to_json()
-        return {
+        content = {
             **base,
             **self.params,
             "params": self.params,
@@ -237,6 +239,7 @@ class SurfaceFit:
             "notes": list(self.notes),
             "seconds": self.seconds,
         }
+        return plain(content)  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> SurfaceFit:
@@ -292,7 +295,8 @@ def fit_surface(
         loss_fn: "huber:1e-3" with ``space="log"`` is Chinchilla's; the default's knee is 1.345 robust spreads.
         space: "log" or "raw" residuals.
         starts: starts of the variable-projection grid that are polished. Default: 8.
-        bootstrap: case-bootstrap draws for ``sd``. Default: 0.
+        bootstrap: case-bootstrap draws for ``sd``; with 100 runs or more their percentiles are then the intervals.
+            Default: 0.
         seed: of the bootstrap.
         interval_method: see :mod:`ditscale.scaling.intervals`.
         weights: of the runs. Default: equal.
@@ -306,8 +310,10 @@ def fit_surface(
     begun = time.perf_counter()
     runs = as_table(table, columns)
     form = surface_law(law)
-    if isinstance(bootstrap, bool) or bootstrap < 0:
-        raise InputError(f"bootstrap: expected 0 or more draws, got {bootstrap!r}")
+    if isinstance(bootstrap, bool) or not 0 <= bootstrap <= _MAX_DRAWS:
+        raise InputError(f"bootstrap: expected 0 to {_MAX_DRAWS:,} draws, got {bootstrap!r}")
+    if bootstrap and interval_method == "auto" and len(runs) >= MANY_RUNS:
+        interval_method = "case"
     n, d, loss = runs.params, runs.data, runs.loss
     for name, values in (("params", n), (runs.data_unit, d)):
         levels = len(np.unique(np.round(np.log(values), 6)))
@@ -348,7 +354,8 @@ def fit_surface(
     )
     if bootstrap:
         begun = time.perf_counter()
-        fit.bootstrap("case", int(bootstrap))
+        fit.draws = int(bootstrap)
+        fit.bootstrap("case")
         result.seconds["bootstrap"] = time.perf_counter() - begun
     return result
 
