@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ditscale.errors import BackendUnavailable, InputError
+from ditscale.kernels import selfcheck
 from ditscale.kernels.library import missing_reason
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
@@ -18,10 +19,10 @@ KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 # Per operator: the backends that have an implementation, in the order in which `auto` tries them on a device.
 BACKENDS: Final[dict[str, tuple[str, ...]]] = {
-    "layernorm_modulate": ("cpu",),
-    "gate_residual": ("cpu",),
-    "gate_residual_layernorm_modulate": ("cpu",),
-    "bias_gelu": ("cpu",),
+    "layernorm_modulate": ("cpu", "cuda"),
+    "gate_residual": ("cpu", "cuda"),
+    "gate_residual_layernorm_modulate": ("cpu", "cuda"),
+    "bias_gelu": ("cpu", "cuda"),
     "qk_norm_rope": (),
     "attention": ("sdpa",),
 }
@@ -53,7 +54,9 @@ def unavailable_reason(op: str, backend: str, device_type: str) -> str | None:
     return None
 
 
-@functools.cache
+_chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
+
+
 def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend that serves this kind of call; raises where one was named that cannot.
 
@@ -61,20 +64,36 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
         InputError: no such backend.
         BackendUnavailable: the named backend cannot run here; says why.
     """
-    if backend == "auto":
-        if dtype in KERNEL_DTYPES:
-            for candidate in BACKENDS[op]:
-                # Interpreted Triton is for tests: it is only ever asked for by name.
-                if candidate == "triton" and device_type == "cpu":
-                    continue
-                if unavailable_reason(op, candidate, device_type) is None:
-                    return candidate
-        return "reference"
+    key = (op, backend, device_type, dtype)
+    chosen = _chosen.get(key)
+    if chosen is None:
+        if device_type == "cuda" and backend == "auto" and torch.cuda.is_current_stream_capturing():
+            return "reference"  # a self-check cannot run inside a graph capture; warm up before it, as for any kernel
+        chosen = _chosen[key] = _auto(op, device_type, dtype) if backend == "auto" else _named(*key)
+    return chosen
+
+
+def _auto(op: str, device_type: str, dtype: torch.dtype) -> str:
+    if dtype in KERNEL_DTYPES:
+        for candidate in BACKENDS[op]:
+            if unavailable_reason(op, candidate, device_type) is not None:
+                continue
+            if candidate == "sdpa":
+                return candidate  # PyTorch's own: nothing of ours to prove
+            # Interpreted Triton is for tests: it is only ever asked for by name.
+            if not (candidate == "triton" and device_type == "cpu") and not selfcheck.failure(
+                op, candidate, dtype, device_type
+            ):
+                return candidate
+    return "sdpa" if "sdpa" in BACKENDS[op] else "reference"
+
+
+def _named(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     if backend not in ("reference", *_KNOWN):
         known = ", ".join(("auto", "reference", *BACKENDS[op]))
         raise InputError(f"backend: expected one of {known}, got {backend!r}")
     reason = unavailable_reason(op, backend, device_type)
-    if reason is None and backend != "reference" and backend != "sdpa" and dtype not in KERNEL_DTYPES:
+    if reason is None and backend not in ("reference", "sdpa") and dtype not in KERNEL_DTYPES:
         reason = f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot run {op} here: {reason}")
@@ -84,6 +103,15 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 # torch.compile then runs it while tracing and keeps the answer (what torch.compiler.assume_constant_result does; that
 # function imports the compiler, which takes a second that eager users should not pay).
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose(op: str, backend: str, x: Tensor) -> str:
+    """The backend for a call on ``x``: plain PyTorch inside transforms, else what ``resolve`` says."""
+    if in_transform():
+        if backend != "auto":
+            resolve(op, backend, x.device.type, x.dtype)  # a wrong name is still said
+        return "reference"
+    return resolve(op, backend, x.device.type, x.dtype)
 
 
 def in_transform() -> bool:

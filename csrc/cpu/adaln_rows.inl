@@ -63,33 +63,39 @@ DS_INLINE float row_sum(const T* x, int64_t D) {
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
+struct Centred {
+  float sum, squares;
+};
+
 template <class T>
-DS_INLINE float row_sum_squares(const T* x, int64_t D, float mean) {
-  vf acc[LANES] = {};
-  const vf m = splat(mean);
+DS_INLINE Centred row_centred(const T* x, int64_t D, float about) {
+  vf acc[LANES] = {}, rest[LANES] = {};
+  const vf m = splat(about);
   int64_t d = 0;
   for (; d + LANES * W <= D; d += LANES * W) {
     for (int k = 0; k < LANES; ++k) {
       const vf a = load(x + d + k * W) - m;
+      rest[k] += a;
       acc[k] += a * a;
     }
   }
-  for (; d + W <= D; d += W) {
-    const vf a = load(x + d) - m;
+  for (; d < D; d += W) {
+    const vf a = (d + W <= D ? load(x + d) : load_part(x + d, D - d, about)) - m;
+    rest[0] += a;
     acc[0] += a * a;
   }
-  if (d < D) {
-    const vf a = load_part(x + d, D - d, mean) - m;
-    acc[1] += a * a;
-  }
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  return {sum((rest[0] + rest[1]) + (rest[2] + rest[3])), sum((acc[0] + acc[1]) + (acc[2] + acc[3]))};
 }
 
-// Two passes over a row that the first one brings into the level-1 cache: exact where a one-pass formula cancels.
+// Two passes over a row that the first one brings into the level-1 cache, exact where a one-pass formula cancels; what the
+// second one finds left of the mean corrects it, so that a constant row is centred to zeros.
 template <class T>
 DS_INLINE Moments moments(const T* x, int64_t D, float eps, bool rms) {
-  const float mean = rms ? 0.f : row_sum(x, D) / (float)D;
-  return {mean, inverse_root(row_sum_squares(x, D, mean) / (float)D + eps)};
+  const float n = (float)D, about = rms ? 0.f : row_sum(x, D) / n;
+  const Centred c = row_centred(x, D, about);
+  if (rms) return {0.f, inverse_root(c.squares / n + eps)};
+  const float shift = c.sum / n, variance = c.squares / n - shift * shift;
+  return {about + shift, inverse_root((variance > 0.f || variance != variance ? variance : 0.f) + eps)};
 }
 
 template <class T>

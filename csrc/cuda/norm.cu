@@ -16,10 +16,19 @@ template <class T>
 constexpr int FAST_THREADS = sizeof(T) == 4 ? 768 : 512;
 constexpr int ANY_THREADS = 256;
 
-// The K row sums of ROWS rows held as packs, then the centred squares: two passes, over registers.
+// What the second pass finds left of the mean corrects it, so that a constant row is centred to zeros.
+__device__ __forceinline__ void finish_moments(
+    float sum, float squares, int64_t D, float eps, bool rms, float* mean, float* rstd) {
+  const float n = static_cast<float>(D), shift = rms ? 0.f : sum / n;
+  const float variance = squares / n - shift * shift;
+  *mean += shift;
+  *rstd = 1.0f / sqrtf((variance < 0.f ? 0.f : variance) + eps);
+}
+
+// Mean and deviation of ROWS rows held as packs: the sums, then the centred squares, over registers.
 template <class T, int N, int ROWS>
 __device__ __forceinline__ void row_moments(
-    const Pack<T, N> (&x)[ROWS], bool active, int64_t D, float eps, bool rms, float (*buffer)[ROWS * 32],
+    const Pack<T, N> (&x)[ROWS], bool active, int64_t D, float eps, bool rms, float (*buffer)[2 * ROWS * 32],
     float (&mean)[ROWS], float (&rstd)[ROWS]) {
   float total[ROWS];
 #pragma unroll
@@ -35,24 +44,26 @@ __device__ __forceinline__ void row_moments(
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) mean[i] = total[i] / static_cast<float>(D);
   }
+  float centred[2 * ROWS];
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
-    total[i] = 0.f;
+    centred[2 * i] = centred[2 * i + 1] = 0.f;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float c = widen(x[i].v[j]) - mean[i];
-      total[i] += active ? c * c : 0.f;
+      const float c = active ? widen(x[i].v[j]) - mean[i] : 0.f;
+      centred[2 * i] += c;
+      centred[2 * i + 1] += c * c;
     }
   }
-  block_sum<ROWS>(total, buffer[1]);
+  block_sum<2 * ROWS>(centred, buffer[1]);
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i) rstd[i] = 1.0f / sqrtf(total[i] / static_cast<float>(D) + eps);
+  for (int i = 0; i < ROWS; ++i) finish_moments(centred[2 * i], centred[2 * i + 1], D, eps, rms, &mean[i], &rstd[i]);
 }
 
 template <class T, bool BRANCH>
 __global__ void __launch_bounds__(FAST_THREADS<T>) forward_fast(ForwardArgs a, int64_t chunk, int64_t chunks) {
   constexpr int N = LANES<T>, ROWS = 4;
-  __shared__ float buffer[2][ROWS * 32];
+  __shared__ float buffer[2][2 * ROWS * 32];
   const int64_t b = blockIdx.x / chunks, first = (blockIdx.x % chunks) * chunk;
   const int64_t last = first + chunk < a.T ? first + chunk : a.T;
   const int64_t d = static_cast<int64_t>(threadIdx.x) * N;
@@ -108,7 +119,7 @@ __global__ void __launch_bounds__(FAST_THREADS<T>) forward_fast(ForwardArgs a, i
 // One row a block, any width; what a thread reads again from memory is what it wrote itself.
 template <class T, int N>
 __global__ void __launch_bounds__(ANY_THREADS) forward_any(ForwardArgs a) {
-  __shared__ float buffer[2][32];
+  __shared__ float buffer[2][64];
   const int64_t row = blockIdx.x, b = row / a.T, t = row % a.T;
   const int64_t start = static_cast<int64_t>(threadIdx.x) * N, step = static_cast<int64_t>(blockDim.x) * N;
   const T* x = row_of<T>(a.x, b, t);
@@ -137,17 +148,18 @@ __global__ void __launch_bounds__(ANY_THREADS) forward_any(ForwardArgs a) {
     block_sum<1>(total, buffer[0]);
     mean = total[0] / static_cast<float>(a.D);
   }
-  total[0] = 0.f;
+  float rstd, centred[2] = {0.f, 0.f};
   for (int64_t d = start; d < a.D; d += step) {
     const Pack<T, N> p = fetch<T, N>(x + d);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float c = widen(p.v[j]) - mean;
-      total[0] += c * c;
+      centred[0] += c;
+      centred[1] += c * c;
     }
   }
-  block_sum<1>(total, buffer[1]);
-  const float rstd = 1.0f / sqrtf(total[0] / static_cast<float>(a.D) + a.eps);
+  block_sum<2>(centred, buffer[1]);
+  finish_moments(centred[0], centred[1], a.D, a.eps, a.rms, &mean, &rstd);
   if (a.rstd != nullptr && threadIdx.x == 0) {
     a.mean[row] = mean;
     a.rstd[row] = rstd;
@@ -170,7 +182,7 @@ __global__ void __launch_bounds__(FAST_THREADS<T>)
     backward_fast(BackwardArgs a, int64_t segment_rows, int64_t chunk, int64_t chunks, float* partial) {
   constexpr int N = LANES<T>, SUMS = BRANCH ? 3 : 2;
   constexpr int ROWS = BRANCH ? 1 : 2;  // what fits the registers of a block of FAST_THREADS without a spill
-  __shared__ float buffer[2][ROWS * 32];
+  __shared__ float buffer[2][2 * ROWS * 32];
   __shared__ float pair_buffer[2][2 * ROWS * 32];
   const int64_t segment = blockIdx.x / chunks, first = (blockIdx.x % chunks) * chunk;
   const int64_t last = first + chunk < segment_rows ? first + chunk : segment_rows;
@@ -260,7 +272,7 @@ __global__ void __launch_bounds__(FAST_THREADS<T>)
 // One row a block: dx, dbranch, per-token gradients of the modulation, and what the sums over columns need of the row.
 template <class T, int N>
 __global__ void __launch_bounds__(ANY_THREADS) backward_any_rows(BackwardArgs a, float* row_stats) {
-  __shared__ float buffer[2][32];
+  __shared__ float buffer[2][64];
   __shared__ float pair_buffer[64];
   const int64_t row = blockIdx.x, b = row / a.T, t = row % a.T;
   const int64_t start = static_cast<int64_t>(threadIdx.x) * N, step = static_cast<int64_t>(blockDim.x) * N;
@@ -280,17 +292,18 @@ __global__ void __launch_bounds__(ANY_THREADS) backward_any_rows(BackwardArgs a,
       block_sum<1>(total, buffer[0]);
       mean = total[0] / static_cast<float>(a.D);
     }
-    total[0] = 0.f;
+    float centred[2] = {0.f, 0.f};
     for (int64_t d = start; d < a.D; d += step) {
       const Pack<T, N> p = fetch<T, N>(x + d);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float c = widen(p.v[j]) - mean;
-        total[0] += c * c;
+        centred[0] += c;
+        centred[1] += c * c;
       }
     }
-    block_sum<1>(total, buffer[1]);
-    rstd = 1.0f / sqrtf(total[0] / static_cast<float>(a.D) + a.eps);
+    block_sum<2>(centred, buffer[1]);
+    finish_moments(centred[0], centred[1], a.D, a.eps, a.rms, &mean, &rstd);
   }
   float pair[2] = {0.f, 0.f};
   for (int64_t d = start; d < a.D; d += step) {

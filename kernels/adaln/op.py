@@ -231,8 +231,8 @@ def layernorm_modulate(
     base = 1.0
     if weight is not None or bias is not None:
         shift, scale, base = _affine(shift, scale, weight, bias, x.shape[2])
-    chosen = dispatch.resolve("layernorm_modulate", backend, x.device.type, x.dtype)
-    if chosen == "reference" or dispatch.in_transform():
+    chosen = dispatch.choose("layernorm_modulate", backend, x)
+    if chosen == "reference":
         return reference.layernorm_modulate_ref(x, shift, scale, eps=eps, scale_base=base, rms=rms)
     impl = _implementation(chosen)
     if _wants_grad(x, shift, scale):
@@ -261,8 +261,8 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: Backend =
     _check_rows(x)
     branch = _like_x("branch", branch, x)
     (gate,) = _modulations(x, ("gate",), (gate,))
-    chosen = dispatch.resolve("gate_residual", backend, x.device.type, x.dtype)
-    if chosen == "reference" or dispatch.in_transform():
+    chosen = dispatch.choose("gate_residual", backend, x)
+    if chosen == "reference":
         return reference.gate_residual_ref(x, branch, gate)
     impl = _implementation(chosen)
     if _wants_grad(x, branch, gate):
@@ -307,8 +307,8 @@ def gate_residual_layernorm_modulate(
         shift, scale = _modulations(x, ("shift", "scale"), (shift, scale))
         shift, scale, base = _affine(shift, scale, weight, bias, x.shape[2])
     gate, shift, scale = _modulations(x, ("gate", "shift", "scale"), (gate, shift, scale))
-    chosen = dispatch.resolve("gate_residual_layernorm_modulate", backend, x.device.type, x.dtype)
-    if chosen == "reference" or dispatch.in_transform():
+    chosen = dispatch.choose("gate_residual_layernorm_modulate", backend, x)
+    if chosen == "reference":
         return reference.gate_residual_layernorm_modulate_ref(
             x, branch, gate, shift, scale, eps=eps, scale_base=base, rms=rms
         )

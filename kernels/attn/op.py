@@ -51,8 +51,8 @@ def attention(
     if lengths is not None and (lengths.shape != (q.shape[0],) or lengths.is_floating_point()):
         raise InputError(f"lengths: expected {q.shape[0]} integers, one a sample, got {list(lengths.shape)} {lengths.dtype}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    chosen = dispatch.resolve("attention", backend, q.device.type, q.dtype)
-    if chosen == "reference" or dispatch.in_transform():
+    chosen = dispatch.choose("attention", backend, q)
+    if chosen == "reference":
         return reference.attention_ref(q, k, v, scale=scale, lengths=lengths)
     if lengths is None:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)

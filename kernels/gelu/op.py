@@ -64,8 +64,8 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
         )
     if bias.dtype != x.dtype and bias.dtype != torch.float32:
         bias = bias.to(torch.float32)
-    chosen = dispatch.resolve("bias_gelu", backend, x.device.type, x.dtype)
-    if chosen == "reference" or dispatch.in_transform():
+    chosen = dispatch.choose("bias_gelu", backend, x)
+    if chosen == "reference":
         return reference.bias_gelu_ref(x, bias)
     impl = _implementation(chosen)
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):

@@ -58,5 +58,5 @@ def qk_norm_rope(
         for name, t in (("cos", cos), ("sin", sin)):
             if t.shape not in ((q.shape[2], K // 2), (q.shape[0], q.shape[2], K // 2)):
                 raise InputError(f"{name}: expected [T, K / 2] = [{q.shape[2]}, {K // 2}] or [B, T, K / 2], got {list(t.shape)}")
-    dispatch.resolve("qk_norm_rope", backend, q.device.type, q.dtype)
+    dispatch.choose("qk_norm_rope", backend, q)
     return reference.qk_norm_rope_ref(q, k, q_weight, k_weight, cos, sin, eps=eps, interleaved=interleaved)
