@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,13 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, *, wait_seconds: float = 10.0) -> Iterator[None]:
     """Hold a folder for one process; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        folder: made where it is not there.
+        wait_seconds: how long to wait for another process to let go, as one does whose parent was killed a moment
+            ago. Default: 10.
 
     Raises:
         InputError: another process holds it, or the folder cannot be written.
@@ -70,11 +76,16 @@ def folder_lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{folder}: expected a folder to write to, got {error.strerror or error}") from error
     with file:
-        if fcntl is not None:
+        deadline = time.monotonic() + wait_seconds
+        while fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except OSError as error:
-                raise InputError(f"{folder}: expected a folder that no other process uses, got a locked one") from error
+                if time.monotonic() > deadline:
+                    message = f"{folder}: expected a folder that no other process uses, got one in use"
+                    raise InputError(message) from error
+                time.sleep(0.05)
         yield
 
 

@@ -1,9 +1,252 @@
-"""This room's part of the command line. Heavy imports stand inside the functions."""
+"""This room's part of the command line: flops, train, sample, evaluate, export."""
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
 import typer
+
+if TYPE_CHECKING:
+    from ditscale.dit.config import DiTConfig
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its weights.safetensors.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add this room's commands to ``app``."""
+    for command in (flops, train, sample, evaluate, export):
+        app.command()(command)
+
+
+def flops(
+    model: Annotated[str, typer.Argument(help="A preset such as DiT-XL/2, or a TOML file with a [model] table.")],
+    image_size: Annotated[Optional[int], typer.Option(help="Pixels on a side. Default: the model's.")] = None,
+    batch: Annotated[int, typer.Option(help="Images.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Count a model's FLOPs and parameters exactly (convention: matmul, a multiply-add is 2)."""
+    from ditscale.dit.flops import count
+
+    report = count(resolve_model(model), image_size=image_size, batch=batch)
+    if as_json:
+        typer.echo(json.dumps(report.to_json()))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.model or model}: {report.image_size} px, {report.tokens} tokens, batch {report.batch}")
+    for heading in ("line", "formula"):
+        table.add_column(heading)
+    for heading in ("forward FLOPs", "backward FLOPs", "share"):
+        table.add_column(heading, justify="right")
+    for line in report.ledger:
+        share = f"{100 * (line.forward + line.backward) / report.train:.2f} %"
+        table.add_row(line.name, line.formula, f"{line.forward:,}", f"{line.backward:,}", share)
+    table.add_section()
+    table.add_row("total", f"train = {report.train:,}", f"{report.forward:,}", f"{report.backward:,}", "100 %")
+    console = Console()
+    console.print(table)
+    p = report.params
+    console.print(
+        f"parameters {p.total:,}: {p.per_token:,} work per token, {p.per_sample:,} per image, {p.embedding:,} looked up\n"
+        f"forward multiply-adds {report.macs_forward:,} (the DiT paper's unit)   convention: {report.convention}"
+    )
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file: the trainer's fields and a [model] table.")],
+    out: Annotated[Path, typer.Option(help="The run's folder.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in that folder.")] = False,
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads. Default: all cores.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train one DiT and write its run record."""
+    import signal
+
+    from ditscale.dit.checkpoint import read_json
+    from ditscale.dit.config import read_toml
+    from ditscale.dit.training import Stopped, TrainConfig
+    from ditscale.dit.training import train as run_training
+    from ditscale.errors import InputError
+
+    plan = TrainConfig.from_dict(read_toml(config))
+    if (out / "config.json").exists() and not (out / "run.json").exists() and not resume:
+        raise InputError(f"--out: {out} holds an unfinished run; give --resume to go on with it")
+    use_threads(threads)
+    stop: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
+    try:
+        with progress_bar(out.name, show=not as_json) as advance:
+            record = run_training(plan, out, progress=advance, should_stop=lambda: bool(stop))
+    except Stopped as error:
+        raise typer.Abort from error
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if as_json:
+        typer.echo(json.dumps(read_json(out / "run.json")))
+    elif record["status"] == "finished":
+        typer.echo(
+            f"{record['run_id']}: validation loss {record['loss']:.4f} ({record['loss_kind']}) after {record['images']:,} "
+            f"images, {record['flops']:.4g} FLOPs (convention {record['flop_convention']}), {record['seconds']:.0f} s"
+        )
+    if record["status"] != "finished":
+        raise typer.Exit(1)
+
+
+def sample(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")],
+    caption: Annotated[Optional[list[str]], typer.Option(help="A caption; give it again for more images.")] = None,
+    label: Annotated[Optional[list[int]], typer.Option(help="A class; give it again for more images.")] = None,
+    count: Annotated[int, typer.Option(help="Images, where no caption or label says how many.")] = 16,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 25,
+    sampler: Annotated[str, typer.Option(help="euler or heun.")] = "heun",
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw images from a trained model."""
+    import torch
+
+    from ditscale.dit.flow import draw_samples
+    from ditscale.dit.pictures import save_grid
+    from ditscale.dit.training import load_weights
+    from ditscale.errors import InputError
+
+    model = load_weights(weights_path(run))
+    wanted = model.config.condition
+    given = {"caption": caption, "class": label}.get(wanted)
+    if (caption and wanted != "caption") or (label and wanted != "class"):
+        raise InputError(f"--caption, --label: expected what the model takes ({wanted}), got the other")
+    if wanted != "none" and not given:
+        raise InputError(f"--{'caption' if wanted == 'caption' else 'label'}: expected at least one, got none")
+    if not given and count < 1:
+        raise InputError(f"--count: expected at least 1, got {count}")
+    y = condition_tensor(model.config, given)
+    number = count if y is None else len(y)
+    generator = torch.Generator().manual_seed(seed)
+    side = model.config.input_side
+    noise = torch.randn(number, model.config.in_channels, side, side, generator=generator)
+    images = draw_samples(model, noise, y, steps=steps, sampler=sampler, guidance=guidance if y is not None else 1.0)
+    save_grid(out, images)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "images": number, "steps": steps, "sampler": sampler, "seed": seed}))
+    else:
+        typer.echo(f"{number} images in {out}")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    images: Annotated[Optional[int], typer.Option(help="Validation images. Default: as the run did.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of images and noise. Default: as the run did.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a finished run's averaged weights on the fixed validation set."""
+    import dataclasses
+    import math
+
+    from ditscale.dit.checkpoint import read_json
+    from ditscale.dit.flow import RectifiedFlow
+    from ditscale.dit.training import TrainConfig, load_weights, validation_set
+
+    plan = TrainConfig.from_dict(read_json(run / "config.json"))
+    changes = {"evaluation_images": images, "evaluation_seed": seed}
+    plan = dataclasses.replace(plan, **{k: v for k, v in changes.items() if v is not None})
+    validation = validation_set(plan)
+    by_time = validation.loss(load_weights(weights_path(run)), RectifiedFlow())
+    loss = math.fsum(by_time) / len(by_time)
+    if as_json:
+        content = {"loss": loss, "loss_kind": "velocity_mse", "images": plan.evaluation_images}
+        typer.echo(json.dumps(content | {"timesteps": validation.times.tolist(), "loss_by_timestep": by_time}))
+    else:
+        typer.echo(f"velocity loss {loss:.5f} on {plan.evaluation_images} images at {len(by_time)} times")
+
+
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Write a model as one safetensors file under the released DiT's tensor names, positions included."""
+    import safetensors.torch
+
+    from ditscale.dit.checkpoint import write_atomically
+    from ditscale.dit.training import load_weights
+
+    model = load_weights(weights_path(run))
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    header = {"format": "pt", "config": json.dumps(model.config.to_dict())}
+    write_atomically(out, safetensors.torch.save(tensors, metadata=header))
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "tensors": len(tensors)}))
+    else:
+        typer.echo(f"{len(tensors)} tensors in {out}")
+
+
+def resolve_model(text: str) -> DiTConfig:
+    """A model from a preset's name or the path of a TOML file."""
+    from ditscale.dit.config import DiTConfig
+
+    return DiTConfig.from_toml(text) if text.endswith(".toml") else DiTConfig.preset(text)
+
+
+def weights_path(run: Path) -> Path:
+    """The weights of a run's folder, or the path itself where it names a file."""
+    return run / "weights.safetensors" if run.is_dir() else run
+
+
+def condition_tensor(config: DiTConfig, given: list[Any] | None) -> Any:
+    """Captions or labels as the tensor that the model takes; None for a model without condition."""
+    import torch
+
+    from ditscale.errors import InputError
+
+    if config.condition == "none":
+        return None
+    if config.condition == "class":
+        bad = [label for label in given if not 0 <= label < config.num_classes]
+        if bad:
+            raise InputError(f"--label: expected 0 to {config.num_classes - 1}, got {bad[0]}")
+        return torch.tensor(given)
+    from ditscale.dit.data import emoji_vocabulary
+    from ditscale.dit.data.scenes import CAPTION_LENGTH
+
+    vocabulary = emoji_vocabulary()
+    if len(vocabulary) != config.vocabulary_size:
+        message = f"expected the embedded vocabulary of {len(vocabulary)} words, got a model of {config.vocabulary_size}"
+        raise InputError(f"--caption: {message}")
+    return torch.from_numpy(vocabulary.encode(given, CAPTION_LENGTH))
+
+
+def use_threads(threads: int | None) -> None:
+    """Set torch's threads; default all cores."""
+    import torch
+
+    from ditscale.errors import InputError
+
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads: expected at least 1, got {threads}")
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+
+
+def progress_bar(name: str, *, show: bool) -> Any:
+    """A context manager whose value is called with (steps done, steps, loss) and draws a bar on stderr."""
+    import contextlib
+    from collections.abc import Callable, Iterator
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    @contextlib.contextmanager
+    def drawn() -> Iterator[Callable[[int, int, float], None]]:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        times = (TextColumn("loss {task.fields[loss]:.4f}"), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, *times, console=Console(stderr=True), disable=not show) as progress:
+            task = progress.add_task(name, total=None, loss=float("nan"))
+            yield lambda done, steps, loss: progress.update(task, completed=done, total=steps, loss=loss)
+
+    return drawn()

@@ -34,7 +34,7 @@ from ditscale.dit.checkpoint import (
     write_json,
 )
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.data import ImageStream, open_stream
+from ditscale.dit.data import EmojiScenes, ImageBatch, ImageStream, to_float
 from ditscale.dit.flops import count
 from ditscale.dit.flow import RectifiedFlow, ValidationSet
 from ditscale.dit.model import DiT
@@ -47,13 +47,17 @@ OBJECTIVE = "rectified_flow_v"
 _SMOOTHING_IMAGES = 1024.0
 
 
+class Stopped(Exception):
+    """Training was asked to stop, wrote a checkpoint and did."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides a run's result.
 
     Args:
         model: the DiT.
-        data: the stream's name: "emoji_scenes", or a folder of images. Default: "emoji_scenes".
+        data: the images: "emoji_scenes", the embedded endless captioned scenes. Default: "emoji_scenes".
         batch: images a step. Default: 16.
         images: images in the whole run, rounded down to whole batches. Give this or ``flops``.
         flops: training FLOPs to spend by the ledger (convention ``matmul``), rounded down to whole batches.
@@ -63,8 +67,8 @@ class TrainConfig:
         warmup_fraction, decay_fraction: shares of the steps. Default: 0.05 and 0.5.
         decay_shape: "linear" or "cosine". Default: "linear".
         condition_dropout: share of training images that see no condition. Default: 0.1.
-        ema_share: share of training that the averaged weights remember. Default: 0.1.
-        evaluation_images: images of the fixed validation set. Default: 256.
+        ema_share: share of training that the averaged weights remember. Default: 0.05.
+        evaluation_images: images of the fixed validation set. Default: 128.
         evaluation_times: times at which each is evaluated. Default: 8.
         seed: of weights, data, noise and times. Default: 0.
         evaluation_seed: of the validation images and noise; the same for runs that are compared. Default: 0.
@@ -87,8 +91,8 @@ class TrainConfig:
     decay_fraction: float = 0.5
     decay_shape: str = "linear"
     condition_dropout: float = 0.1
-    ema_share: float = 0.1
-    evaluation_images: int = 256
+    ema_share: float = 0.05
+    evaluation_images: int = 128
     evaluation_times: int = 8
     seed: int = 0
     evaluation_seed: int = 0
@@ -164,6 +168,7 @@ def train(
     *,
     checkpoint_seconds: float = 20.0,
     progress: Callable[[int, int, float], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
     say: Callable[[str], None] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -175,6 +180,7 @@ def train(
             ``weights.safetensors`` (averaged weights) and ``run.json``, the record.
         checkpoint_seconds: time between checkpoints. Default: 20.
         progress: called after each step with (steps done, steps, smoothed training loss). Default: None.
+        should_stop: asked after each step; where it says yes, a checkpoint is written and Stopped raised. Default: None.
         say: takes sentences that a person should see, such as a damaged checkpoint. Default: stderr.
         extra: more fields for the record, such as a study's budget. Default: None.
 
@@ -183,6 +189,7 @@ def train(
 
     Raises:
         InputError: the folder holds another run, or is in use, or cannot be written.
+        Stopped: ``should_stop`` said so; the same call goes on from there.
     """
     folder = Path(out)
     say = say or (lambda sentence: print(f"ditscale: {sentence}", file=sys.stderr))
@@ -195,7 +202,7 @@ def train(
             except InputError as error:
                 say(f"{error}; training this run again")
                 record_path.unlink()
-        record = _Run(config, folder, say).train(checkpoint_seconds, progress) | dict(extra or {})
+        record = _Run(config, folder, say).train(checkpoint_seconds, progress, should_stop) | dict(extra or {})
         write_json(record_path, record)
         remove_checkpoints(folder)
         return record
@@ -232,7 +239,8 @@ class _Run:
         torch.manual_seed(_seed(config.seed, "weights"))
         self.model = DiT(config.model)
         self.flow = RectifiedFlow()
-        self.stream = open_stream(config.data, split="train", size=config.model.image_size, seed=config.seed)
+        self.stream = open_stream(config, "train")
+        self.read = _Reader(self.stream, config.model, config.batch)
         groups = parameter_groups(self.model, lr=config.lr, weight_decay=config.weight_decay)
         self.base_rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
@@ -283,7 +291,10 @@ class _Run:
         save_checkpoint(self.folder, Checkpoint(self.step, tensors, state))
 
     def train(
-        self, checkpoint_seconds: float, progress: Callable[[int, int, float], None] | None
+        self,
+        checkpoint_seconds: float,
+        progress: Callable[[int, int, float], None] | None,
+        should_stop: Callable[[], bool] | None,
     ) -> dict[str, Any]:
         config = self.config
         schedule, per_image = config.schedule, config.flops_per_image
@@ -315,12 +326,17 @@ class _Run:
                     )
                 if progress is not None:
                     progress(self.step, config.steps, self.smoothed)
+                if self.step == config.steps:
+                    break
                 now = time.perf_counter()
-                if now - last_save > checkpoint_seconds and self.step < config.steps:
+                stop = should_stop is not None and should_stop()
+                if stop or now - last_save > checkpoint_seconds:
                     self.seconds += now - clock
                     clock = now
                     self._save()
                     last_save = time.perf_counter()
+                if stop:
+                    raise Stopped(f"{self.folder.name} at step {self.step} of {config.steps}")
             self.seconds += time.perf_counter() - clock
         finally:
             log.close()
@@ -329,7 +345,7 @@ class _Run:
     def _one_step(self, rate_factor: float) -> float:
         config = self.config
         generator = torch.Generator().manual_seed(_seed(config.seed, f"step {self.step}"))
-        x_0, y = _tensors(self.stream, self.step * config.batch, config.batch, config.model)
+        x_0, y = self.read(self.step)
         eps = torch.randn(x_0.shape, generator=generator)
         t = self.flow.sample_times(config.batch, generator)
         drop = None
@@ -343,7 +359,7 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
         self.average.update(self.model, self.step + 1)
-        return float(loss)
+        return float(loss.detach())
 
     def _record(self, status: str) -> dict[str, Any]:
         config = self.config
@@ -379,7 +395,7 @@ class _Run:
             "loss_kind": LOSS_KIND,
             "loss_window": "final",
             "loss": None,
-            "loss_raw_weights": None,
+            "loss_weights": "averaged",
             "loss_by_timestep": None,
             "train_loss": self.smoothed if math.isfinite(self.smoothed) else None,
             "data": self.stream.name,
@@ -395,11 +411,9 @@ class _Run:
         }
         if status == "finished":
             validation = validation_set(config)
-            raw = validation.loss(self.model, self.flow)
             self.average.copy_to(self.model)
             averaged = validation.loss(self.model, self.flow)
             record["loss"] = math.fsum(averaged) / len(averaged)
-            record["loss_raw_weights"] = math.fsum(raw) / len(raw)
             record["loss_by_timestep"] = averaged
             record["timesteps"] = [float(t) for t in validation.times]
             save_weights(self.folder / "weights.safetensors", self.model)
@@ -408,10 +422,7 @@ class _Run:
 
 def validation_set(config: TrainConfig) -> ValidationSet:
     """The fixed validation set of a run: images that share no base image with training, with fixed noise."""
-    stream = open_stream(
-        config.data, split="validation", size=config.model.image_size, seed=config.evaluation_seed
-    )
-    x_0, y = _tensors(stream, 0, config.evaluation_images, config.model)
+    x_0, y = batch_tensors(open_stream(config, "validation").batch(0, config.evaluation_images), config.model)
     times = RectifiedFlow().validation_times(config.evaluation_times)
     return ValidationSet(x_0, y, times, seed=_seed(config.evaluation_seed, "validation noise"))
 
@@ -449,16 +460,55 @@ def load_weights(path: str | Path) -> DiT:
     return model
 
 
-def _tensors(stream: ImageStream, start: int, count_: int, model: DiTConfig) -> tuple[Tensor, Tensor | None]:
-    batch = stream.batch(start, count_)
-    images = torch.from_numpy(batch.images)
-    if model.condition == "none":
-        return images, None
-    if model.condition == "class":
-        if batch.labels is None:
-            raise InputError(f"model.condition: expected data with labels for 'class', got {stream.name} without")
-        return images, torch.from_numpy(batch.labels)
-    return images, torch.from_numpy(batch.tokens)
+def open_stream(config: TrainConfig, split: str) -> ImageStream:
+    """The images of a run: training images by its seed, or validation images by its evaluation seed.
+
+    Raises:
+        InputError: no such data, or it does not fit the model.
+    """
+    if config.data != "emoji_scenes":
+        raise InputError(f"data: expected 'emoji_scenes', got {config.data!r}")
+    model = config.model
+    if model.latent_factor != 1 or model.in_channels != 3:
+        raise InputError(
+            f"data: expected a model of RGB pixels (latent_factor 1, in_channels 3) for {config.data}, "
+            f"got latent_factor {model.latent_factor}, in_channels {model.in_channels}"
+        )
+    seed = config.seed if split == "train" else config.evaluation_seed
+    stream = EmojiScenes(split, model.image_size, seed)
+    if model.condition == "caption" and model.vocabulary_size != len(stream.vocabulary):
+        raise InputError(
+            f"model.vocabulary_size: expected {len(stream.vocabulary)}, the words of {stream.name}, got {model.vocabulary_size}"
+        )
+    if model.condition == "class" and model.num_classes != len(stream.classes):
+        raise InputError(
+            f"model.num_classes: expected {len(stream.classes)}, the classes of {stream.name}, got {model.num_classes}"
+        )
+    return stream
+
+
+def batch_tensors(batch: ImageBatch, model: DiTConfig) -> tuple[Tensor, Tensor | None]:
+    """A batch as the model takes it: images [B, 3, S, S] float32 in [-1, 1], and words [B, K], labels [B] or None."""
+    condition = {"none": None, "class": batch.labels, "caption": batch.tokens}[model.condition]
+    return torch.from_numpy(to_float(batch.images)), None if condition is None else torch.from_numpy(condition)
+
+
+class _Reader:
+    """Reads a stream in larger pieces than a batch: an image costs the same in any piece, a call does not."""
+
+    def __init__(self, stream: ImageStream, model: DiTConfig, batch: int) -> None:
+        self.stream, self.model, self.batch = stream, model, batch
+        self.steps = max(1, 64 // batch)
+        self.piece = -1
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
+        piece, place = divmod(step, self.steps)
+        if piece != self.piece:
+            count_ = self.steps * self.batch
+            self.images, self.condition = batch_tensors(self.stream.batch(piece * count_, count_), self.model)
+            self.piece = piece
+        rows = slice(place * self.batch, (place + 1) * self.batch)
+        return self.images[rows], None if self.condition is None else self.condition[rows]
 
 
 def versions() -> dict[str, str]:

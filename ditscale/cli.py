@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from ditscale import __version__
 from ditscale.errors import BackendUnavailable, InputError
+
+# Typer brings its own copy of click from 0.25 on and needs click before; both have these two above BadParameter.
+_UsageError, _ClickException = (
+    next(c for c in typer.BadParameter.__mro__ if c.__name__ == name) for name in ("UsageError", "ClickException")
+)
 
 app = typer.Typer(
     name="ditscale",
@@ -53,12 +57,12 @@ def main() -> None:
         code = app(standalone_mode=False)
     except (InputError, BackendUnavailable) as error:
         _fail(str(error))
-    except click.UsageError as error:
+    except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "ditscale"
         _fail(f"{error.format_message()} (see: {command} --help)")
-    except click.ClickException as error:
+    except _ClickException as error:
         _fail(error.format_message())
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("ditscale: stopped; the same command goes on where it was\n")
         sys.exit(130)
     except BrokenPipeError:

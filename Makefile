@@ -1,0 +1,34 @@
+# The two set-up commands are `make demo` and `make test`; each makes its own virtual environment in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc tools/build -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
+
+.PHONY: help demo test lint bench coverage-table clean
+help:
+	@echo "make demo    a scaling law on embedded images, and a prediction that is then tested (about 10 minutes)"
+	@echo "make test    the test suite"
+	@echo "make lint    format, lint and type checks"
+	@echo "make clean   remove what the build leaves"
+
+# torch comes first and from the constraints: the build then uses it, and nothing downloads another.
+$(VENV)/.ready: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/ditscale demo --out $(OUT)
+
+test: $(VENV)/.ready
+	$(BIN)/python -P -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache ditscale/lib

@@ -1,0 +1,164 @@
+"""Carry a study out from the grid to the page: train, fit, predict, train the predicted run, compare.
+
+Every stage leaves a file and is skipped where the file is there, so the same call goes on after any interruption:
+runs/*/run.json, runs.csv, laws.json, prediction.json (before the large run starts), outcome.json, report.html.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ditscale.dit.checkpoint import folder_lock, read_json, write_json
+from ditscale.errors import InputError
+from ditscale.scaling.execute import Progress, execute
+from ditscale.scaling.outlook import choose_and_predict, fit_laws
+from ditscale.scaling.study import PlannedRun, Study, plan_run
+
+Show = Callable[[str, "Progress | None"], None]
+
+
+def conduct(study: Study, *, show: Show, say: Callable[[str], None]) -> dict[str, Any]:
+    """Do all that a study still lacks.
+
+    Args:
+        study: what to carry out.
+        show: called with (stage, progress of the runs or None).
+        say: takes sentences that a person should see.
+
+    Returns:
+        The outcome, as in outcome.json.
+
+    Raises:
+        Interrupted: on Ctrl-C; the same call goes on.
+        InputError: the folder is in use by another process, or a stage cannot be done.
+    """
+    with folder_lock(study.folder):
+        clock = _Clock(study.folder / "clock.json")
+
+        def tick(stage: str, progress: Progress | None = None) -> None:
+            clock.save()
+            show(stage, progress)
+
+        config = study.config
+        for complaint in study.records()[1]:
+            say(f"{complaint}; its run is trained again")
+        _train(study, study.grid, config.workers, config.threads, "training the grid", tick, say)
+        study.write_table()
+
+        tick("fitting the laws")
+        laws = fit_laws(study)
+        laws_path = study.folder / "laws.json"
+        if not laws_path.exists() or read_json(laws_path) != laws:
+            write_json(laws_path, laws)
+        prediction, target = _predict(study, laws_path)
+
+        # One process with all the threads: it is a single run, and the largest.
+        _train(study, [target], 1, config.workers * config.threads, "training the predicted run", tick, say)
+        study.write_table()
+        tick("drawing samples and the page")
+        from ditscale.scaling.gallery import draw_gallery
+
+        draw_gallery(study, target)
+        outcome = _settle(study, prediction, target, clock)
+        from ditscale.scaling.report import write_report
+
+        write_report(study.folder)
+        return outcome
+
+
+def _train(
+    study: Study,
+    runs: list[PlannedRun],
+    workers: int,
+    threads: int,
+    stage: str,
+    tick: Callable[[str, Progress | None], None],
+    say: Callable[[str], None],
+) -> None:
+    execute(study, runs, workers=workers, threads=threads, show=lambda progress: tick(stage, progress), say=say)
+
+
+def _predict(study: Study, laws_path: Path) -> tuple[dict[str, Any], PlannedRun]:
+    """The prediction, written once and before its run, and the run that it is about."""
+    path = study.folder / "prediction.json"
+    law_hash = hashlib.sha256(laws_path.read_bytes()).hexdigest()
+    if path.exists():
+        prediction = read_json(path)
+        if prediction.get("law_sha256") != law_hash:
+            raise InputError(
+                f"{path}: expected the prediction of the law {law_hash[:12]} in laws.json, got one of "
+                f"{str(prediction.get('law_sha256'))[:12]}; a prediction is not made twice: use a new folder"
+            )
+        model = study.config.size(prediction["width"])
+        return prediction, plan_run(study.config, model, study.config.target, "prediction")
+    target, predicted = choose_and_predict(study)
+    model = target.training["model"]
+    prediction = {
+        "budget": study.config.target,
+        "params": target.params,
+        "params_per_token": target.params_per_token,
+        "images": target.images,
+        "steps": target.steps,
+        "width": model["width"],
+        "depth": model["depth"],
+        "run_id": target.run_id,
+        **predicted,
+        "made_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "law_sha256": law_hash,
+        "sha256": law_hash,
+    }
+    write_json(path, prediction)
+    return prediction, target
+
+
+def _settle(study: Study, prediction: dict[str, Any], target: PlannedRun, clock: _Clock) -> dict[str, Any]:
+    """Compare, and write the outcome once."""
+    path = study.folder / "outcome.json"
+    if path.exists():
+        return read_json(path)
+    records = {record["run_id"]: record for record in study.records()[0]}
+    measured = records[target.run_id]["loss"]
+    if measured is None:
+        raise InputError(f"{target.run_id}: expected the predicted run to train, got one whose loss diverged")
+    low, high = prediction["interval_95"]
+    spent = [records[run.run_id]["flops"] for run in [*study.grid, target]]
+    outcome = {
+        "budget": prediction["budget"],
+        "params": prediction["params"],
+        "images": prediction["images"],
+        "predicted_loss": prediction["loss"],
+        "interval_95": [low, high],
+        "measured_loss": measured,
+        "relative_error": measured / prediction["loss"] - 1,
+        "inside_interval": low <= measured <= high,
+        "extrapolation_factor": records[target.run_id]["flops"] / max(study.config.budgets),
+        "flops_spent": sum(spent),
+        "flop_convention": study.plan["flop_convention"],
+        "seconds": clock.seconds(),
+    }
+    write_json(path, outcome)
+    return outcome
+
+
+class _Clock:
+    """Wall time spent on a study over all its sessions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = 0.0
+        if path.exists():
+            self.before = float(read_json(path)["seconds"])
+        self.start = self.saved = time.monotonic()
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def save(self) -> None:
+        if time.monotonic() - self.saved > 2.0 or not self.path.exists():
+            self.saved = time.monotonic()
+            write_json(self.path, {"seconds": self.seconds()})

@@ -1,0 +1,41 @@
+"""What the models of a study draw: the same prompts and the same noise for each size, so that only the size differs."""
+
+from __future__ import annotations
+
+from ditscale.dit.checkpoint import write_json
+from ditscale.scaling.study import PlannedRun, Study
+
+_PICTURES = 8
+_STEPS = 20
+_GUIDANCE = 2.0
+
+
+def draw_gallery(study: Study, target: PlannedRun) -> None:
+    """Write samples.png and samples.json into the folders of the largest budget's runs and of the predicted run.
+
+    Prompts are captions of the validation split, whose base images no model has seen.
+    """
+    import torch
+
+    from ditscale.dit.flow import draw_samples
+    from ditscale.dit.pictures import save_grid
+    from ditscale.dit.training import TrainConfig, batch_tensors, load_weights, open_stream
+
+    largest = max(study.config.budgets)
+    for run in [*(run for run in study.grid if run.budget == largest), target]:
+        folder = study.run_folder(run.run_id)
+        path = folder / "samples.png"
+        weights = folder / "weights.safetensors"
+        if path.exists() or not weights.exists():
+            continue
+        plan = TrainConfig.from_dict(run.training)
+        prompts = open_stream(plan, "validation").batch(0, _PICTURES)
+        _, y = batch_tensors(prompts, plan.model)
+        generator = torch.Generator().manual_seed(study.config.seed)
+        side = plan.model.input_side
+        noise = torch.randn(_PICTURES, plan.model.in_channels, side, side, generator=generator)
+        guidance = 1.0 if y is None else _GUIDANCE
+        images = draw_samples(load_weights(weights), noise, y, steps=_STEPS, guidance=guidance)
+        settings = {"sampler": "heun", "steps": _STEPS, "guidance": guidance, "captions": list(prompts.captions)}
+        write_json(folder / "samples.json", settings)
+        save_grid(path, images, columns=_PICTURES)

@@ -1,0 +1,321 @@
+"""Design an isoFLOP study from the exact ledger, and know its folder.
+
+A study trains several sizes of one DiT at each of several FLOP budgets (approach 2 of Hoffmann et al., arXiv:2203.15556;
+for diffusion transformers Liang et al., arXiv:2410.08184). The sizes stand around one prior law at every budget, so the
+grid does not drift off centre as the budget grows, which would bend the fitted exponent (arXiv:2603.22339).
+
+The path of the data: StudyConfig -> design() -> Study folder (study.json) -> execute.py (runs/*/run.json, runs.csv) ->
+outlook.py (laws.json, prediction.json, outcome.json) -> report.py (report.html).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ditscale.dit.checkpoint import read_json, write_atomically, write_json
+from ditscale.dit.config import DiTConfig, read_toml
+from ditscale.dit.flops import CONVENTION, count
+from ditscale.errors import InputError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What a study trains.
+
+    Args:
+        name: for people.
+        budgets: training FLOPs of each fitted budget (convention ``matmul``), at least 3, rising.
+        target: FLOPs of the run that is predicted before it is trained, above the largest budget.
+        sizes: models at each budget, at least 4. Default: 5.
+        span: largest over smallest parameter count at a budget. Default: 8.
+        prior_coefficient, prior_exponent: the prior law of the best per-token parameter count,
+            ``coefficient * C ** exponent``, around which the sizes stand.
+        head_width: width of a head; model widths are multiples of it. Default: 16.
+        depth: blocks of every model, or None for one block per ``aspect`` of width. Default: None.
+        aspect: width over depth where ``depth`` is None. Default: 64.
+        model: fields of :class:`DiTConfig` that all sizes share.
+        training: fields of the trainer's configuration that all runs share.
+        workers: processes that train at once. Default: 2.
+        threads: threads of each. Default: 1.
+        seed: of the study. Default: 0.
+
+    Raises:
+        InputError: a value is not possible; names it, what was expected and what came.
+    """
+
+    name: str
+    budgets: tuple[int, ...]
+    target: int
+    sizes: int = 5
+    span: float = 8.0
+    prior_coefficient: float
+    prior_exponent: float
+    head_width: int = 16
+    depth: int | None = None
+    aspect: float = 64.0
+    model: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    workers: int = 2
+    threads: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        budgets = tuple(self.budgets)
+        if len(budgets) < 3 or any(not _is_number(b) or b <= 0 for b in budgets) or list(budgets) != sorted(set(budgets)):
+            raise InputError(f"budgets: expected at least 3 positive FLOP counts, rising, got {list(budgets)!r}")
+        object.__setattr__(self, "budgets", tuple(int(b) for b in budgets))
+        if not _is_number(self.target) or self.target <= budgets[-1]:
+            raise InputError(f"target: expected more FLOPs than the largest budget {budgets[-1]:.4g}, got {self.target!r}")
+        object.__setattr__(self, "target", int(self.target))
+        for name, least in (("sizes", 4), ("head_width", 4), ("workers", 1), ("threads", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        for name, above in (("span", 1.0), ("prior_coefficient", 0.0), ("prior_exponent", 0.0), ("aspect", 0.0)):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= above:
+                raise InputError(f"{name}: expected a number above {above:g}, got {value!r}")
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> StudyConfig:
+        """Read a study from TOML: the fields at the top, ``[model]`` and ``[training]`` as tables."""
+        values = read_toml(path)
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise InputError(f"{path}: no field {unknown[0]!r} in a study (fields: {', '.join(sorted(known))})")
+        required = ("name", "budgets", "target", "prior_coefficient", "prior_exponent")
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise InputError(f"{path}: expected the field {missing[0]!r} in a study, got none")
+        return cls(**values)
+
+    def size(self, width: int) -> DiTConfig:
+        """The model of a width, with its depth and heads by the study's rule."""
+        depth = self.depth if self.depth is not None else max(1, round(width / self.aspect))
+        return DiTConfig.from_dict({**self.model, "width": width, "depth": depth, "heads": width // self.head_width})
+
+    def ladder(self, most_params: float) -> list[DiTConfig]:
+        """Every model of the study's family up to ``most_params`` per-token parameters, by rising size."""
+        models = []
+        for width in range(self.head_width, 1 << 16, self.head_width):
+            model = self.size(width)
+            if count(model).params.per_token > most_params and models:
+                break
+            models.append(model)
+        return models
+
+    def optimum(self, budget: float) -> float:
+        """The prior's best per-token parameter count at a budget."""
+        return self.prior_coefficient * budget**self.prior_exponent
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study: which model, at which budget, for how many images."""
+
+    run_id: str
+    role: str
+    budget: int
+    training: dict[str, Any]
+    params: int
+    params_per_token: int
+    images: int
+    steps: int
+    flops: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the columns that people look for on top."""
+        model = self.training["model"]
+        row = {"width": model["width"], "depth": model["depth"], "heads": model["heads"]}
+        row |= {"batch": self.training["batch"], "lr": self.training["lr"]}
+        return dataclasses.asdict(self) | row
+
+
+def plan_run(config: StudyConfig, model: DiTConfig, budget: int, role: str) -> PlannedRun:
+    """The run of ``model`` that spends ``budget``, whole batches only.
+
+    Raises:
+        InputError: the budget does not pay for the study's least number of steps.
+    """
+    from ditscale.dit.training import TrainConfig
+
+    training = TrainConfig.from_dict({"seed": config.seed, **config.training, "model": model, "flops": budget})
+    report = count(model)
+    least = 20
+    if training.steps < least:
+        raise InputError(
+            f"budgets: expected enough for {least} steps of batch {training.batch} of the model of width {model.width} "
+            f"({least * training.batch * report.train:.4g} FLOPs), got {budget:.4g}"
+        )
+    return PlannedRun(
+        run_id=training.run_id,
+        role=role,
+        budget=budget,
+        training=training.to_dict(),
+        params=report.params.total,
+        params_per_token=report.params.per_token,
+        images=training.steps * training.batch,
+        steps=training.steps,
+        flops=training.steps * training.batch * report.train,
+    )
+
+
+def design(config: StudyConfig) -> list[PlannedRun]:
+    """The grid of a study: at each budget ``sizes`` models, log-spaced over ``span`` around the prior's optimum.
+
+    Raises:
+        InputError: a budget is too small for its models, or the family has too few sizes in the span.
+    """
+    grid = []
+    for budget in config.budgets:
+        centre = config.optimum(budget)
+        half = math.sqrt(config.span)
+        ladder = config.ladder(centre * half * 1.5)
+        sizes = [count(model).params.per_token for model in ladder]
+        wanted = [centre * half ** (2 * i / (config.sizes - 1) - 1) for i in range(config.sizes)]
+        picked = sorted({_nearest(sizes, n) for n in wanted})
+        below = sum(sizes[i] < centre for i in picked)
+        if len(picked) < config.sizes or below in (0, len(picked)):
+            raise InputError(
+                f"budgets: expected {config.sizes} different sizes around {centre:.3g} parameters at {budget:.4g} FLOPs, "
+                f"got widths {[ladder[i].width for i in picked]}; a smaller head_width, a larger span or budget helps"
+            )
+        grid += [plan_run(config, ladder[i], budget, "fit") for i in picked]
+    return grid
+
+
+def _nearest(sizes: Sequence[int], wanted: float) -> int:
+    return min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i] / wanted)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class Study:
+    """A study's folder: what was designed, and what has finished.
+
+    Args:
+        folder: holds study.json; see :meth:`create` for a new one.
+
+    Raises:
+        InputError: the folder holds no study, or a damaged one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "study.json"
+        if not path.is_file():
+            raise InputError(f"{self.folder}: expected a study's folder (with study.json), got none")
+        self.plan = read_json(path)
+        try:
+            config = dict(self.plan["config"])
+            self.config = StudyConfig(**config)
+            self.grid = [PlannedRun(**{f.name: row[f.name] for f in dataclasses.fields(PlannedRun)}) for row in self.plan["grid"]]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: expected a study of schema {SCHEMA}, got a damaged one ({error})") from error
+
+    @classmethod
+    def create(cls, folder: str | Path, config: StudyConfig) -> Study:
+        """Make a study's folder, or open it again where it holds this very study.
+
+        Raises:
+            InputError: the folder is not empty and holds something else, or cannot be written.
+        """
+        folder = Path(folder)
+        path = folder / "study.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            present = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        except OSError as error:
+            raise InputError(f"{folder}: expected a folder to write to, got {error.strerror or error}") from error
+        if path.is_file():
+            study = cls(folder)
+            mine = json.loads(json.dumps(dataclasses.asdict(config), default=dict))
+            if study.plan["config"] != mine:
+                raise InputError(f"{folder}: expected an empty folder or this study, got another study's")
+            return study
+        if present:
+            raise InputError(f"{folder}: expected an empty folder or a study's, got {present[0]!r} in it")
+        write_json(path, _describe(config, design(config)))
+        return cls(folder)
+
+    def run_folder(self, run_id: str) -> Path:
+        """Where a run keeps its files."""
+        return self.folder / "runs" / run_id
+
+    def records(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The finished runs' records, and a sentence for every record that is damaged."""
+        records, complaints = [], []
+        for path in sorted((self.folder / "runs").glob("*/run.json")):
+            try:
+                record = read_json(path)
+                if not isinstance(record, dict) or not {"run_id", "status", "loss", "flops"} <= record.keys():
+                    raise InputError(f"{path}: expected a finished run record, got a damaged one")
+                records.append(record)
+            except InputError as error:
+                complaints.append(str(error))
+        return records, complaints
+
+    def fitted_records(self) -> list[dict[str, Any]]:
+        """The finished runs of the grid, in its order."""
+        by_id = {record["run_id"]: record for record in self.records()[0]}
+        return [by_id[run.run_id] for run in self.grid if run.run_id in by_id]
+
+    def write_table(self) -> Path:
+        """Write runs.csv, every finished record with its losses by time in columns of their own."""
+        rows = []
+        for record in self.records()[0]:
+            row = {k: v for k, v in record.items() if not isinstance(v, (dict, list))}
+            for name, values in (("loss_t", record.get("loss_by_timestep")), ("t", record.get("timesteps"))):
+                row |= {f"{name}{i}": value for i, value in enumerate(values or [])}
+            row |= {f"version_{name}": value for name, value in record.get("versions", {}).items()}
+            rows.append(row)
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        path = self.folder / "runs.csv"
+        write_atomically(path, text.getvalue().encode())
+        return path
+
+
+def _describe(config: StudyConfig, grid: Sequence[PlannedRun]) -> dict[str, Any]:
+    """The content of study.json: all that decides the study, and where it was designed."""
+    from ditscale.dit.training import TrainConfig, versions
+
+    training = TrainConfig.from_dict(grid[0].training)
+    return {
+        "schema": SCHEMA,
+        "name": config.name,
+        "config": dataclasses.asdict(config),
+        "flop_convention": CONVENTION,
+        "budgets": list(config.budgets),
+        "target_budget": config.target,
+        "seed": config.seed,
+        "prior": {"coefficient": config.prior_coefficient, "exponent": config.prior_exponent, "of": "params_per_token"},
+        "model": {**config.model, "head_width": config.head_width, "depth": config.depth, "aspect": config.aspect},
+        "training": {k: v for k, v in training.to_dict().items() if k not in ("model", "flops", "images")},
+        "grid": [run.to_dict() for run in grid],
+        "versions": versions(),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "workers": config.workers,
+            "threads_per_worker": config.threads,
+        },
+    }
