@@ -1,82 +1,30 @@
-"""The page's figures, drawn from a study's folder without a display.
-
-Every colour comes from :data:`INK` or from :func:`ramp`, each with a light and a dark value: the files on disk are light,
-and the page replaces the light values by style-sheet variables, so that the same drawing follows the reader's theme.
-"""
+"""The page's figures, drawn from a study's folder without a display."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ditscale.scaling.numbers_text import power_of_ten, short
+from ditscale.scaling.figure_style import (
+    INK,
+    LIGHT,
+    canvas,
+    count_axis,
+    flops_axis,
+    halo,
+    loss_axis,
+    ramp,
+    style,
+)
+from ditscale.scaling.numbers_text import power_of_ten, raised, short
 from ditscale.scaling.study_view import Curve, LawView, StudyView
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# name -> (light, dark). Blue and vermilion are told apart under every common colour blindness (Okabe and Ito).
-INK: dict[str, tuple[str, str]] = {
-    "ink": ("#1c2230", "#e8ebf1"),
-    "muted": ("#5b6475", "#a3adbf"),
-    "grid": ("#e3e6ec", "#2b3242"),
-    "edge": ("#b9c0cc", "#49526a"),
-    "card": ("#ffffff", "#171c27"),
-    "law": ("#0b63a5", "#6cb8f2"),
-    "measured": ("#c8480b", "#ff9257"),
-    "fitted": ("#f3f5f9", "#1d2331"),
-}
-_RAMPS = {"budget": ("viridis", (0.70, 0.06), (0.42, 0.96)), "size": ("plasma", (0.74, 0.02), (0.36, 0.95))}
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10.0,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10.0,
-    "axes.labelsize": 10.0,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "xtick.labelsize": 9.0,
-    "ytick.labelsize": 9.0,
-    "xtick.major.size": 4.0,
-    "ytick.major.size": 4.0,
-    "xtick.minor.size": 2.0,
-    "ytick.minor.size": 2.0,
-    "savefig.facecolor": INK["card"][0],
-    "figure.facecolor": INK["card"][0],
-    "axes.facecolor": "none",
-    "svg.hashsalt": "ditscale",
-    "path.simplify": True,
-}
-_LIGHT = {name: pair[0] for name, pair in INK.items()}
-_HALO = 2.2
-
-
-def ramp(kind: str, count: int) -> list[tuple[str, str]]:
-    """(light, dark) colours of ``count`` rising budgets or sizes; the largest stands out most on either ground."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    name, light, dark = _RAMPS[kind]
-    return [
-        (str(to_hex(colormaps[name](a))), str(to_hex(colormaps[name](b))))
-        for a, b in zip(np.linspace(*light, max(count, 1)), np.linspace(*dark, max(count, 1)))
-    ]
 
 
 def colours(view: StudyView) -> dict[str, tuple[str, str]]:
@@ -96,132 +44,22 @@ def draw_figures(view: StudyView) -> dict[str, Figure]:
     painters: dict[str, tuple[Callable[[StudyView], bool], Callable[[StudyView], Figure]]] = {
         "law": (lambda v: bool(v.laws and v.laws.loss and v.runs), _law_figure),
         "isoflop": (lambda v: len(v.fitted) >= 3 and bool(v.budgets), _isoflop_figure),
-        "optima": (lambda v: bool(v.laws and v.laws.params and v.laws.data and v.laws.optima), _optima_figure),
+        "optima": (
+            lambda v: bool(v.laws and v.laws.params and v.laws.data and v.laws.optima),
+            _optima_figure,
+        ),
         "curves": (lambda v: bool(v.curves), _curves_figure),
         "timesteps": (lambda v: len(_timestep_runs(v)) >= 2, _timesteps_figure),
     }
     figures = {}
-    with _style():
+    with style():
         for name, (has_data, paint) in painters.items():
             if has_data(view):
                 figures[name] = paint(view)
     return figures
 
 
-def save(figure: Figure, kind: str, *, text_as_paths: bool = True, dpi: int = 200) -> bytes:
-    """A figure as "svg" or "png". Without paths the text stays text, in whatever font the reader's page sets."""
-    import matplotlib as mpl
-
-    buffer = io.BytesIO()
-    with mpl.rc_context({**_STYLE, "svg.fonttype": "path" if text_as_paths else "none"}):
-        # No date: the same study draws the same bytes.
-        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
-    return buffer.getvalue()
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib as mpl
-
-    ink = {
-        "text.color": _LIGHT["ink"],
-        "axes.labelcolor": _LIGHT["muted"],
-        "axes.edgecolor": _LIGHT["edge"],
-        "axes.titlecolor": _LIGHT["ink"],
-        "xtick.color": _LIGHT["edge"],
-        "ytick.color": _LIGHT["edge"],
-        "xtick.labelcolor": _LIGHT["muted"],
-        "ytick.labelcolor": _LIGHT["muted"],
-        "grid.color": _LIGHT["grid"],
-    }
-    with mpl.rc_context({**_STYLE, **ink}):
-        yield
-
-
-def _canvas(width: float, height: float, **layout: Any) -> tuple[Figure, Any]:
-    # Figure without pyplot: no global state, no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(**layout)
-
-
-# Axes
-
-
-def _flops_axis(ax: Axes, label: str = "training compute C (FLOPs)") -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(10, numticks=12))
-    ax.xaxis.set_minor_locator(LogLocator(10, subs=range(2, 10), numticks=12))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: power_of_ten(v, 1)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel(label)
-
-
-def _count_axis(ax: Axes, axis: str, label: str) -> None:
-    """Logarithmic, labelled 10k 20k 50k where there is less than two decades to show."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
-
-    which = getattr(ax, f"{axis}axis")
-    getattr(ax, f"set_{axis}scale")("log")
-    low, high = getattr(ax, f"get_{axis}lim")()
-    subs = (1, 2, 5) if high / low < 300 else (1,)
-    ticks = [
-        s * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in subs
-    ]
-    which.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
-    which.set_minor_locator(LogLocator(10, subs=range(2, 10), numticks=12))
-    which.set_major_formatter(FuncFormatter(lambda v, _: short(v, 2)))
-    which.set_minor_formatter(NullFormatter())
-    getattr(ax, f"set_{axis}lim")(low, high)
-    getattr(ax, f"set_{axis}label")(label)
-
-
-def _loss_axis(ax: Axes, low: float, high: float, label: str = "validation loss") -> None:
-    """Logarithmic, with round ticks at even steps of what is shown."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
-
-    ax.set_yscale("log")
-    ax.set_ylim(low, high)
-    ratio = high / low
-    if ratio > 30:
-        ticks = [s * 10.0**e for e in range(-6, 6) for s in (1, 2, 5)]
-    else:
-        step = next(s for s in _round_steps() if (high - low) / s <= 9)
-        ticks = [step * i for i in range(1, int(high / step) + 2)]
-        if ratio > 2.5:
-            # Even steps crowd at the top of a logarithmic axis.
-            kept: list[float] = []
-            for tick in ticks:
-                if low <= tick <= high and (not kept or tick / kept[-1] > ratio ** (1 / 9)):
-                    kept.append(tick)
-            ticks = kept
-    ax.yaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_ylabel(label)
-
-
-def _round_steps() -> Iterator[float]:
-    for exponent in range(-6, 6):
-        yield from (s * 10.0**exponent for s in (1, 2, 2.5, 5))
-
-
-def _halo(text: Any) -> Any:
-    """A rim in the colour of the ground, so that a label stays readable on lines."""
-    from matplotlib import patheffects
-
-    text.set_path_effects([patheffects.withStroke(linewidth=_HALO, foreground=_LIGHT["card"])])
-    return text
-
-
-def _size_words(view: StudyView) -> str:
+def size_words(view: StudyView) -> str:
     return "parameters per token N" if view.size == "params_per_token" else "parameters N"
 
 
@@ -230,12 +68,14 @@ def _sizes(view: StudyView) -> list[float]:
 
 
 def _budget_colours(view: StudyView) -> dict[float, str]:
-    return {budget: pair[0] for budget, pair in zip(view.budgets, ramp("budget", len(view.budgets)))}
+    return {
+        budget: pair[0] for budget, pair in zip(view.budgets, ramp("budget", len(view.budgets)), strict=True)
+    }
 
 
 def _size_colours(view: StudyView) -> dict[float, str]:
     sizes = _sizes(view)
-    return {size: pair[0] for size, pair in zip(sizes, ramp("size", len(sizes)))}
+    return {size: pair[0] for size, pair in zip(sizes, ramp("size", len(sizes)), strict=True)}
 
 
 def _reach(view: StudyView) -> tuple[float, float]:
@@ -266,13 +106,13 @@ def _draw_law(ax: Axes, view: StudyView, law: LawView, *, band_label: bool = Fal
     low, high = _reach(view)
     budget, value, least, most = _law_line(law, low, high)
     if least is not None:
-        ax.fill_between(budget, least, most, color=_LIGHT["law"], alpha=0.16, linewidth=0, zorder=1.5)
+        ax.fill_between(budget, least, most, color=LIGHT["law"], alpha=0.16, linewidth=0, zorder=1.5)
     ends = view.laws.fitted_range or (min(view.budgets), max(view.budgets))
-    ax.axvspan(*ends, color=_LIGHT["fitted"], zorder=0, linewidth=0)
+    ax.axvspan(*ends, color=LIGHT["fitted"], zorder=0, linewidth=0)
     inside = np.geomspace(*ends, 40)
     on_line = np.exp(np.interp(np.log(inside), np.log(budget), np.log(value)))
-    ax.plot(budget, value, color=_LIGHT["law"], linewidth=1.3, linestyle=(0, (4, 2.6)), zorder=2.4)
-    ax.plot(inside, on_line, color=_LIGHT["law"], linewidth=1.9, zorder=2.5)
+    ax.plot(budget, value, color=LIGHT["law"], linewidth=1.3, linestyle=(0, (4, 2.6)), zorder=2.4)
+    ax.plot(inside, on_line, color=LIGHT["law"], linewidth=1.9, zorder=2.5)
     ax.set_xlim(low, high)
 
 
@@ -286,7 +126,7 @@ def _range_label(ax: Axes, view: StudyView) -> None:
         xytext=(0, 6),
         textcoords="offset points",
         ha="center",
-        color=_LIGHT["muted"],
+        color=LIGHT["muted"],
         fontsize=8.5,
     )
 
@@ -296,12 +136,21 @@ def _range_label(ax: Axes, view: StudyView) -> None:
 
 def _law_figure(view: StudyView) -> Figure:
     assert view.laws is not None and view.laws.loss is not None
-    figure, ax = _canvas(9.6, 5.0)
+    figure, ax = canvas(9.6, 5.0)
     law = view.laws.loss
     low, high = _reach(view)
     tint = _budget_colours(view)
     for run in view.fitted:
-        ax.plot(run["flops"], run["loss"], "o", ms=4.2, mfc=tint[float(run["budget"])], mec="none", alpha=0.55, zorder=2)
+        ax.plot(
+            run["flops"],
+            run["loss"],
+            "o",
+            ms=4.2,
+            mfc=tint[float(run["budget"])],
+            mec="none",
+            alpha=0.55,
+            zorder=2,
+        )
     _draw_law(ax, view, law)
     for best in view.laws.optima:
         ax.plot(
@@ -309,8 +158,8 @@ def _law_figure(view: StudyView) -> Figure:
             best.loss,
             "D",
             ms=6.2,
-            mfc=tint.get(best.budget, _LIGHT["law"]),
-            mec=_LIGHT["card"],
+            mfc=tint.get(best.budget, LIGHT["law"]),
+            mec=LIGHT["card"],
             mew=1.0,
             zorder=4,
         )
@@ -323,8 +172,8 @@ def _law_figure(view: StudyView) -> Figure:
     top = min(top, 2.2 * max(best.loss for best in view.laws.optima)) if view.laws.optima else top
     if view.prediction:
         bottom = min(bottom, float(view.prediction["interval_95"][0]))
-    _flops_axis(ax)
-    _loss_axis(ax, bottom * (bottom / top) ** 0.06, top * (top / bottom) ** 0.05)
+    flops_axis(ax)
+    loss_axis(ax, bottom * (bottom / top) ** 0.06, top * (top / bottom) ** 0.05)
     _range_label(ax, view)
     _law_legend(ax, view, law)
     if view.prediction:
@@ -338,7 +187,9 @@ def _law_legend(ax: Axes, view: StudyView, law: LawView) -> None:
     assert view.laws is not None
     best = view.laws.optima
     if best:
-        worst_run = max((run for run in view.fitted if float(run["budget"]) == best[-1].budget), key=lambda r: r["loss"])
+        worst_run = max(
+            (run for run in view.fitted if float(run["budget"]) == best[-1].budget), key=lambda r: r["loss"]
+        )
         ax.annotate(
             "every dot a run,\nevery column a budget",
             (worst_run["flops"], min(worst_run["loss"], ax.get_ylim()[1])),
@@ -346,14 +197,14 @@ def _law_legend(ax: Axes, view: StudyView, law: LawView) -> None:
             textcoords="offset points",
             va="top",
             fontsize=8.5,
-            color=_LIGHT["muted"],
+            color=LIGHT["muted"],
             linespacing=1.35,
         )
     budget, value, least, most = _law_line(law, *_reach(view))
     at = math.exp(0.62 * math.log(budget[-1]) + 0.38 * math.log(max(view.budgets)))
     height = float(np.interp(math.log(at), np.log(budget), value if least is None else least))
     words = "the law, extrapolated" if least is None else "the law and its 95 % band\nfor a new run"
-    _halo(
+    halo(
         ax.annotate(
             words,
             (at, height),
@@ -361,14 +212,16 @@ def _law_legend(ax: Axes, view: StudyView, law: LawView) -> None:
             textcoords="offset points",
             ha="right",
             va="top",
-            color=_LIGHT["law"],
+            color=LIGHT["law"],
             fontsize=9,
             linespacing=1.3,
         )
     )
 
 
-def _draw_prediction(ax: Axes, view: StudyView, *, size: float, x: float | None = None, spread: float = 1.0) -> None:
+def _draw_prediction(
+    ax: Axes, view: StudyView, *, size: float, x: float | None = None, spread: float = 1.0
+) -> None:
     """The prediction with its interval, and the measured point where there is one."""
     assert view.prediction is not None
     at = float(view.prediction["budget"]) if x is None else x
@@ -379,10 +232,10 @@ def _draw_prediction(ax: Axes, view: StudyView, *, size: float, x: float | None 
         yerr=[[value - low], [high - value]],
         fmt="o",
         ms=size,
-        mfc=_LIGHT["card"],
-        mec=_LIGHT["law"],
+        mfc=LIGHT["card"],
+        mec=LIGHT["law"],
         mew=1.8,
-        ecolor=_LIGHT["law"],
+        ecolor=LIGHT["law"],
         elinewidth=1.8,
         capsize=4.5,
         capthick=1.8,
@@ -394,8 +247,8 @@ def _draw_prediction(ax: Axes, view: StudyView, *, size: float, x: float | None 
             float(view.outcome["measured_loss"]),
             "*",
             ms=1.75 * size,
-            mfc=_LIGHT["measured"],
-            mec=_LIGHT["card"],
+            mfc=LIGHT["measured"],
+            mec=LIGHT["card"],
             mew=0.8,
             zorder=6,
         )
@@ -406,7 +259,7 @@ def _zoom(ax: Axes, view: StudyView) -> None:
     assert view.prediction is not None
     value, (low, high) = float(view.prediction["loss"]), map(float, view.prediction["interval_95"])
     zoom = ax.inset_axes((0.655, 0.50, 0.335, 0.44))
-    zoom.set_facecolor(_LIGHT["card"])
+    zoom.set_facecolor(LIGHT["card"])
     zoom.patch.set_alpha(0.94)
     for side in ("top", "right"):
         zoom.spines[side].set_visible(True)
@@ -418,8 +271,8 @@ def _zoom(ax: Axes, view: StudyView) -> None:
     zoom.grid(axis="x", visible=False)
     zoom.tick_params(labelsize=8)
     zoom.locator_params(axis="y", nbins=5)
-    zoom.set_title("the same, closer", fontsize=8.5, fontweight="normal", color=_LIGHT["muted"], pad=5)
-    zoom.axhspan(low, high, color=_LIGHT["law"], alpha=0.10, linewidth=0)
+    zoom.set_title("the same, closer", fontsize=8.5, fontweight="normal", color=LIGHT["muted"], pad=5)
+    zoom.axhspan(low, high, color=LIGHT["law"], alpha=0.10, linewidth=0)
     _draw_prediction(zoom, view, size=9.5, x=0.2, spread=1.0 if not view.outcome else 1.25)
     words = {"textcoords": "offset points", "va": "center", "fontsize": 8.8, "linespacing": 1.35}
     note = f"predicted {value:.4f}"
@@ -429,20 +282,25 @@ def _zoom(ax: Axes, view: StudyView) -> None:
     if measured is not None:
         gap = (measured - value) / (zoom.get_ylim()[1] - zoom.get_ylim()[0])
         apart = max(0.0, 0.16 - abs(gap)) * 62 * (1 if gap >= 0 else -1)
-    zoom.annotate(note, (0.30, value), xytext=(7, -apart), color=_LIGHT["law"], **words)
+    zoom.annotate(note, (0.30, value), xytext=(7, -apart), color=LIGHT["law"], **words)
     if measured is not None:
         zoom.annotate(
-            f"measured {measured:.4f}", (0.30, measured), xytext=(7, apart), color=_LIGHT["measured"], weight="bold", **words
+            f"measured {measured:.4f}",
+            (0.30, measured),
+            xytext=(7, apart),
+            color=LIGHT["measured"],
+            weight="bold",
+            **words,
         )
     else:
-        zoom.annotate("not measured yet", (0.30, value), xytext=(7, -15), color=_LIGHT["muted"], **words)
+        zoom.annotate("not measured yet", (0.30, value), xytext=(7, -15), color=LIGHT["muted"], **words)
 
 
 # isoFLOP curves
 
 
 def _isoflop_figure(view: StudyView) -> Figure:
-    figure, ax = _canvas(9.6, 5.2)
+    figure, ax = canvas(9.6, 5.2)
     tint = _budget_colours(view)
     optima = {best.budget: best for best in view.laws.optima} if view.laws else {}
     heights: list[float] = []
@@ -452,18 +310,25 @@ def _isoflop_figure(view: StudyView) -> Figure:
         loss = np.array([float(r["loss"]) for r in runs])
         heights += list(loss)
         best = optima.get(budget)
-        ax.plot(n, loss, "o", ms=6, mfc=tint[budget], mec=_LIGHT["card"], mew=0.9, zorder=3)
+        ax.plot(n, loss, "o", ms=6, mfc=tint[budget], mec=LIGHT["card"], mew=0.9, zorder=3)
         end = (n[-1], loss[-1])
         if best is not None and best.coefficients:
             line = np.geomspace(n.min() / 1.12, n.max() * 1.12, 100)
             ax.plot(line, best.curve(line), color=tint[budget], zorder=2.5)
             end = (float(line[-1]), float(best.curve(line)[-1]))
             if best.params_interval:
-                ax.plot(best.params_interval, [best.loss] * 2, color=tint[budget], linewidth=4.5, alpha=0.28, zorder=2.2)
-            ax.plot(best.params, best.loss, "D", ms=8, mfc=_LIGHT["card"], mec=tint[budget], mew=1.9, zorder=4)
+                ax.plot(
+                    best.params_interval,
+                    [best.loss] * 2,
+                    color=tint[budget],
+                    linewidth=4.5,
+                    alpha=0.28,
+                    zorder=2.2,
+                )
+            ax.plot(best.params, best.loss, "D", ms=8, mfc=LIGHT["card"], mec=tint[budget], mew=1.9, zorder=4)
         else:
             ax.plot(n, loss, color=tint[budget], linewidth=1.0, alpha=0.6, zorder=2)
-        _halo(
+        halo(
             ax.annotate(
                 f"{power_of_ten(budget)} FLOPs",
                 end,
@@ -479,7 +344,12 @@ def _isoflop_figure(view: StudyView) -> Figure:
     if view.laws and view.laws.params and view.laws.loss and optima:
         path = np.geomspace(min(view.budgets), max(view.budgets), 60)
         ax.plot(
-            view.laws.params(path), view.laws.loss(path), color=_LIGHT["ink"], linewidth=1.1, linestyle=(0, (1.2, 2.4)), zorder=2.1
+            view.laws.params(path),
+            view.laws.loss(path),
+            color=LIGHT["ink"],
+            linewidth=1.1,
+            linestyle=(0, (1.2, 2.4)),
+            zorder=2.1,
         )
         first = optima[min(optima)]
         ax.annotate(
@@ -489,14 +359,14 @@ def _isoflop_figure(view: StudyView) -> Figure:
             textcoords="offset points",
             ha="right",
             fontsize=9,
-            color=_LIGHT["muted"],
-            arrowprops={"arrowstyle": "-", "color": _LIGHT["muted"], "linewidth": 0.8, "shrinkB": 7},
+            color=LIGHT["muted"],
+            arrowprops={"arrowstyle": "-", "color": LIGHT["muted"], "linewidth": 0.8, "shrinkB": 7},
         )
     sizes = [view.size_of(r) for r in view.fitted]
     ax.set_xlim(min(sizes) / 1.35, max(sizes) * 2.4)
-    _count_axis(ax, "x", _size_words(view))
+    count_axis(ax, "x", size_words(view))
     low, high = min(heights), max(heights)
-    _loss_axis(ax, low * (low / high) ** 0.07, high * (high / low) ** 0.05)
+    loss_axis(ax, low * (low / high) ** 0.07, high * (high / low) ** 0.05)
     return figure
 
 
@@ -505,28 +375,46 @@ def _isoflop_figure(view: StudyView) -> Figure:
 
 def _optima_figure(view: StudyView) -> Figure:
     assert view.laws is not None and view.laws.params is not None and view.laws.data is not None
-    figure, panels = _canvas(9.6, 4.5, ncols=2)
+    figure, panels = canvas(9.6, 4.5, ncols=2)
     unit = view.laws.data_unit
     target = view.predicted or view.prediction
     rows: Sequence[tuple[Any, LawView, str, str, str, str]] = (
-        (panels[0], view.laws.params, "N", "params", _size_words(view), f"N_opt: {_size_words(view)[:-2]}"),
-        (panels[1], view.laws.data, "D", "data", f"training {unit} D", f"D_opt: {unit} seen"),
+        (panels[0], view.laws.params, "N", "params", size_words(view), "Best size at a budget"),
+        (panels[1], view.laws.data, "D", "data", f"training {unit} D", f"Best number of {unit} at a budget"),
     )
     tint = _budget_colours(view)
     for ax, law, letter, key, label, title in rows:
         _draw_law(ax, view, law)
         for best in view.laws.optima:
             value, ends = getattr(best, key), getattr(best, f"{key}_interval")
-            colour = tint.get(best.budget, _LIGHT["law"])
+            colour = tint.get(best.budget, LIGHT["law"])
             if ends:
                 ax.plot([best.budget] * 2, ends, color=colour, linewidth=1.7, zorder=3)
-            face = colour if best.bracketed else _LIGHT["card"]
-            ax.plot(best.budget, value, "D", ms=6.5, mfc=face, mec=_LIGHT["card"] if best.bracketed else colour, mew=1, zorder=4)
+            face = colour if best.bracketed else LIGHT["card"]
+            ax.plot(
+                best.budget,
+                value,
+                "D",
+                ms=6.5,
+                mfc=face,
+                mec=LIGHT["card"] if best.bracketed else colour,
+                mew=1,
+                zorder=4,
+            )
         if target:
             made = view.size_of(target) if key == "params" else target.get(unit)
             if made:
-                ax.plot(float(target["budget"]), float(made), "*", ms=13, mfc=_LIGHT["measured"], mec=_LIGHT["card"], mew=0.8, zorder=5)
-                _halo(
+                ax.plot(
+                    float(target["budget"]),
+                    float(made),
+                    "*",
+                    ms=13,
+                    mfc=LIGHT["measured"],
+                    mec=LIGHT["card"],
+                    mew=0.8,
+                    zorder=5,
+                )
+                halo(
                     ax.annotate(
                         f"predicted run\n{short(float(made))}",
                         (float(target["budget"]), float(made)),
@@ -535,16 +423,24 @@ def _optima_figure(view: StudyView) -> Figure:
                         ha="right",
                         va="bottom",
                         fontsize=8.8,
-                        color=_LIGHT["measured"],
+                        color=LIGHT["measured"],
                         linespacing=1.3,
                     )
                 )
-        _flops_axis(ax, "compute C (FLOPs)")
-        _count_axis(ax, "y", label)
+        flops_axis(ax, "compute C (FLOPs)")
+        count_axis(ax, "y", label)
         ends = law.intervals.get("exponent")
-        note = f"{letter} ∝ C^{law.exponent:.3f}" + (f"\n95 %: {ends[0]:.3f} to {ends[1]:.3f}" if ends else "")
+        note = f"{letter} ∝ C{raised(law.exponent)}" + (
+            f"\n95 %: {ends[0]:.3f} to {ends[1]:.3f}" if ends else ""
+        )
         ax.annotate(
-            note, (0.04, 0.96), xycoords="axes fraction", va="top", fontsize=9.5, color=_LIGHT["law"], linespacing=1.45
+            note,
+            (0.04, 0.96),
+            xycoords="axes fraction",
+            va="top",
+            fontsize=9.5,
+            color=LIGHT["law"],
+            linespacing=1.45,
         )
         ax.set_title(title)
         _range_label(ax, view)
@@ -555,13 +451,20 @@ def _optima_figure(view: StudyView) -> Figure:
 
 
 def _curves_figure(view: StudyView) -> Figure:
-    figure, ax = _canvas(9.6, 5.2)
+    figure, ax = canvas(9.6, 5.2)
     tint = _size_colours(view)
     # Small models first, so that the long runs of large ones lie on top.
     for curve in sorted(view.curves, key=lambda c: view.size_of(c.record)):
         x, y = _thinned(curve)
         colour = tint[view.size_of(curve.record)]
-        ax.plot(x, y, color=colour, linewidth=1.15 if curve.finished else 0.9, alpha=0.9 if curve.finished else 0.5, zorder=2)
+        ax.plot(
+            x,
+            y,
+            color=colour,
+            linewidth=1.15 if curve.finished else 0.9,
+            alpha=0.9 if curve.finished else 0.5,
+            zorder=2,
+        )
     for run in view.runs:
         star = run.get("role") == "prediction"
         ax.plot(
@@ -569,8 +472,8 @@ def _curves_figure(view: StudyView) -> Figure:
             run["loss"],
             "*" if star else "o",
             ms=14 if star else 5.4,
-            mfc=_LIGHT["measured"] if star else tint[view.size_of(run)],
-            mec=_LIGHT["card"],
+            mfc=LIGHT["measured"] if star else tint[view.size_of(run)],
+            mec=LIGHT["card"],
             mew=0.9,
             zorder=5 if star else 4,
         )
@@ -581,8 +484,8 @@ def _curves_figure(view: StudyView) -> Figure:
     ax.set_xlim(float(np.percentile(first, 50)), max(float(c.flops[-1]) for c in view.curves) * 1.9)
     if view.laws and view.laws.loss and view.budgets:
         budget, value, *_ = _law_line(view.laws.loss, *_reach(view))
-        ax.plot(budget, value, color=_LIGHT["ink"], linewidth=1.1, linestyle=(0, (1.2, 2.4)), zorder=3)
-        _halo(
+        ax.plot(budget, value, color=LIGHT["ink"], linewidth=1.1, linestyle=(0, (1.2, 2.4)), zorder=3)
+        halo(
             ax.annotate(
                 "the law",
                 (budget[len(budget) // 2], value[len(budget) // 2]),
@@ -591,11 +494,11 @@ def _curves_figure(view: StudyView) -> Figure:
                 ha="right",
                 va="top",
                 fontsize=9,
-                color=_LIGHT["ink"],
+                color=LIGHT["ink"],
             )
         )
-    _flops_axis(ax, "training compute so far (FLOPs)")
-    _loss_axis(ax, low * (low / high) ** 0.06, high * 1.04, "loss (lines: training; dots: validation)")
+    flops_axis(ax, "training compute so far (FLOPs)")
+    loss_axis(ax, low * (low / high) ** 0.06, high * 1.04, "loss (lines: training; dots: validation)")
     _size_key(ax, view, tint)
     return figure
 
@@ -623,7 +526,7 @@ def _size_key(ax: Axes, view: StudyView, tint: dict[float, str]) -> None:
     named = sorted({0, len(sizes) // 2, len(sizes) - 1})
     strip.set_xticks([i + 0.5 for i in named], [short(sizes[i], 2) for i in named])
     strip.tick_params(length=0, labelsize=8.8, pad=3)
-    strip.set_title(_size_words(view), fontsize=8.8, fontweight="normal", color=_LIGHT["muted"], pad=4)
+    strip.set_title(size_words(view), fontsize=8.8, fontweight="normal", color=LIGHT["muted"], pad=4)
 
 
 # Loss by time
@@ -644,19 +547,29 @@ def _timestep_runs(view: StudyView) -> list[dict[str, Any]]:
 
 
 def _timesteps_figure(view: StudyView) -> Figure:
-    figure, ax = _canvas(9.6, 4.4)
+    figure, ax = canvas(9.6, 4.4)
     tint = _budget_colours(view)
     values: list[float] = []
     labels = []
     for run in _timestep_runs(view):
         star = run.get("role") == "prediction"
-        colour = _LIGHT["measured"] if star else tint[float(run["budget"])]
+        colour = LIGHT["measured"] if star else tint[float(run["budget"])]
         t, loss = np.asarray(run["timesteps"], float), np.asarray(run["loss_by_timestep"], float)
         values += list(loss)
-        ax.plot(t, loss, "-o", color=colour, ms=5, mec=_LIGHT["card"], mew=0.8, linewidth=2.0 if star else 1.5, zorder=4 if star else 3)
+        ax.plot(
+            t,
+            loss,
+            "-o",
+            color=colour,
+            ms=5,
+            mec=LIGHT["card"],
+            mew=0.8,
+            linewidth=2.0 if star else 1.5,
+            zorder=4 if star else 3,
+        )
         labels.append((float(loss[-1]), float(t[-1]), power_of_ten(float(run["budget"])), colour))
     low, high = min(values), max(values)
-    _loss_axis(ax, low / 1.12, high * 1.12)
+    loss_axis(ax, low / 1.12, high * 1.12)
     ax.set_xlim(-0.02, 1.13)
     ax.set_xticks(np.linspace(0, 1, 6))
     ax.set_xlabel("time t: 0 is the clean image, 1 is pure noise")
@@ -671,8 +584,14 @@ def _spread_labels(ax: Axes, labels: list[tuple[float, float, str, str]]) -> Non
     place = -math.inf
     for y, x, text, colour in sorted(labels):
         place = max(math.log(y), place + least)
-        _halo(
+        halo(
             ax.annotate(
-                f"{text} FLOPs", (x, math.exp(place)), xytext=(8, 0), textcoords="offset points", va="center", color=colour, fontsize=9
+                f"{text} FLOPs",
+                (x, math.exp(place)),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                color=colour,
+                fontsize=9,
             )
         )

@@ -21,6 +21,11 @@ def power_of_ten(value: float, digits: int = 2) -> str:
     return ten if mantissa == "1" else f"{mantissa} × {ten}"
 
 
+def raised(exponent: float, digits: int = 3) -> str:
+    """An exponent as superscript characters: ``⁰·⁵⁶²``."""
+    return f"{exponent:.{digits}f}".translate(_SUPERSCRIPT).replace(".", "·")
+
+
 def short(value: float, digits: int = 3) -> str:
     """``490k``, ``1.2M``, ``32``: for counts of parameters and images."""
     for scale, letter in _PREFIXES:

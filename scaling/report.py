@@ -1,0 +1,152 @@
+"""A study's page: one HTML file that holds everything and asks the network for nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+from ditscale import __version__
+from ditscale.errors import InputError
+from ditscale.scaling import page_parts as parts
+from ditscale.scaling.figure_style import inline_svg, save
+from ditscale.scaling.figures import colours, draw_figures
+from ditscale.scaling.study_view import StudyView, read_study
+
+# Name -> (what a screen reader says, the caption as HTML).
+_CAPTIONS: dict[str, tuple[str, str]] = {
+    "law": (
+        "Validation loss against training compute with the fitted law, its band, the prediction and the measured loss",
+        "<b>The law and its test.</b> Dots are runs, diamonds the lowest point of each budget. The line is the law: solid where "
+        "it was fitted, dashed where it is carried on, with the band in which a new run should land in 95 of 100 cases. "
+        "The open circle is the prediction, written before its run began; the star is what that run measured.",
+    ),
+    "isoflop": (
+        "IsoFLOP curves: validation loss against model size, one curve for each budget, with their lowest points",
+        "<b>One bowl for each budget.</b> Every dot is one trained model; dots of one colour spent the same compute. "
+        "Diamonds mark the lowest points, the pale bar beneath is their 95 % interval, and the dotted line is the law through them.",
+    ),
+    "optima": (
+        "Best model size and best number of training images against compute, with power laws",
+        "<b>Two straight lines.</b> The lowest points of the bowls, with their 95 % intervals, on logarithmic axes. The "
+        "exponent says how a tenfold budget is best shared between a larger model and more images. The star is the run that was predicted.",
+    ),
+    "curves": (
+        "Loss during training against compute for every run, coloured by model size",
+        "<b>Every run from start to end.</b> Lines are the smoothed training loss, coloured by size; dots are the "
+        "validation loss at the end, with averaged weights. Where the lines cross, a larger model overtakes a smaller one. No run should end below the law.",
+    ),
+    "timesteps": (
+        "Validation loss at each diffusion time for the best run of every budget",
+        "<b>Where compute helps.</b> The best run of each budget, its loss split by how much noise the image carried. "
+        "The law is about the mean over these times.",
+    ),
+}
+_NAV = (
+    ("result", "Result"),
+    ("isoflop", "The law"),
+    ("ask", "Ask the law"),
+    ("curves", "Training"),
+    ("samples", "Samples"),
+    ("runs-section", "Runs"),
+    ("facts", "Sources"),
+)
+
+
+def write_report(study_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write a study's page and its figures.
+
+    The page says what is there: a study that still trains gets a page of its runs so far and of what is to come. Figures
+    are also written for use elsewhere, as ``figures/<name>.svg`` and, the main one, ``figures/law.png``, beside the page.
+
+    Args:
+        study_dir: a study's folder (``study.json`` and what the study has written since).
+        out: the page. Default: ``report.html`` in the study's folder.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: no study's folder; a damaged study, law, prediction, outcome or run record (each is named, and a page
+            that is already there stays as it was); or a place that cannot be written.
+    """
+    view = read_study(study_dir)
+    page = Path(out) if out is not None else view.folder / "report.html"
+    if page.is_dir():
+        raise InputError(f"{page}: expected the page's file name, got a folder")
+    figures = draw_figures(view)
+    files = {f"{name}.svg": save(figure, "svg") for name, figure in figures.items()}
+    if "law" in figures:
+        files["law.png"] = save(figures["law"], "png")
+    palette = colours(view)
+    html = build_page(
+        view, {name: inline_svg(figure, name, _CAPTIONS[name][0], palette) for name, figure in figures.items()}
+    )
+    folder = page.parent / "figures"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            _replace(folder / name, content)
+        _replace(page, html.encode())
+    except OSError as error:
+        raise InputError(f"{error.filename or page}: expected a place to write the page to, got {error.strerror}") from error
+    return page
+
+
+def build_page(view: StudyView, svgs: dict[str, str]) -> str:
+    """The page's HTML, from a study and its drawn figures."""
+    figures = {name: _figure(name, svg) for name, svg in svgs.items()}
+    palette = colours(view)
+    swatches = [f"var(--fig-budget-{i})" for i in range(len(view.budgets))]
+    sections = {
+        "result": parts.hero(view, figures.get("law", "")),
+        "isoflop": parts.how_it_works(view, figures),
+        "ask": parts.ask_section(view),
+        "curves": parts.curves_section(figures),
+        "samples": parts.samples_section(view),
+        "runs-section": parts.runs_section(view, swatches),
+        "facts": parts.facts_section(view),
+    }
+    nav = "".join(f'<a href="#{key}">{words}</a>' for key, words in _NAV if sections[key])
+    values = {
+        "version": __version__,
+        "title": escape(parts.title(view)),
+        "description": "A scaling law for diffusion transformers, a prediction made in advance, and its test",
+        "css": _asset("page.css"),
+        "figure_css": _figure_css(palette),
+        "nav": nav,
+        "main": "\n".join(text for text in sections.values() if text),
+        "footer": f"Written by ditscale {__version__}. This file holds everything it shows and needs no network.",
+        "laws_json": parts.to_script(parts.laws_data(view)),
+        "js": _asset("page.js"),
+    }
+    # In one pass, so that no value is searched for the names of others.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match.group(1)], _asset("page.html"))
+
+
+def _figure(name: str, svg: str) -> str:
+    return (
+        f'<figure class="card" id="figure-{name}"><div class="scroll" tabindex="0" role="group" '
+        f'aria-label="{_CAPTIONS[name][0]}">{svg}</div><figcaption>{_CAPTIONS[name][1]}</figcaption></figure>'
+    )
+
+
+def _figure_css(palette: dict[str, tuple[str, str]]) -> str:
+    light, dark = ("".join(f"--fig-{name}:{pair[i]};" for name, pair in palette.items()) for i in (0, 1))
+    return f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+
+
+def _asset(name: str) -> str:
+    return (resources.files("ditscale.scaling") / "page" / name).read_text(encoding="utf-8")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write so that a reader sees the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
