@@ -18,6 +18,10 @@ _HOMES = {
     "published": "registry",
     "predict_loss": "forecast",
     "Forecaster": "forecast",
+    "compare": "comparison",
+    "suggest_runs": "nextruns",
+    "fit_hparams": "hparams",
+    "fit_quality": "quality",
     "backtest": "holdout",
 }
 __all__ = sorted(_HOMES)

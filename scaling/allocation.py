@@ -36,7 +36,7 @@ class Allocation:
         loss_at: (params, data) -> loss, or None for laws of compute alone.
         cost: (params, data) -> FLOPs, or None.
         data_for: (params, flops) -> data, or None.
-        batch_tokens, lr: (params, tokens, flops) -> value, or None.
+        batch_tokens, lr: (params, tokens, images, flops) -> value, or None.
         flop_convention, params_kind: what C and N count.
         budget_range: of the runs behind the law, or None.
         notes: what a user of the law must know.
@@ -54,8 +54,8 @@ class Allocation:
     flop_convention: str
     params_kind: str
     budget_range: tuple[float, float] | None
-    batch_tokens: Callable[[float, float, float], float] | None = None
-    lr: Callable[[float, float, float], float] | None = None
+    batch_tokens: Callable[[float, float, float, float], float] | None = None
+    lr: Callable[[float, float, float, float], float] | None = None
     notes: tuple[str, ...] = ()
     surface: SurfaceFit | None = None
     allocates: bool = True
@@ -114,11 +114,11 @@ def _published(law: PublishedLaw) -> Allocation:
         return best
 
     simple = law.flop_convention == "6ND"
-    hyper: dict[str, Callable[[float, float, float], float]] = {}
+    hyper: dict[str, Callable[[float, float, float, float], float]] = {}
     for name in ("batch_tokens", "lr"):
         if name in law.laws:
             power = law.laws[name]
-            hyper[name] = lambda n, t, c, p=power: float(p(params=n, tokens=t, flops=c))  # type: ignore[misc]
+            hyper[name] = lambda n, t, i, c, p=power: float(p(params=n, tokens=t, flops=c))  # type: ignore[misc]
     return Allocation(
         name=law.name,
         source=law.source,
@@ -133,8 +133,7 @@ def _published(law: PublishedLaw) -> Allocation:
         batch_tokens=hyper.get("batch_tokens"),
         lr=hyper.get("lr"),
         notes=law.notes,
-        allocates="FLOPs per token" not in law.params_kind and "params" in law.laws or surface is not None
-        and "FLOPs per token" not in law.params_kind,
+        allocates="FLOPs per token" not in law.params_kind,
     )
 
 

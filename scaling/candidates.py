@@ -11,9 +11,10 @@ from ditscale.errors import InputError
 from ditscale.scaling.isoflop import IsoflopFit, fit_isoflop
 from ditscale.scaling.laws import Law
 from ditscale.scaling.losses import Loss
+from ditscale.scaling.more_laws import SURFACE_LAWS
 from ditscale.scaling.power import PowerFit
 from ditscale.scaling.runs import RunTable
-from ditscale.scaling.surface import SURFACE_LAWS, SurfaceFit, fit_surface
+from ditscale.scaling.surface import SurfaceFit, fit_surface
 
 POWER_CANDIDATES = ("power", "power-floor")
 SURFACE_CANDIDATES = ("surface", "surface-tied", "surface-floorless", "skaling")

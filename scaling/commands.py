@@ -22,10 +22,11 @@ Intervals = Annotated[
 def register(app: typer.Typer) -> None:
     """Add this room's commands to ``app``."""
     fit = typer.Typer(help="Fit a scaling law to finished runs.", no_args_is_help=True)
-    for name, command in (("surface", surface), ("isoflop", isoflop), ("power", power)):
+    for name, command in (("surface", surface), ("isoflop", isoflop), ("power", power), ("hparams", hparams)):
         fit.command(name)(command)
     app.add_typer(fit, name="fit")
-    app.command()(plan)
+    for command in (plan, predict, backtest, compare, suggest, laws, coverage):
+        app.command()(command)
 
     # Studies, the demo and the report have their own page.
     from ditscale.scaling import study_commands
@@ -45,7 +46,13 @@ def surface(
     drop_highest: DropHighest = 0,
     where: Where = None,
     pool: Pool = False,
-    law: Annotated[str, typer.Option(help="surface, surface-tied, surface-floorless, skaling, kaplan.")] = "surface",
+    law: Annotated[
+        str,
+        typer.Option(help="surface, surface-tied, surface-floorless, skaling, kaplan, farseer, moe, moe-density, repetition."),
+    ] = "surface",
+    other: Annotated[
+        Optional[list[str]], typer.Option("--input", help="NAME=COLUMN of a law's other input, such as unique=unique_images.")
+    ] = None,
     loss_fn: Annotated[
         str, typer.Option(help="huber:DELTA, huber:auto, l1, mse, student-t:DOF or envelope:RATIO.")
     ] = "huber:auto",
@@ -66,6 +73,7 @@ def surface(
         fit_surface(
             table,
             law=law,
+            inputs=_pairs(other),
             loss_fn=loss_fn,
             space=space,
             starts=starts,
@@ -175,6 +183,144 @@ def plan(
     )
 
 
+def hparams(
+    file: File,
+    params: Column = None,
+    tokens: Column = None,
+    images: Column = None,
+    loss: Column = None,
+    lr: Annotated[str, typer.Option(help="Column of peak learning rates.")] = "lr",
+    batch: Annotated[str, typer.Option(help="Column of batch sizes.")] = "batch",
+    where: Where = None,
+    bootstrap: Annotated[int, typer.Option(help="Draws of the cell bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit the best learning rate and batch as power laws of N and D, from cells of runs."""
+    from ditscale.scaling.hparams import fit_hparams
+
+    table = _table(file, params, tokens, images, None, loss, None, False, 0, where, True)
+    _print(fit_hparams(table, lr=lr, batch=batch, bootstrap=bootstrap, seed=seed), as_json)
+
+
+def predict(
+    file: File,
+    flops: Annotated[Optional[float], typer.Option(help="Compute of the new run.")] = None,
+    params: Annotated[Optional[float], typer.Option(help="Its size.")] = None,
+    data: Annotated[Optional[float], typer.Option(help="Its images or tokens, as the table counts.")] = None,
+    law: Annotated[str, typer.Option(help="auto, or one law by name.")] = "auto",
+    where: Where = None,
+    pool: Pool = False,
+    as_json: Json = False,
+) -> None:
+    """Predict the loss of a new run, the law chosen on held-out compute. Two of flops, params and data are enough."""
+    from ditscale.scaling.forecast import predict_loss
+    from ditscale.scaling.runs import RunTable
+
+    table = RunTable.read(file, where=where, pool=pool)
+    _print(predict_loss(table, flops=flops, params=params, data=data, law=law), as_json)
+
+
+def backtest(
+    file: File,
+    params: Column = None,
+    tokens: Column = None,
+    images: Column = None,
+    flops: Column = None,
+    loss: Column = None,
+    budget: Column = None,
+    tokens_from_6nd: SixNd = False,
+    drop_highest: DropHighest = 0,
+    by: Annotated[str, typer.Option(help="Hold out the top of: budget, params or data.")] = "budget",
+    law: Annotated[Optional[list[str]], typer.Option(help="A candidate; repeat for several. Default: all.")] = None,
+    where: Where = None,
+    pool: Pool = False,
+    as_json: Json = False,
+) -> None:
+    """Score law forms on compute that they did not see."""
+    from ditscale.scaling.holdout import backtest as score
+
+    table = _table(
+        file, params, tokens, images, flops, loss, budget, tokens_from_6nd, drop_highest, where, pool
+    )
+    _print(score(table, axis=by, laws=law), as_json)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Runs of one design or data set.")],
+    second: Annotated[Path, typer.Argument(help="Runs of the other.")],
+    target: Annotated[Optional[float], typer.Option(help="Compute at which losses are compared.")] = None,
+    params: Column = None,
+    tokens: Column = None,
+    images: Column = None,
+    flops: Column = None,
+    loss: Column = None,
+    budget: Column = None,
+    pool: Pool = False,
+    as_json: Json = False,
+) -> None:
+    """Compare how two designs or data sets scale: differences with intervals."""
+    from ditscale.scaling.comparison import compare as set_against
+
+    tables = [
+        _table(file, params, tokens, images, flops, loss, budget, False, 0, None, pool) for file in (first, second)
+    ]
+    _print(set_against(*tables, target=target, names=(str(first), str(second)), pool=pool), as_json)
+
+
+def suggest(
+    file: File,
+    target: Annotated[float, typer.Option(help="Compute at which the answer matters.")],
+    spend: Annotated[float, typer.Option(help="FLOPs to spend on the suggested runs.")],
+    quantity: Annotated[str, typer.Option(help="loss or params.")] = "loss",
+    count: Annotated[int, typer.Option(help="At most so many runs.")] = 4,
+    where: Where = None,
+    pool: Pool = False,
+    as_json: Json = False,
+) -> None:
+    """Suggest the next runs: those that shrink the interval at the target most for their compute."""
+    from ditscale.scaling.nextruns import suggest_runs
+    from ditscale.scaling.runs import RunTable
+    from ditscale.scaling.surface import fit_surface
+
+    table = RunTable.read(file, where=where, pool=pool)
+    _print(suggest_runs(fit_surface(table), target=target, spend=spend, quantity=quantity, count=count), as_json)
+
+
+def laws(as_json: Json = False) -> None:
+    """List the published laws that `plan --law` and `plan --hparams` know, with their sources."""
+    from ditscale.scaling.registry import PUBLISHED
+
+    if as_json:
+        from ditscale.scaling.jsonable import dumps
+
+        typer.echo(dumps({name: law.to_json() for name, law in PUBLISHED.items()}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("law", "about", "holds", "source")
+    for law in PUBLISHED.values():
+        holds = [*law.laws, *(["surface"] if law.surface else [])]
+        table.add_row(law.name, law.title, ", ".join(holds), law.source)
+    Console().print(table)
+
+
+def coverage(
+    draws: Annotated[int, typer.Option(help="Simulated studies a row.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the simulations.")] = 0,
+    out: Annotated[Optional[Path], typer.Option(help="Write the table here as Markdown.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how often the 95 % intervals hold, on simulated studies (makes docs/coverage.md)."""
+    from ditscale.scaling.coverage import coverage_table
+
+    table = coverage_table(draws=draws, seed=seed)
+    if out is not None:
+        out.write_text(table.to_markdown(), encoding="utf-8")
+    _print(table, as_json)
+
+
 def _table(
     file: Path,
     params: str | None,
@@ -203,6 +349,18 @@ def _table(
         where=where,
         pool=pool,
     )
+
+
+def _pairs(options: list[str] | None) -> dict[str, str]:
+    from ditscale.errors import InputError
+
+    pairs = {}
+    for option in options or []:
+        name, separator, column = option.partition("=")
+        if not separator:
+            raise InputError(f"input: expected NAME=COLUMN, got {option!r}")
+        pairs[name] = column
+    return pairs
 
 
 def _print(result: Any, as_json: bool) -> None:

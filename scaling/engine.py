@@ -240,7 +240,9 @@ def _solve(problem: Problem, start: Array, max_steps: int, tolerance: float) -> 
         live[index[stuck | resolved | small]] = False
 
     decrement, kkt, at_bound = _certificate(theta, objective, gradient, hessian, diagonal, lower, upper, floor)
-    converged = np.isfinite(objective) & (decrement <= np.sqrt(tolerance) * 1e-3) & (kkt <= 1e-4)
+    # At the rounding floor nothing is left to gain, and the gradient is noise.
+    settled = (decrement <= np.sqrt(tolerance) * 1e-3) & (kkt <= 1e-4)
+    converged = np.isfinite(objective) & (settled | (objective <= floor))
     return Solution(theta, objective, converged, decrement, kkt, at_bound, steps)
 
 

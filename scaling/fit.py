@@ -80,7 +80,7 @@ def fit_law(
     model = law.model(logs, centre)
     if hasattr(model, "bound_coefficients"):
         model.bound_coefficients(y)
-    start = law.starts(centred, y, w, int(starts))
+    start = law.starts(centred, y, w, int(starts), centre)
     plain = engine.minimise(model, y, Loss("mse"), start, weights=w, space=space)
     best = plain.theta[int(plain.objective.argmin())]
     unit = 1.0 if space == "log" else float(np.median(y))

@@ -58,7 +58,7 @@ class Law:
     source: str
     target: str = "loss"
 
-    def predict(self, params: Mapping[str, float], **inputs: Any) -> Array:
+    def predict(self, params: Mapping[str, float], /, **inputs: Any) -> Array:
         """The law's value at positive inputs (numbers or arrays that broadcast)."""
         logs = self._logs(inputs)
         theta = self.bring_in({k: np.atleast_1d(float(v)) for k, v in self._checked(params).items()}, {})
@@ -66,7 +66,7 @@ class Law:
         flat = {k: np.broadcast_to(v, shape).ravel() for k, v in logs.items()}
         return self.model(flat, {}).value(theta)[0].reshape(shape)
 
-    def gradient(self, params: Mapping[str, float], **inputs: Any) -> Array:
+    def gradient(self, params: Mapping[str, float], /, **inputs: Any) -> Array:
         """Derivatives with respect to the parameters, [len(names), points]."""
         values = self._checked(params)
         columns = []
@@ -81,8 +81,10 @@ class Law:
         """The engine's view of the law at points given by natural logarithms of the inputs."""
         raise NotImplementedError
 
-    def starts(self, logs: Mapping[str, Array], target: Array, weights: Array, count: int) -> Array:
-        """Internal starting points [<= count, p], best first."""
+    def starts(
+        self, logs: Mapping[str, Array], target: Array, weights: Array, count: int, centre: Mapping[str, float]
+    ) -> Array:
+        """Internal starting points [<= count, p], best first; ``logs`` are centred at ``centre``."""
         raise NotImplementedError
 
     def export(self, theta: Array, centre: Mapping[str, float]) -> dict[str, Array]:
@@ -190,7 +192,9 @@ class TermLaw(Law):
                 theta[name] = values[name]
         return np.stack(np.broadcast_arrays(*(theta[n] for n in self.names)), axis=-1)
 
-    def starts(self, logs: Mapping[str, Array], target: Array, weights: Array, count: int) -> Array:
+    def starts(
+        self, logs: Mapping[str, Array], target: Array, weights: Array, count: int, centre: Mapping[str, float]
+    ) -> Array:
         """Variable projection: a grid over exponents, coefficients and floor by non-negative least squares."""
         return _projected_starts(self, logs, target, weights, count)
 
@@ -319,7 +323,7 @@ def _projected_starts(law: TermLaw, logs: Mapping[str, Array], target: Array, we
 
     found_theta, found_score, found_cell = [], [], []
     for outer, share in itertools.product(outers, floors):
-        fixed = share * float(target.min()) if law.outer else float(law.floor or 0.0) if law.floor.__class__ is float else 0.0
+        fixed = share * float(target.min()) if law.outer else float(law.floor) if isinstance(law.floor, float) else 0.0
         if not np.all(target > fixed):
             raise InputError(f"floor: expected a value below every measured one ({target.min():.6g}), got {fixed:g}")
         goal = (target - fixed) ** (1.0 / outer)
@@ -461,21 +465,3 @@ def power_with_floor(floor: float) -> TermLaw:
         source="the floor is the caller's",
         target="y",
     )
-
-
-BY_NAME: dict[str, Law] = {
-    law.name: law for law in (SURFACE, SURFACE_TIED, SURFACE_FLOORLESS, SKALING, KAPLAN, POWER, POWER_FLOOR)
-}
-
-
-def law_by_name(name: str, floor: float | None = None) -> Law:
-    """A law by its name; ``floor`` where the floor was given from outside.
-
-    Raises:
-        InputError: none of that name.
-    """
-    if floor is not None:
-        return power_with_floor(floor)
-    if name not in BY_NAME:
-        raise InputError(f"law: expected one of {', '.join(BY_NAME)}, got {name!r}")
-    return BY_NAME[name]

@@ -195,7 +195,7 @@ def plan(
             raise InputError("gpu: expected a machine (--gpu or --flops-per-second) to turn hours into FLOPs")
         compute = hours * 3600.0 * gpus * rate
     elif target_loss is not None:
-        compute = _compute_for(chosen, target_loss)
+        compute = compute_for(chosen, target_loss)
     else:
         compute = float(budget)  # type: ignore[arg-type]
 
@@ -254,7 +254,7 @@ def _machine(
     return peak_flops(gpu) * share, {"gpu": gpu, "gpus": gpus, "mfu": share, "mfu_source": source}
 
 
-def _compute_for(law: Allocation, target: float) -> float:
+def compute_for(law: Allocation, target: float) -> float:
     """Least compute that reaches a loss."""
 
     def gap(log_c: float) -> float:
@@ -295,11 +295,12 @@ def _shape(
     elif out.data is not None:
         out.images = out.data / tokens_per_image
     hyper = _hyper_law(hparams) if hparams is not None else law
+    run = (out.params, out.tokens, out.images, out.budget)
     if hyper.batch_tokens and out.tokens:
-        out.batch_tokens = hyper.batch_tokens(out.params, out.tokens, out.budget)
+        out.batch_tokens = hyper.batch_tokens(*run)
         batch = batch or max(1, round(out.batch_tokens / tokens_per_image))
     if hyper.lr and out.tokens:
-        out.lr = hyper.lr(out.params, out.tokens, out.budget)
+        out.lr = hyper.lr(*run)
     if not configure:
         return
     if not law.allocates:
@@ -356,7 +357,7 @@ def _cost_of_being_wrong(out: Plan, law: Allocation, params: Estimate) -> None:
         if not np.isfinite(loss) or loss < base:
             return
         try:
-            reached = _compute_for(law, loss)
+            reached = compute_for(law, loss)
         except InputError:
             return
         rows[name] = {"params": n, "loss": loss, "wasted_compute": float(max(0.0, 1.0 - reached / out.budget))}

@@ -16,8 +16,9 @@ from ditscale.scaling import engine, intervals
 from ditscale.scaling.engine import Array
 from ditscale.scaling.intervals import Components, Interval, Quantity
 from ditscale.scaling.jsonable import plain
-from ditscale.scaling.laws import Law, law_by_name
+from ditscale.scaling.laws import Law
 from ditscale.scaling.losses import Loss, parse_loss, robust_sigma
+from ditscale.scaling.more_laws import law_by_name
 
 # A saved fit carries its points up to this many, so that intervals can be made from the file alone.
 _SAVED_POINTS = 5000
@@ -69,6 +70,8 @@ class LawFit:
         warnings: what a reader must know, one sentence each.
         seconds: wall time of the fit.
         seed, draws: of bootstraps.
+        interval_method: see ``intervals.py``.
+        least_noise: spread of one observation below which no interval of a new one is drawn, in the fit's residuals.
     """
 
     law: Law
@@ -92,7 +95,7 @@ class LawFit:
     seed: int = 0
     draws: int = 1000
     interval_method: str = "auto"
-    notes: list[str] = field(default_factory=list)
+    least_noise: float = 0.0
 
     @property
     def n(self) -> int:
@@ -171,7 +174,8 @@ class LawFit:
             parts = intervals.components(self.jacobian[:, free] * root[:, None], self._errors * root, groups)
             leverage = np.zeros((self.n, len(self.theta)))
             leverage[:, free] = parts.leverage
-            self._parts[method] = dataclasses.replace(parts, leverage=leverage)
+            run = max(parts.run, self.least_noise**2)
+            self._parts[method] = dataclasses.replace(parts, leverage=leverage, run=run)
         return self._parts[method]
 
     @cached_property
@@ -393,6 +397,7 @@ class LawFit:
             "centre": self.centre,
             "floor": self.law.floor if isinstance(getattr(self.law, "floor", None), float) else None,
             "interval_method": self.interval_method,
+            "least_noise": self.least_noise,
             "seed": self.seed,
             "inputs": {k: v.tolist() for k, v in self.inputs.items()} if few else None,
             "target": self.target.tolist() if few else None,
@@ -434,6 +439,7 @@ class LawFit:
                 seconds=float(record["seconds"]["fit"]),
                 seed=int(saved["seed"]),
                 interval_method=saved["interval_method"],
+                least_noise=float(saved["least_noise"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"law: expected a fit saved by ditscale, got a record without {error}") from None

@@ -15,16 +15,16 @@ from ditscale.scaling.engine import Array
 from ditscale.scaling.fit import fit_law
 from ditscale.scaling.intervals import MANY_RUNS, Interval, Quantity
 from ditscale.scaling.jsonable import plain
-from ditscale.scaling.laws import KAPLAN, SKALING, SURFACE, SURFACE_FLOORLESS, SURFACE_TIED, TermLaw
+from ditscale.scaling.laws import Law, TermLaw
 from ditscale.scaling.losses import Loss
+from ditscale.scaling.more_laws import SURFACE_LAWS
 from ditscale.scaling.results import LawFit, Prediction
 from ditscale.scaling.runs import RunTable
 
-SURFACE_LAWS: dict[str, TermLaw] = {
-    law.name: law for law in (SURFACE, SURFACE_TIED, SURFACE_FLOORLESS, SKALING, KAPLAN)
-}
 _MIN_LEVELS = 3
 _MAX_DRAWS = 100_000
+# The optimum of a law without a closed form is sought within this factor of the fitted sizes' middle, in log N.
+_SEARCH = np.log(1e9)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,20 @@ class SurfaceFit:
     @property
     def params(self) -> dict[str, float]:
         """Parameters of the law, and the exponents a (of N_opt) and b (of D_opt)."""
+        if not self.allocates:
+            return dict(self.fit.params)
         a, b = self._exponents(self.fit.theta[None, :])
         return {**self.fit.params, "a": float(a[0]), "b": float(b[0])}
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the law is one of N and D alone, so that a compute budget has one best split."""
+        return set(self.fit.law.inputs) == {"params", "data"}
+
+    @property
+    def _closed(self) -> bool:
+        law = self.fit.law
+        return isinstance(law, TermLaw) and len(law.terms) == 2 and self.allocates
 
     @property
     def intervals(self) -> dict[str, list[float]]:
@@ -126,12 +138,15 @@ class SurfaceFit:
     def replicates(self) -> dict[str, Array]:
         """Parameters of the case-bootstrap draws by name."""
         theta = self.fit.bootstrap("case", self.bootstrap_draws)
+        values = self.fit.export_replicates(theta)
+        if not self.allocates:
+            return values
         a, b = self._exponents(theta)
-        return {**self.fit.export_replicates(theta), "a": a, "b": b}
+        return {**values, "a": a, "b": b}
 
     def interval(self, name: str, *, method: str | None = None, level: float = 0.95) -> Interval:
         """The interval of a parameter, or of "a" and "b"."""
-        if name in ("a", "b"):
+        if name in ("a", "b") and self.allocates:
             which = ("a", "b").index(name)
             return self.fit.interval_of(lambda th: self._exponents(th)[which], method=method, level=level)
         return self.fit.interval(name, method=method, level=level)
@@ -146,14 +161,18 @@ class SurfaceFit:
         flops: Any = None,
         level: float = 0.95,
         method: str | None = None,
+        **others: Any,
     ) -> Prediction:
-        """The loss of runs of given size and data (or of given size and compute, through the cost law)."""
+        """The loss of runs of given size and data (or of given size and compute, through the cost law).
+
+        ``others`` are the law's other inputs, such as ``unique`` of repeated data.
+        """
         d = self._data(data, images, tokens)
         if d is None:
             if flops is None:
                 raise InputError(f"{self.data_unit}: expected the training data of the run, got none")
             d = self._need_cost().data(np.asarray(flops, dtype=float), np.asarray(params, dtype=float))
-        return self.fit.predict(params=params, data=d, level=level, method=method)
+        return self.fit.predict(params=params, data=d, level=level, method=method, **others)
 
     def _data(self, data: Any, images: Any, tokens: Any) -> Any:
         other = tokens if self.data_unit == "images" else images
@@ -166,9 +185,11 @@ class SurfaceFit:
         """The compute-optimal run at a budget: intervals of params, data, loss, new_run (the loss of one run) and ratio D/N."""
         self._need_cost()
         budget = _budget(flops)
+        if not self.allocates:
+            raise InputError(f"law: {self.fit.law.name} needs {', '.join(self.fit.law.inputs)}: no split of compute alone")
 
         def log_of(which: int) -> Quantity:
-            return lambda th: np.exp(self._optimum(th, budget)[which])
+            return lambda th: np.exp(self.log_optimum(th, budget)[which])
 
         def of(quantity: Quantity, new_run: bool = False) -> Interval:
             return self.fit.interval_of(quantity, log=True, method=method, level=level, new_run=new_run)
@@ -178,7 +199,7 @@ class SurfaceFit:
             "data": of(log_of(1)),
             "loss": of(log_of(2)),
             "new_run": of(log_of(2), True),
-            "ratio": of(lambda th: np.exp(self._optimum(th, budget)[1] - self._optimum(th, budget)[0])),
+            "ratio": of(lambda th: np.exp(self.log_optimum(th, budget)[1] - self.log_optimum(th, budget)[0])),
         }
 
     def _need_cost(self) -> CostLaw:
@@ -188,39 +209,72 @@ class SurfaceFit:
 
     def _inner(self, theta: Array) -> tuple[Array, Array, Array, Array]:
         """Logarithms of A and B and the exponents inside the bracket, [S] each."""
-        values = self.fit.law.export(theta, self.fit.centre)
-        names = self.fit.law.names
-        terms = self.fit.law.terms  # type: ignore[attr-defined]
-        alpha, beta = (values[e] if isinstance(e, str) else np.full(len(theta), float(e)) for e in (
-            terms[0].exponents["params"], terms[1].exponents["data"]
-        ))
+        law = self.fit.law
+        if not isinstance(law, TermLaw):
+            raise RuntimeError(f"law {law.name} has no closed form of its optimum")
+        values = law.export(theta, self.fit.centre)
+
+        def exponent(which: int, name: str) -> Array:
+            e = law.terms[which].exponents[name]
+            return values[e] if isinstance(e, str) else np.full(len(theta), float(e))
+
         with np.errstate(divide="ignore"):
-            return np.log(values[names[0]]), np.log(values[names[1]]), alpha, beta
+            first, second = (np.log(values[t.coefficient]) for t in law.terms)
+        return first, second, exponent(0, "params"), exponent(1, "data")
 
     def _exponents(self, theta: Array) -> tuple[Array, Array]:
-        _, _, alpha, beta = self._inner(theta)
         p = self.cost.exponent if self.cost else 1.0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            a = beta / (alpha + p * beta)
+        if self._closed:
+            _, _, alpha, beta = self._inner(theta)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                a = beta / (alpha + p * beta)
+        else:
+            # Without one exponent: the local one at the middle of the runs.
+            n, d = (float(np.exp(self.fit.centre[k])) for k in ("params", "data"))
+            c = self.cost.flops(n, d) if self.cost else n * d
+            a = (self.log_optimum(theta, c * 1.1)[0] - self.log_optimum(theta, c / 1.1)[0]) / (2 * np.log(1.1))
         return a, 1.0 - p * a
 
-    def _optimum(self, theta: Array, flops: float) -> tuple[Array, Array, Array]:
+    def log_optimum(self, theta: Array, flops: float) -> tuple[Array, Array, Array]:
         """Logarithms of N_opt, D_opt and the loss there.
 
         Setting the derivative of A N^-alpha + B D^-beta along k N^p D = C to zero gives
-        N^(alpha + p beta) = (alpha A / (p beta B)) (C/k)^beta.
+        N^(alpha + p beta) = (alpha A / (p beta B)) (C/k)^beta; other laws are searched along the same line.
         """
-        cost = self._need_cost()
-        log_a, log_b, alpha, beta = self._inner(theta)
+        cost = self.cost or CostLaw(1.0, 1.0, 0.0, "N*D")
         c = np.log(flops / cost.coefficient)
-        with np.errstate(all="ignore"):
-            log_n = (np.log(alpha) + log_a - np.log(cost.exponent * beta) - log_b + beta * c) / (alpha + cost.exponent * beta)
+        if self._closed:
+            log_a, log_b, alpha, beta = self._inner(theta)
+            with np.errstate(all="ignore"):
+                ratio = np.log(alpha) + log_a - np.log(cost.exponent * beta) - log_b
+                log_n = (ratio + beta * c) / (alpha + cost.exponent * beta)
+        else:
+            log_n = self._search(theta, c, cost.exponent)
         log_d = c - cost.exponent * log_n
+        return log_n, log_d, self._log_loss(theta, log_n, log_d)
+
+    def _log_loss(self, theta: Array, log_n: Array, log_d: Array) -> Array:
+        """Loss of parameter set i at point i."""
         out = np.empty(len(theta))
         for i in range(len(theta)):
             model = self.fit.law.model({"params": log_n[i : i + 1], "data": log_d[i : i + 1]}, self.fit.centre)
-            out[i] = np.log(model.value(theta[i : i + 1])[0, 0])
-        return log_n, log_d, out
+            with np.errstate(all="ignore"):
+                out[i] = np.log(model.value(theta[i : i + 1])[0, 0])
+        return out
+
+    def _search(self, theta: Array, c: float, p: float) -> Array:
+        """Golden-section search for the best log N along ``p log N + log D = c``, for all parameter sets at once."""
+        middle = self.fit.centre["params"]
+        grid = np.linspace(middle - _SEARCH, middle + _SEARCH, 241)
+        values = np.stack([self._log_loss(theta, np.full(len(theta), g), np.full(len(theta), c - p * g)) for g in grid])
+        i = np.argmin(np.where(np.isfinite(values), values, np.inf), axis=0)
+        low, high = grid[np.maximum(i - 1, 0)], grid[np.minimum(i + 1, len(grid) - 1)]
+        golden = (np.sqrt(5.0) - 1.0) / 2.0
+        for _ in range(40):
+            left, right = high - golden * (high - low), low + golden * (high - low)
+            better = self._log_loss(theta, left, c - p * left) < self._log_loss(theta, right, c - p * right)
+            low, high = np.where(better, low, left), np.where(better, right, high)
+        return 0.5 * (low + high)
 
     def to_json(self) -> dict[str, Any]:
         """The contract's keys of ``ditscale fit surface --json`` and everything else of the fit."""
@@ -265,8 +319,8 @@ class SurfaceFit:
     def summary(self) -> str:
         """A readable table."""
         lines = [self.fit.summary(), f"  D in {self.data_unit}; runs from {self.source}"]
-        for name in ("a", "b"):
-            low, high = self.intervals[name]
+        for name in ("a", "b") if self.allocates else ():
+            low, high = self.interval(name).ends
             lines.append(f"  {name:14s}{self.params[name]:16.8g}   [{low:.6g}, {high:.6g}]")
         return "\n".join(lines)
 
@@ -277,7 +331,7 @@ class SurfaceFit:
 def fit_surface(
     table: RunTable | str | Path,
     *,
-    law: str | TermLaw = "surface",
+    law: str | Law = "surface",
     loss_fn: str | Loss = "huber:auto",
     space: str = "log",
     starts: int = 8,
@@ -285,13 +339,17 @@ def fit_surface(
     seed: int = 0,
     interval_method: str = "auto",
     weights: Any = None,
+    inputs: Mapping[str, str] | None = None,
     **columns: Any,
 ) -> SurfaceFit:
     """Fit a loss surface L(N, D) to runs.
 
     Args:
         table: runs, or a file or study folder to read (``columns`` then go to :meth:`RunTable.read`).
-        law: "surface" (E + A/N^alpha + B/D^beta), "surface-tied", "surface-floorless", "skaling" or "kaplan".
+        law: "surface" (E + A/N^alpha + B/D^beta), "surface-tied", "surface-floorless", "skaling", "kaplan", "farseer", or
+            one with more inputs: "moe", "moe-density", "repetition".
+        inputs: columns of the law's other inputs by name, such as ``{"unique": "unique_images"}``. Default: a column of
+            the input's own name.
         loss_fn: "huber:1e-3" with ``space="log"`` is Chinchilla's; the default's knee is 1.345 robust spreads.
         space: "log" or "raw" residuals.
         starts: starts of the variable-projection grid that are polished. Default: 8.
@@ -323,7 +381,7 @@ def fit_surface(
             )
     fit = fit_law(
         form,
-        {"params": n, "data": d},
+        {"params": n, "data": d, **_other_inputs(runs, form, inputs or {})},
         loss,
         weights=weights,
         groups=_budget_groups(runs),
@@ -360,9 +418,17 @@ def fit_surface(
     return result
 
 
-def surface_law(law: str | TermLaw) -> TermLaw:
+def _other_inputs(runs: RunTable, law: Law, columns: Mapping[str, str]) -> dict[str, Array]:
+    others = [name for name in law.inputs if name not in ("params", "data")]
+    for name in columns:
+        if name not in others:
+            raise InputError(f"input: expected one of {', '.join(others) or 'none'} for law {law.name}, got {name!r}")
+    return {name: runs.column(columns.get(name, name)) for name in others}
+
+
+def surface_law(law: str | Law) -> Law:
     """A surface by its name."""
-    if isinstance(law, TermLaw):
+    if isinstance(law, Law):
         return law
     if law not in SURFACE_LAWS:
         raise InputError(f"law: expected one of {', '.join(SURFACE_LAWS)}, got {law!r}")
