@@ -45,7 +45,7 @@ inline bool poisoned() {
 
 // A contiguous uninitialised tensor on the device of `like`.
 inline Tensor allocate(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
-  int64_t size[4], stride[4], dims = 0, run = 1;
+  int64_t size[5], stride[5], dims = 0, run = 1;
   for (int64_t s : sizes) size[dims++] = s;
   for (int64_t d = dims - 1; d >= 0; --d) {
     stride[d] = run;

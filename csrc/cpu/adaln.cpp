@@ -68,6 +68,7 @@ void reduce_rows(const AdalnKernels& k, const Sums& s, const F& f) {
       const int64_t segment = task / cut.chunks, first = (task % cut.chunks) * cut.chunk;
       const int64_t last = first + cut.chunk < cut.rows ? first + cut.chunk : cut.rows;
       float* sums = direct ? scratch + WORK * D : partial + task * count * D;
+      std::memset(sums, 0, sizeof(float) * count * D);
       f(segment * cut.rows + first, segment * cut.rows + last, sums, scratch);
       for (int64_t i = 0; direct && i < count; ++i) k.add_chunks(sums + i * D, 1, 0, D, storage, place(i, segment));
     }

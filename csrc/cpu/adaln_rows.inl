@@ -227,7 +227,6 @@ void backward_as(const BackwardArgs& a, int64_t begin, int64_t end, float* sums,
   constexpr int BLOCK = 4;
   const int64_t D = a.D;
   Modulation scale{a.scale, a.modulation, D, scratch}, gate{a.gate, a.modulation, D, scratch + D};
-  if (sums != nullptr) __builtin_memset(sums, 0, sizeof(float) * D * (BRANCH ? 3 : 2));
   int64_t r = begin;
   while (r < end) {
     const int64_t b = r / a.T, t = r % a.T;
@@ -293,7 +292,6 @@ template <class T>
 void residual_backward(const ResidualArgs& a, int64_t begin, int64_t end, float* sums, float* scratch) {
   const int64_t D = a.D;
   Modulation gate{a.gate, a.modulation, D, scratch};
-  if (sums != nullptr) __builtin_memset(sums, 0, sizeof(float) * D);
   if (begin >= end) return;
   int64_t b = begin / a.T, t = begin % a.T;
   for (int64_t r = begin; r < end; ++r) {
@@ -369,7 +367,6 @@ void gelu_backward(const GeluArgs& a, int64_t begin, int64_t end, float* sums, f
   const int64_t D = a.D;
   const Strided view{a.bias, 0, 0};
   const float* bias = modulation_row(view, a.modulation, 0, 0, D, scratch);
-  __builtin_memset(sums, 0, sizeof(float) * D);
   for (int64_t r = begin; r < end; ++r) {
     const T *x = (const T*)a.x + r * a.x_stride, *dy = (const T*)a.dy + r * a.dy_stride;
     T* dx = (T*)a.out + r * D;
@@ -390,13 +387,9 @@ void gelu_backward(const GeluArgs& a, int64_t begin, int64_t end, float* sums, f
 void add_chunks(const float* partial, int64_t chunks, int64_t step, int64_t D, int storage, void* out) {
   for_row(D, [&](auto whole, int64_t d, int64_t n) {
     constexpr bool w = whole.value;
-    vf total{};
-    for (int64_t c = 0; c < chunks;) {  // in groups, so that rounding grows with the groups and not with the chunks
-      vf group{};
-      for (const int64_t stop = c + 16 < chunks ? c + 16 : chunks; c < stop; ++c) group += get<w>(partial + c * step + d, n);
-      total += group;
-    }
-    put_modulation(out, storage, d, total, w, n);
+    vd total{};  // float64: thousands of chunks add no error of their own
+    for (int64_t c = 0; c < chunks; ++c) total += __builtin_convertvector(get<w>(partial + c * step + d, n), vd);
+    put_modulation(out, storage, d, __builtin_convertvector(total, vf), w, n);
   });
 }
 

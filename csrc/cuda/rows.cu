@@ -117,15 +117,10 @@ __global__ void __launch_bounds__(THREADS) add_chunks_kernel(
   const int64_t d = (blockIdx.x % column_blocks) * blockDim.x + threadIdx.x;
   if (d >= D) return;
   const float* from = partial + (segment * chunks * sums + i) * D + d;
-  float total = 0.f;
-  for (int64_t c = 0; c < chunks;) {  // in groups, so that rounding grows with the groups and not with the chunks
-    float group = 0.f;
-    const int64_t stop = c + 16 < chunks ? c + 16 : chunks;
+  double total = 0.0;  // thousands of chunks add no error of their own, and there are few of these additions
 #pragma unroll 4
-    for (; c < stop; ++c) group += from[c * sums * D];
-    total += group;
-  }
-  store_any(i == 0 ? to.out[0] : (i == 1 ? to.out[1] : to.out[2]), storage, segment * D + d, total);
+  for (int64_t c = 0; c < chunks; ++c) total += from[c * sums * D];
+  store_any(i == 0 ? to.out[0] : (i == 1 ? to.out[1] : to.out[2]), storage, segment * D + d, static_cast<float>(total));
 }
 
 int64_t column_blocks(int64_t D, int N) {

@@ -7,6 +7,7 @@ the dtype of ``x``. Everything is differentiable, to any order and in forward mo
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,10 +21,8 @@ def _rows(m: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, eps: float, rms: bool) -> Tensor:
-    if rms:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    centred = x - x.mean(-1, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    width = (x.shape[-1],)
+    return F.rms_norm(x, width, eps=eps) if rms else F.layer_norm(x, width, eps=eps)
 
 
 def layernorm_modulate_ref(

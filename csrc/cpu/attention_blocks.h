@@ -1,0 +1,62 @@
+// The attention kernels of each instruction set as plain functions, and what a call of them is made of.
+#pragma once
+
+#include "../common/adaln_args.h"
+
+namespace ditscale::cpu {
+
+// A [B, H, T, K] view with dense rows: elements from sample to sample, head to head and token to token.
+struct HeadView {
+  void* data;
+  int64_t b, h, t;
+};
+
+// One sequence of queries and its keys, as positions along T of the views.
+struct Span {
+  int64_t first_query, queries, first_key, keys;
+};
+
+struct AttentionArgs {
+  int64_t B, H, H_kv, T, S, K;     // H queries' heads share H_kv keys' heads, H / H_kv each
+  float scale;
+  HeadView q, k, v, out;
+  float *row_max, *row_weight;     // [B, H, T]: greatest score, in units of log 2, and 1 / sum; null: not kept
+  const int64_t* lengths;          // [B]: keys that count; null: all
+  HeadView dout, dq, dk, dv;       // backward only
+
+  Span span(int64_t b) const {
+    return {0, T, 0, lengths == nullptr ? S : lengths[b]};
+  }
+};
+
+constexpr int64_t QUERIES = 64;    // of a block: as many lanes as the widest vectors have in four registers
+constexpr int64_t KEYS = 64;       // of a block: scores and their gradients of a block, 32 KiB, stay in the level-1 cache
+
+struct AttentionKernels {
+  int64_t (*forward_scratch)(const AttentionArgs&);   // floats
+  int64_t (*backward_scratch)(const AttentionArgs&);
+  // The output rows of query block `block` of one head of one sample.
+  void (*forward)(const AttentionArgs&, int64_t b, int64_t h, int64_t block, float* scratch);
+  // The query blocks [begin, end) of one sample and one head of keys, counted over its heads of queries: writes their dq, and
+  // their sums for the keys of the sample into dk_sum and dv_sum, float32 rows of row_width(K) numbers, `row` apart.
+  void (*backward)(
+      const AttentionArgs&, int64_t b, int64_t h_kv, int64_t begin, int64_t end, float* dk_sum, float* dv_sum, int64_t row,
+      float* scratch);
+  // dk and dv of one head, all S keys, from `chunks` such sums with dense rows, `step` floats apart.
+  void (*store_sums)(
+      const AttentionArgs&, int64_t b, int64_t h_kv, const float* dk_sum, const float* dv_sum, int64_t chunks, int64_t step);
+  int64_t (*row_width)(int64_t K);
+  bool direct;                     // storage is float32: where K is a whole row_width, sums can be made in the gradient itself
+};
+
+struct AttentionTable {
+  AttentionKernels by_storage[3];
+};
+
+extern const AttentionTable attention_portable;
+#if defined(__x86_64__)
+extern const AttentionTable attention_avx2;
+extern const AttentionTable attention_avx512;
+#endif
+
+}  // namespace ditscale::cpu

@@ -1,0 +1,29 @@
+"""What every test shares: fixed seeds, poisoned allocations, and caches that are not the user's."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+# Before the libraries load: what a kernel allocates is NaN until it is written.
+os.environ["DITSCALE_POISON"] = "1"
+_cache = tempfile.mkdtemp(prefix="ditscale-test-cache-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["DITSCALE_CACHE"] = _cache
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> Iterator[None]:
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:  # tests of rooms without torch do not pay for its import
+        sys.modules["torch"].manual_seed(0)
+    yield

@@ -1,0 +1,25 @@
+"""The backends that the kernel tests run on. Without a GPU, Triton runs in its interpreter and the CUDA source on the host."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # cases.py, shared by these files only
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import pytest  # noqa: E402
+
+from ditscale.kernels import library  # noqa: E402
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name == "cpu" and library.missing_reason("cpu"):
+        pytest.skip(str(library.missing_reason("cpu")))
+    return name

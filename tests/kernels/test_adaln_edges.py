@@ -1,0 +1,128 @@
+"""Empty and single dimensions, NaN and infinity, strided modulation without a copy, addresses beyond 2^31, equal bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES, NAME, make
+
+from ditscale import kernels
+
+
+@pytest.mark.parametrize("mode", ["per_sample", "shared", "per_token"])
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (0, 0, 8)], ids=["no-sample", "no-token", "neither"])
+def test_empty(backend, shape, mode):
+    call = make(shape, mode=mode)
+    got = call.run(backend)
+    for name, leaf in call.leaves.items():
+        assert got[f"d{name}"].shape == leaf.shape
+        assert not got[f"d{name}"].any(), name  # a sum over nothing is zero, not what memory held
+    assert got["y"].shape == shape
+    x = torch.zeros(shape, requires_grad=True)
+    kernels.gate_residual(x, x, torch.ones(shape[2]), backend=backend).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
+def test_nan_stays_in_its_rows(backend, dtype, bad):
+    call = make((3, 40, 24), dtype)
+    call.x = call.x.clone()
+    call.x[1, 7, 5] = bad
+    got = call.run(backend)
+    hit = torch.zeros(3, 40, dtype=torch.bool)
+    hit[1, 7] = True
+    assert torch.equal(got["y"].isnan().all(-1), hit)
+    assert torch.equal(got["y"].isnan().any(-1), hit)
+    assert torch.equal((~got["x_new"].isfinite()).any(-1), hit)
+    assert torch.equal((~got["dx"].isfinite()).any(-1), hit)
+    # Sums over tokens are those of the sample that holds the row.
+    for name in ("dscale", "dgate"):
+        assert torch.equal((~got[name].isfinite()).any(-1), torch.tensor([False, True, False])), name
+
+
+def test_rows_of_modulation_are_read_in_place():
+    from ditscale.kernels.adaln.op import _modulations
+
+    table = torch.randn(2, 6 * 8)
+    x = torch.randn(2, 3, 8)
+    parts = table.chunk(6, dim=1)[:3]
+    assert [t.data_ptr() for t in _modulations(x, ("a", "b", "c"), parts)] == [t.data_ptr() for t in parts]
+
+
+def test_mixed_ranks_of_modulation(backend):
+    x = torch.randn(2, 5, 8)
+    shift, scale = torch.randn(8), torch.randn(2, 8)
+    want = kernels.layernorm_modulate(x, shift.expand(2, 8), scale, backend="reference")
+    torch.testing.assert_close(kernels.layernorm_modulate(x, shift, scale, backend=backend), want)
+    per_token = torch.randn(2, 5, 8)
+    want = kernels.layernorm_modulate(x, shift.expand(2, 5, 8), per_token, backend="reference")
+    torch.testing.assert_close(kernels.layernorm_modulate(x, shift, per_token, backend=backend), want)
+    one = scale.unsqueeze(1)  # [B, 1, D]
+    want = kernels.layernorm_modulate(x, shift.expand(2, 8), scale, backend="reference")
+    torch.testing.assert_close(kernels.layernorm_modulate(x, shift, one, backend=backend), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAME.get)
+def test_float32_modulation_of_half_rows(backend, dtype):
+    call = make((2, 70, 24), dtype)
+    for name in ("shift", "scale", "gate"):
+        setattr(call, name, getattr(call, name).float())
+    got, want = call.run(backend), call.oracle().run()
+    for name in want:
+        assert got[name].dtype == (torch.float32 if name in ("dshift", "dscale", "dgate") else dtype), name
+        torch.testing.assert_close(got[name].double(), torch.from_numpy(want[name]), rtol=2e-2, atol=2e-2)
+
+
+def test_a_branch_of_another_dtype(backend):
+    x, branch, gate = torch.randn(2, 5, 8), torch.randn(2, 5, 8).bfloat16(), torch.randn(2, 8).bfloat16()
+    out = kernels.gate_residual(x, branch, gate, backend=backend)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, x + gate.float().unsqueeze(1) * branch.float())
+
+
+def test_offsets_beyond_31_bits(backend):
+    # Two rows 2^31 + 8 elements apart in one storage that is never touched in between: 32-bit offsets would wrap.
+    if backend in ("triton", "emulated"):
+        pytest.skip("needs lazily committed memory on the interpreter's side too; the CPU and GPU runs cover it")
+    far = 2**31 + 8
+    try:
+        store = torch.empty(far + 16, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"no address space: {error}")
+    x = store.as_strided((2, 1, 16), (far, 16, 1))
+    x.copy_(torch.randn(2, 1, 16))
+    shift, scale = torch.randn(2, 16, dtype=torch.bfloat16), torch.randn(2, 16, dtype=torch.bfloat16)
+    got = kernels.layernorm_modulate(x, shift, scale, backend=backend)
+    want = kernels.layernorm_modulate(x.clone(), shift, scale, backend="reference")
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
+def test_equal_bits_from_run_to_run_and_for_any_thread_count(backend, dtype):
+    call = make((3, 150, 40), dtype)
+    first = call.run(backend)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for name, value in call.run(backend).items():
+                assert torch.equal(value, first[name]), (name, count)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_partial_sums_take_less_than_an_eighth_of_x():
+    # The rule that csrc/common/adaln_args.h states, over every shape class: chunks * sums * 4 bytes a column of a segment.
+    def chunks(rows: int, segments: int, sums: int, size: int, tasks: int) -> int:
+        chunk = max(-(-rows * segments // tasks), sums * 32 // size)
+        count = max(rows // chunk, 1)
+        even = -(-rows // count)
+        return -(-rows // even)
+
+    for size in (2, 4):
+        for sums in (1, 2, 3):
+            for T in (*range(1, 300), 1024, 4096):
+                for B in (1, 2, 32):
+                    n = chunks(T, B, sums, size, 128)
+                    assert n == 1 or n * sums * 4 * 8 <= T * size, (size, sums, T, B)

@@ -1,0 +1,98 @@
+"""Outputs and gradients of the adaLN family against float64, on every backend, by the twice-PyTorch rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES, FEW, NAME, SHAPES, make, modulation
+from oracles import gate_residual, judge, wide
+
+from ditscale import kernels
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
+fusion = pytest.mark.parametrize("fused", [False, True], ids=["norm", "residual+norm"])
+few_shapes = pytest.mark.parametrize("shape", [SHAPES[k] for k in FEW], ids=FEW)
+
+
+@dtypes
+@fusion
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_values_and_gradients(backend, shape, fused, dtype):
+    make(shape, dtype, fused=fused).check(backend)
+
+
+@pytest.mark.parametrize("mode", ["shared", "per_token"])
+@dtypes
+@fusion
+@few_shapes
+def test_shared_and_per_token_modulation(backend, shape, fused, dtype, mode):
+    make(shape, dtype, fused=fused, mode=mode).check(backend)
+
+
+@dtypes
+@fusion
+@few_shapes
+def test_rms_norm(backend, shape, fused, dtype):
+    make(shape, dtype, fused=fused, rms=True).check(backend)
+
+
+@fusion
+@few_shapes
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_affine_weight_and_bias(backend, shape, fused, rms):
+    make(shape, fused=fused, affine=True, rms=rms).check(backend)
+
+
+def test_small_weight_keeps_its_digits(backend):
+    # A weight of 1e-4 folded as (w (1 + s)) - 1 would lose four digits.
+    call = make(SHAPES["two-chunks"], affine=True)
+    call.weight = call.weight * 1e-4
+    call.bias = call.bias * 1e-4
+    call.shift = call.shift * 1e-4
+    call.check(backend)
+
+
+@few_shapes
+@dtypes
+def test_recomputed_statistics_change_nothing(backend, shape, dtype):
+    call = make(shape, dtype)
+    kept, again = call.run(backend), call.run(backend, recompute_stats=True)
+    for name in kept:
+        # Same rows, same arithmetic: only where float32 statistics are kept could they differ, and they are not rounded.
+        torch.testing.assert_close(again[name], kept[name], rtol=0, atol=0, msg=name)
+
+
+@few_shapes
+def test_without_gradient_of_the_stream(backend, shape):
+    make(shape, stream_gradient=False).check(backend)
+
+
+def test_only_the_stream_is_used(backend):
+    call = make(SHAPES["two-chunks"])
+    x, branch, gate = (t.detach().requires_grad_() for t in (call.x, call.branch, call.gate))
+    x_new, _ = kernels.gate_residual_layernorm_modulate(x, branch, gate, call.shift, call.scale, backend=backend)
+    got = torch.autograd.grad(x_new, (x, branch, gate), call.dy)
+    want = gate_residual(wide(call.x), wide(call.branch), wide(call.gate), wide(call.dy))
+    for g, name in zip(got, ("dx", "dbranch", "dgate"), strict=True):
+        torch.testing.assert_close(g.double(), torch.from_numpy(want[name]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["per_sample", "shared", "per_token"])
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_gate_residual(backend, shape, dtype, mode):
+    B, T, D = shape
+    x, branch, dout = (torch.randn(B, T, D, dtype=torch.float64).to(dtype) for _ in range(3))
+    gate = modulation(B, T, D, mode, 3, dtype)[1]
+    exact = gate_residual(wide(x), wide(branch), wide(gate), wide(dout))
+    results = []
+    for which in (backend, "plain"):
+        leaves = [t.detach().requires_grad_() for t in (x, branch, gate)]
+        if which == "plain":
+            out = leaves[0] + (leaves[2].unsqueeze(1) if mode == "per_sample" else leaves[2]) * leaves[1]
+        else:
+            out = kernels.gate_residual(*leaves, backend=which)
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for name, got, plain in zip(("out", "dx", "dbranch", "dgate"), *results, strict=True):
+        assert got.dtype == dtype
+        judge(name, got, exact[name], plain)
