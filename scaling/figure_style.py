@@ -32,7 +32,7 @@ INK: dict[str, tuple[str, str]] = {
     "measured": ("#c8480b", "#ff9257"),
     "fitted": ("#f3f5f9", "#1d2331"),
 }
-_RAMPS = {"budget": ("viridis", (0.70, 0.06), (0.42, 0.96)), "size": ("plasma", (0.74, 0.02), (0.36, 0.95))}
+_RAMPS = {"budget": ("viridis", (0.58, 0.06), (0.50, 0.96)), "size": ("plasma", (0.68, 0.02), (0.40, 0.95))}
 _STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -65,6 +65,8 @@ _STYLE = {
 }
 LIGHT = {name: pair[0] for name, pair in INK.items()}
 _HALO = 2.2
+# Coordinates finer than a hundredth of a point.
+_DECIMALS = re.compile(r"(?<=[ \"(-])\d+\.\d{3,}")
 
 
 def ramp(kind: str, count: int) -> list[tuple[str, str]]:
@@ -119,7 +121,7 @@ def inline_svg(figure: Figure, name: str, label: str, colours: dict[str, tuple[s
     svg = svg[svg.index(">") + 1 :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.S)
-    svg = re.sub(r'(?<=[ "(-])(\d+\.\d{3,})', lambda m: f"{float(m.group(1)):.2f}", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: _DECIMALS.sub(lambda m: f"{float(m.group()):.2f}", tag.group()), svg)
     svg = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", svg)
     svg = re.sub(r" font-family: [^;\"]*;", "", svg)
     svg = (

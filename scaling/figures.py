@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Inches: across a page, and for a telephone, where the same letters must stay readable.
+_WIDE, _NARROW = 9.6, 4.5
+
 
 def colours(view: StudyView) -> dict[str, tuple[str, str]]:
     """Every colour that the study's figures use, by name: (light, dark)."""
@@ -35,13 +38,17 @@ def colours(view: StudyView) -> dict[str, tuple[str, str]]:
     return named
 
 
-def draw_figures(view: StudyView) -> dict[str, Figure]:
+def draw_figures(view: StudyView, *, narrow: bool = False) -> dict[str, Figure]:
     """Draw what the folder has data for.
+
+    Args:
+        view: the study.
+        narrow: draw for a small screen. Default: False.
 
     Returns:
         Name ("law", "isoflop", "optima", "curves", "timesteps") -> figure; a figure without data is left out.
     """
-    painters: dict[str, tuple[Callable[[StudyView], bool], Callable[[StudyView], Figure]]] = {
+    painters: dict[str, tuple[Callable[[StudyView], bool], Callable[[StudyView, bool], Figure]]] = {
         "law": (lambda v: bool(v.laws and v.laws.loss and v.runs), _law_figure),
         "isoflop": (lambda v: len(v.fitted) >= 3 and bool(v.budgets), _isoflop_figure),
         "optima": (
@@ -55,7 +62,7 @@ def draw_figures(view: StudyView) -> dict[str, Figure]:
     with style():
         for name, (has_data, paint) in painters.items():
             if has_data(view):
-                figures[name] = paint(view)
+                figures[name] = paint(view, narrow)
     return figures
 
 
@@ -134,9 +141,9 @@ def _range_label(ax: Axes, view: StudyView) -> None:
 # The law, the prediction and what came
 
 
-def _law_figure(view: StudyView) -> Figure:
+def _law_figure(view: StudyView, narrow: bool) -> Figure:
     assert view.laws is not None and view.laws.loss is not None
-    figure, ax = canvas(9.6, 5.0)
+    figure, ax = canvas(*((_NARROW, 4.3) if narrow else (_WIDE, 5.0)))
     law = view.laws.loss
     low, high = _reach(view)
     tint = _budget_colours(view)
@@ -175,35 +182,35 @@ def _law_figure(view: StudyView) -> Figure:
     flops_axis(ax)
     loss_axis(ax, bottom * (bottom / top) ** 0.06, top * (top / bottom) ** 0.05)
     _range_label(ax, view)
-    _law_legend(ax, view, law)
+    _law_legend(ax, view, law, narrow)
     if view.prediction:
         _draw_prediction(ax, view, size=8.5)
-        _zoom(ax, view)
+        if not narrow:
+            _zoom(ax, view)
     return figure
 
 
-def _law_legend(ax: Axes, view: StudyView, law: LawView) -> None:
+def _law_legend(ax: Axes, view: StudyView, law: LawView, narrow: bool) -> None:
     """Labels beside what they name, in the empty upper left of a falling curve's start."""
     assert view.laws is not None
     best = view.laws.optima
     if best:
-        worst_run = max(
-            (run for run in view.fitted if float(run["budget"]) == best[-1].budget), key=lambda r: r["loss"]
-        )
+        first = [run for run in view.fitted if float(run["budget"]) == best[0].budget]
+        worst = max((float(run["loss"]) for run in first), default=best[0].loss)
         ax.annotate(
-            "every dot a run,\nevery column a budget",
-            (worst_run["flops"], min(worst_run["loss"], ax.get_ylim()[1])),
-            xytext=(9, -3),
+            "dots: runs" if narrow else "every dot a run, every column a budget",
+            (best[0].budget, min(worst, ax.get_ylim()[1] * 0.99)),
+            xytext=(8, 0),
             textcoords="offset points",
-            va="top",
+            va="center",
             fontsize=8.5,
             color=LIGHT["muted"],
-            linespacing=1.35,
         )
     budget, value, least, most = _law_line(law, *_reach(view))
     at = math.exp(0.62 * math.log(budget[-1]) + 0.38 * math.log(max(view.budgets)))
     height = float(np.interp(math.log(at), np.log(budget), value if least is None else least))
     words = "the law, extrapolated" if least is None else "the law and its 95 % band\nfor a new run"
+    words = words.replace(" and its", "\nand its") if narrow else words
     halo(
         ax.annotate(
             words,
@@ -299,8 +306,8 @@ def _zoom(ax: Axes, view: StudyView) -> None:
 # isoFLOP curves
 
 
-def _isoflop_figure(view: StudyView) -> Figure:
-    figure, ax = canvas(9.6, 5.2)
+def _isoflop_figure(view: StudyView, narrow: bool) -> Figure:
+    figure, ax = canvas(*((_NARROW, 4.4) if narrow else (_WIDE, 5.2)))
     tint = _budget_colours(view)
     optima = {best.budget: best for best in view.laws.optima} if view.laws else {}
     heights: list[float] = []
@@ -330,11 +337,11 @@ def _isoflop_figure(view: StudyView) -> Figure:
             ax.plot(n, loss, color=tint[budget], linewidth=1.0, alpha=0.6, zorder=2)
         halo(
             ax.annotate(
-                f"{power_of_ten(budget)} FLOPs",
+                power_of_ten(budget) + ("" if narrow else " FLOPs"),
                 end,
                 xytext=(7, 3),
                 textcoords="offset points",
-                color=tint[budget],
+                color=LIGHT["ink"],
                 fontsize=9.5,
                 weight="bold",
                 va="center",
@@ -353,9 +360,9 @@ def _isoflop_figure(view: StudyView) -> Figure:
         )
         first = optima[min(optima)]
         ax.annotate(
-            "best size at this budget",
+            "best size" if narrow else "best size at this budget",
             (first.params, first.loss),
-            xytext=(-14, -34),
+            xytext=(26, -30) if narrow else (-14, -34),
             textcoords="offset points",
             ha="right",
             fontsize=9,
@@ -363,7 +370,7 @@ def _isoflop_figure(view: StudyView) -> Figure:
             arrowprops={"arrowstyle": "-", "color": LIGHT["muted"], "linewidth": 0.8, "shrinkB": 7},
         )
     sizes = [view.size_of(r) for r in view.fitted]
-    ax.set_xlim(min(sizes) / 1.35, max(sizes) * 2.4)
+    ax.set_xlim(min(sizes) / 1.35, max(sizes) * (3.0 if narrow else 2.4))
     count_axis(ax, "x", size_words(view))
     low, high = min(heights), max(heights)
     loss_axis(ax, low * (low / high) ** 0.07, high * (high / low) ** 0.05)
@@ -373,9 +380,9 @@ def _isoflop_figure(view: StudyView) -> Figure:
 # N_opt and D_opt
 
 
-def _optima_figure(view: StudyView) -> Figure:
+def _optima_figure(view: StudyView, narrow: bool) -> Figure:
     assert view.laws is not None and view.laws.params is not None and view.laws.data is not None
-    figure, panels = canvas(9.6, 4.5, ncols=2)
+    figure, panels = canvas(_NARROW, 7.2, nrows=2) if narrow else canvas(_WIDE, 4.5, ncols=2)
     unit = view.laws.data_unit
     target = view.predicted or view.prediction
     rows: Sequence[tuple[Any, LawView, str, str, str, str]] = (
@@ -450,8 +457,8 @@ def _optima_figure(view: StudyView) -> Figure:
 # Loss curves
 
 
-def _curves_figure(view: StudyView) -> Figure:
-    figure, ax = canvas(9.6, 5.2)
+def _curves_figure(view: StudyView, narrow: bool) -> Figure:
+    figure, ax = canvas(*((_NARROW, 4.6) if narrow else (_WIDE, 5.2)))
     tint = _size_colours(view)
     # Small models first, so that the long runs of large ones lie on top.
     for curve in sorted(view.curves, key=lambda c: view.size_of(c.record)):
@@ -498,8 +505,8 @@ def _curves_figure(view: StudyView) -> Figure:
             )
         )
     flops_axis(ax, "training compute so far (FLOPs)")
-    loss_axis(ax, low * (low / high) ** 0.06, high * 1.04, "loss (lines: training; dots: validation)")
-    _size_key(ax, view, tint)
+    loss_axis(ax, low * (low / high) ** 0.06, high * 1.04, "loss (lines: training, dots: validation)")
+    _size_key(ax, view, tint, (0.5, 0.91, 0.47, 0.032) if narrow else (0.66, 0.90, 0.32, 0.032))
     return figure
 
 
@@ -512,10 +519,12 @@ def _thinned(curve: Curve, points: int = 110) -> tuple[Any, Any]:
     return curve.flops[index], curve.loss[index]
 
 
-def _size_key(ax: Axes, view: StudyView, tint: dict[float, str]) -> None:
+def _size_key(
+    ax: Axes, view: StudyView, tint: dict[float, str], place: tuple[float, float, float, float]
+) -> None:
     """A strip of the sizes' colours with the smallest, the middle and the largest named."""
     sizes = sorted(tint)
-    strip = ax.inset_axes((0.66, 0.90, 0.32, 0.032))
+    strip = ax.inset_axes(place)
     strip.set_xlim(0, len(sizes))
     strip.set_ylim(0, 1)
     strip.bar(np.arange(len(sizes)) + 0.5, 1.0, width=1.0, color=[tint[s] for s in sizes], linewidth=0)
@@ -546,11 +555,11 @@ def _timestep_runs(view: StudyView) -> list[dict[str, Any]]:
     return best
 
 
-def _timesteps_figure(view: StudyView) -> Figure:
-    figure, ax = canvas(9.6, 4.4)
+def _timesteps_figure(view: StudyView, narrow: bool) -> Figure:
+    figure, ax = canvas(*((_NARROW, 4.0) if narrow else (_WIDE, 4.4)))
     tint = _budget_colours(view)
     values: list[float] = []
-    labels = []
+    labels: list[tuple[float, float, str]] = []
     for run in _timestep_runs(view):
         star = run.get("role") == "prediction"
         colour = LIGHT["measured"] if star else tint[float(run["budget"])]
@@ -567,31 +576,33 @@ def _timesteps_figure(view: StudyView) -> Figure:
             linewidth=2.0 if star else 1.5,
             zorder=4 if star else 3,
         )
-        labels.append((float(loss[-1]), float(t[-1]), power_of_ten(float(run["budget"])), colour))
+        labels.append(
+            (float(loss[-1]), float(t[-1]), power_of_ten(float(run["budget"])) + ("" if narrow else " FLOPs"))
+        )
     low, high = min(values), max(values)
     loss_axis(ax, low / 1.12, high * 1.12)
-    ax.set_xlim(-0.02, 1.13)
+    ax.set_xlim(-0.02, 1.2 if narrow else 1.13)
     ax.set_xticks(np.linspace(0, 1, 6))
-    ax.set_xlabel("time t: 0 is the clean image, 1 is pure noise")
+    ax.set_xlabel("time t (0: clean image, 1: pure noise)")
     _spread_labels(ax, labels)
     return figure
 
 
-def _spread_labels(ax: Axes, labels: list[tuple[float, float, str, str]]) -> None:
-    """Labels at line ends (y, x, text, colour), moved apart where they would touch; y is logarithmic."""
+def _spread_labels(ax: Axes, labels: list[tuple[float, float, str]]) -> None:
+    """Labels at line ends (y, x, text), moved apart where they would touch; y is logarithmic."""
     low, high = (math.log(v) for v in ax.get_ylim())
     least = 0.052 * (high - low)
     place = -math.inf
-    for y, x, text, colour in sorted(labels):
+    for y, x, text in sorted(labels):
         place = max(math.log(y), place + least)
         halo(
             ax.annotate(
-                f"{text} FLOPs",
+                text,
                 (x, math.exp(place)),
                 xytext=(8, 0),
                 textcoords="offset points",
                 va="center",
-                color=colour,
+                color=LIGHT["ink"],
                 fontsize=9,
             )
         )

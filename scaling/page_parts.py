@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ditscale.scaling.figures import size_words
-from ditscale.scaling.numbers_text import duration, percent, power_of_ten, raised, short
+from ditscale.scaling.numbers_text import duration, percent, power_of_ten, short
 from ditscale.scaling.study_view import Band, LawView, Samples, StudyView
 
 # Exponents of N_opt, D_opt and loss of the in-context DiT in "Scaling Laws for Diffusion Transformers".
@@ -81,15 +81,16 @@ def _headline(view: StudyView) -> tuple[str, str]:
     if view.outcome and view.prediction:
         outcome = view.outcome
         head = (
-            f'Predicted <span class="cool">{outcome["predicted_loss"]:.4f}</span> before training. '
-            f'Measured <span class="hot">{outcome["measured_loss"]:.4f}</span>.'
+            f'<span>Predicted <span class="cool">{outcome["predicted_loss"]:.4f}</span> before training.</span> '
+            f'<span>Measured <span class="hot">{outcome["measured_loss"]:.4f}</span>.</span>'
         )
         inside = bool(outcome.get("inside_interval"))
         words = "inside its 95 % interval" if inside else "outside its 95 % interval"
+        error = float(outcome["relative_error"])
         lead = (
             f"{trained} small diffusion transformers gave a law of training compute. It was carried "
-            f"{_factor(outcome)}beyond the largest of them, written down, and only then put to the test: the measured "
-            f"loss is {percent(float(outcome['relative_error']))} off the prediction, "
+            f"{_factor(outcome)}, written down, and only then put to the test: the measured loss is "
+            f"{abs(100 * error):.2f} % {'above' if error >= 0 else 'below'} the prediction, "
             f'<span class="verdict {"good" if inside else "bad"}">{words}</span>.'
         )
         return head, lead
@@ -120,12 +121,18 @@ def _share_done(view: StudyView) -> float:
     grid = [row for row in view.study.get("grid", []) if isinstance(row, dict)]
     total = sum(float(row.get("flops", 0)) for row in grid)
     ids = {run["run_id"] for run in [*view.runs, *view.diverged]}
-    return sum(float(row.get("flops", 0)) for row in grid if row.get("run_id") in ids) / total if total else 0.0
+    return (
+        sum(float(row.get("flops", 0)) for row in grid if row.get("run_id") in ids) / total if total else 0.0
+    )
 
 
 def _factor(outcome: dict[str, Any]) -> str:
     factor = outcome.get("extrapolation_factor")
-    return f"{float(factor):.3g} times " if factor else ""
+    return (
+        f"to {float(factor):.3g} times the largest fitted budget"
+        if factor
+        else "past the largest fitted budget"
+    )
 
 
 def _tiles(view: StudyView) -> str:
@@ -134,23 +141,42 @@ def _tiles(view: StudyView) -> str:
         outcome = view.outcome
         low, high = outcome["interval_95"]
         inside = bool(outcome.get("inside_interval"))
-        tiles.append(("relative error", percent(float(outcome["relative_error"])), "measured against predicted"))
-        half = max(high - outcome["predicted_loss"], outcome["predicted_loss"] - low) / outcome["predicted_loss"]
-        tiles.append(("95 % interval", f"{low:.4f} to {high:.4f}", f"{'holds' if inside else 'misses'} it; reach {100 * half:.1f} %"))
+        tiles.append(
+            ("relative error", percent(float(outcome["relative_error"])), "measured against predicted")
+        )
+        half = (
+            max(high - outcome["predicted_loss"], outcome["predicted_loss"] - low) / outcome["predicted_loss"]
+        )
+        tiles.append(
+            (
+                "95 % interval",
+                f"{low:.4f}–{high:.4f}",
+                f"measured {'inside' if inside else 'outside'}; ±{100 * half:.1f} %",
+            )
+        )
         if outcome.get("extrapolation_factor"):
-            tiles.append(("extrapolation", f"{float(outcome['extrapolation_factor']):.3g}×", "beyond the largest fitted budget"))
+            tiles.append(
+                (
+                    "extrapolation",
+                    f"{float(outcome['extrapolation_factor']):.3g}×",
+                    "the largest fitted budget",
+                )
+            )
     elif view.prediction:
         low, high = view.prediction["interval_95"]
         tiles.append(("predicted loss", f"{view.prediction['loss']:.4f}", f"95 %: {low:.4f} to {high:.4f}"))
         if view.prediction.get("extrapolation_factor"):
             factor = float(view.prediction["extrapolation_factor"])
-            tiles.append(("extrapolation", f"{factor:.3g}×", "beyond the largest fitted budget"))
+            tiles.append(("extrapolation", f"{factor:.3g}×", "the largest fitted budget"))
     if view.prediction:
         size = view.size_of(view.prediction) if view.prediction.get("params") else None
         words = f"{short(float(view.prediction['images']))} images" if view.prediction.get("images") else ""
         if size:
             tiles.append(("the predicted run", short(size), f"{size_words(view)[:-2]}, {words}"))
-    spent = float((view.outcome or {}).get("flops_spent") or sum(float(r["flops"]) for r in [*view.runs, *view.diverged]))
+    spent = float(
+        (view.outcome or {}).get("flops_spent")
+        or sum(float(r["flops"]) for r in [*view.runs, *view.diverged])
+    )
     if spent:
         count = len(view.runs) + len(view.diverged)
         tiles.append(("compute spent", power_of_ten(spent), f"FLOPs in {count} runs"))
@@ -159,7 +185,9 @@ def _tiles(view: StudyView) -> str:
         tiles.append(("time", duration(float(seconds)), _machine_words(view)))
     if not tiles:
         return ""
-    rows = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in tiles)
+    rows = "".join(
+        f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in tiles
+    )
     return f'<dl class="tiles">{rows}</dl>'
 
 
@@ -178,16 +206,20 @@ def _steps(view: StudyView) -> str:
     laws, prediction, outcome, run = view.laws, view.prediction, view.outcome, view.predicted
     if laws and laws.loss:
         weights = sorted(laws.weights.items(), key=lambda item: -item[1])
-        words = f"weighted by held-out budgets: {', '.join(f'{name} {100 * w:.0f} %' for name, w in weights[:3])}"
-        steps.append((True, f"Law fitted to {len(view.fitted)} runs", words if weights else laws.chosen or ""))
+        words = (
+            f"weighted by held-out budgets: {', '.join(f'{name} {100 * w:.0f} %' for name, w in weights[:3])}"
+        )
+        steps.append(
+            (True, f"Law fitted to {len(view.fitted)} runs", words if weights else laws.chosen or "")
+        )
     else:
         steps.append((False, "Law", "to come when the grid is trained"))
     if prediction:
-        steps.append((True, f"Prediction written {_time_words(prediction.get('made_at'))}", _hash_words(view)))
+        steps.append((True, "Prediction written", _hash_words(view)))
     else:
         steps.append((False, "Prediction", "to come when the law is fitted, before its run starts"))
     if run:
-        steps.append((True, f"Run started {_time_words(run.get('started_at'))}", _order_words(view, run)))
+        steps.append((True, "Predicted run trained", _order_words(view, run)))
     else:
         steps.append((False, "The predicted run", "to come after the prediction"))
     if outcome:
@@ -219,9 +251,10 @@ def _moment(stamp: Any) -> datetime.datetime | None:
 def _hash_words(view: StudyView) -> str:
     assert view.prediction is not None
     promised = view.prediction.get("law_sha256") or view.prediction.get("sha256")
+    made = _time_words(view.prediction.get("made_at"))
     if not promised:
-        return "It names no hash of its law."
-    shown = f'of the law with SHA-256 <span class="hash">{escape(str(promised)[:16])}…</span>'
+        return f"{made}; it names no hash of its law."
+    shown = f'{made}, from the law with SHA-256 <span class="hash">{escape(str(promised)[:16])}…</span>'
     if promised == view.law_sha256:
         return f'{shown}; <span class="verdict good">laws.json still has it</span>'
     return f'{shown}; <span class="verdict bad">laws.json in this folder is another</span>'
@@ -231,10 +264,11 @@ def _order_words(view: StudyView, run: dict[str, Any]) -> str:
     made, started = _moment((view.prediction or {}).get("made_at")), _moment(run.get("started_at"))
     if not made or not started:
         return "The files do not say which came first."
+    begun = f"started {_time_words(run.get('started_at'))}"
     if started >= made:
-        gap = (started - made).total_seconds()
-        return f'<span class="verdict good">after the prediction</span> {duration(gap)} later'
-    return '<span class="verdict bad">before the prediction was written</span>'
+        gap = duration((started - made).total_seconds())
+        return f'{begun}, <span class="verdict good">{gap} after the prediction</span>'
+    return f'{begun}, <span class="verdict bad">before the prediction was written</span>'
 
 
 def how_it_works(view: StudyView, figures: dict[str, str]) -> str:
@@ -274,7 +308,9 @@ def laws_table(view: StudyView) -> str:
         interval = f"{ends[0]:.3f} to {ends[1]:.3f}".replace("-", "−") if ends else "not given"
         rows.append(
             f'<tr><th scope="row">{escape(name)}</th><td>{formula(key, law)}</td>'
-            f"<td>{law.exponent:.3f}</td><td>{interval}</td><td>{PUBLISHED[key]:.4f}</td></tr>".replace(">-", ">−")
+            f"<td>{law.exponent:.3f}</td><td>{interval}</td><td>{PUBLISHED[key]:.4f}</td></tr>".replace(
+                ">-", ">−"
+            )
         )
     if not rows:
         return ""
@@ -292,12 +328,12 @@ def laws_table(view: StudyView) -> str:
 
 
 def formula(key: str, law: LawView) -> str:
-    """A law in one line of text."""
+    """A law in one line of HTML."""
     letter = {"params": "N", "data": "D", "loss": "L"}[key]
     floor = f"{law.floor:.4f} + " if law.floor else ""
     size = law.coefficient
     number = f"{size:.4g}" if 1e-3 <= size < 1e4 else power_of_ten(size, 3)
-    return f"{letter} = {floor}{number} · C{raised(law.exponent)}"
+    return f"{letter} = {floor}{number} · C<sup>{law.exponent:.3f}</sup>"
 
 
 def _scoreboard(view: StudyView) -> str:
@@ -307,7 +343,9 @@ def _scoreboard(view: StudyView) -> str:
         name = escape(str(row.get("law", "")))
         weight = view.laws.weights.get(str(row.get("law")))
         if not row.get("trials"):
-            rows.append(f'<tr><th scope="row">{name}</th><td colspan="4">not scored: {escape(str(row.get("skipped")))}</td></tr>')
+            rows.append(
+                f'<tr><th scope="row">{name}</th><td colspan="4">not scored: {escape(str(row.get("skipped")))}</td></tr>'
+            )
             continue
         cells = [
             f"{100 * weight:.0f} %" if weight else "0 %",
@@ -318,7 +356,9 @@ def _scoreboard(view: StudyView) -> str:
         rows.append(f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     if not rows:
         return ""
-    heads = "".join(f'<th scope="col">{h}</th>' for h in ("law", "weight", "rms error", "worst error", "trials"))
+    heads = "".join(
+        f'<th scope="col">{h}</th>' for h in ("law", "weight", "rms error", "worst error", "trials")
+    )
     return (
         "<details><summary>How the predicting law was chosen</summary>"
         f'<p class="small">{escape(view.laws.chosen or "")}. Every candidate was fitted to the smaller budgets and '
@@ -351,7 +391,8 @@ def ask_section(view: StudyView) -> str:
     if data["flops_per_second"]:
         answers.append(("answer-time", "time on this study's machine"))
     listed = "".join(
-        f'<div><dt>{escape(words)}</dt><dd id="{key}"><span></span><small></small></dd></div>' for key, words in answers
+        f'<div><dt>{escape(words)}</dt><dd id="{key}"><span></span><small></small></dd></div>'
+        for key, words in answers
     )
     band = "" if data["band"] else " No interval of the loss was saved with this law."
     return (
@@ -363,7 +404,7 @@ def ask_section(view: StudyView) -> str:
         f'<input type="range" id="budget" min="{low:.6f}" max="{high:.6f}" step="any" value="{start:.6f}">'
         f'<div class="marks">{buttons}</div><dl class="answers" aria-live="polite">{listed}</dl>'
         '<p id="beyond" aria-live="polite"><span class="verdict"></span><span></span></p></div>'
-        '<svg id="ask-chart" viewBox="0 0 640 300" role="img" aria-label="The law over compute, with a mark at the '
+        '<svg id="ask-chart" viewBox="0 0 560 380" role="img" aria-label="The law over compute, with a mark at the '
         'chosen budget"></svg></div></section>'
     )
 
@@ -423,9 +464,9 @@ def samples_section(view: StudyView) -> str:
     heads = ""
     if one_row:
         heads = (
-            '<div class="sheet"><span class="muted small">prompt</span><ul class="captions">'
+            '<div class="sheet"><span class="muted small">prompt</span><ol class="captions">'
             + "".join(f"<li>{escape(c)}</li>" for c in first.captions)
-            + "</ul></div>"
+            + "</ol></div>"
         )
     settings = first.settings
     how = ", ".join(
@@ -433,7 +474,9 @@ def samples_section(view: StudyView) -> str:
         for words in (
             str(settings.get("sampler", "")),
             f"{settings['steps']} steps" if settings.get("steps") else "",
-            f"guidance {settings['guidance']:g}" if isinstance(settings.get("guidance"), (int, float)) else "",
+            f"guidance {settings['guidance']:g}"
+            if isinstance(settings.get("guidance"), (int, float))
+            else "",
         )
         if words
     )
@@ -453,7 +496,11 @@ def _is_one_row(sheet: Samples) -> bool:
 
 def _sheet(view: StudyView, sheet: Samples, *, with_captions: bool) -> str:
     record = sheet.record
-    size, flops, loss = short(view.size_of(record)), power_of_ten(float(record["flops"])), float(record["loss"])
+    size, flops, loss = (
+        short(view.size_of(record)),
+        power_of_ten(float(record["flops"])),
+        float(record["loss"]),
+    )
     star = record.get("role") == "prediction"
     chip = ' <span class="verdict wait">the predicted run</span>' if star else ""
     source = base64.b64encode(sheet.png).decode()
@@ -500,6 +547,8 @@ def _run_row(run: dict[str, Any], columns: Sequence[tuple[str, str, str]], swatc
             cells.append(f'<td data-value="">{word}</td>')
         elif kind == "text":
             cells.append(f'<td class="text" data-value="{escape(str(value))}">{escape(str(value))}</td>')
+        elif not isinstance(value, (int, float)):
+            cells.append(f'<td data-value="">{escape(str(value))}</td>')
         else:
             mark = ""
             if key == "budget" and float(value) in swatches:
@@ -524,7 +573,9 @@ def _number(value: float, kind: str) -> str:
 def _csv_link(runs: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> str:
     text = io.StringIO(newline="")
     names = [key for _, key, _ in columns]
-    writer = csv.DictWriter(text, ["run_id", "status", *(n for n in names if n != "run_id")], extrasaction="ignore")
+    writer = csv.DictWriter(
+        text, ["run_id", "status", *(n for n in names if n != "run_id")], extrasaction="ignore"
+    )
     writer.writeheader()
     writer.writerows(runs)
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.getvalue().encode()).decode()
@@ -539,14 +590,26 @@ def facts_section(view: StudyView) -> str:
     digest = data.get("sha256") or first.get("data_sha256")
     licence = data.get("licence") or data.get("license") or _LICENCES.get(str(name))
     convention = str(study.get("flop_convention") or first.get("flop_convention") or "")
-    seeds = sorted({str(r["seed"]) for r in view.runs if r.get("seed") is not None} | {str(study.get("seed", ""))} - {""})
+    seeds = sorted(
+        {str(r["seed"]) for r in view.runs if r.get("seed") is not None} | {str(study.get("seed", ""))} - {""}
+    )
     rows: list[tuple[str, str]] = [
         ("how to do it again", _replay(view)),
         ("seed", escape(", ".join(seeds))),
         ("versions", escape(_pairs(study.get("versions")))),
         ("machine", escape(_pairs(study.get("machine")))),
-        ("FLOP convention", f"<code>{escape(convention)}</code>: {escape(_CONVENTIONS.get(convention, 'as the ledger counts'))}" if convention else ""),
-        ("size N", "parameters that work on every token; those that work once an image, and looked-up embeddings, are left out" if view.size == "params_per_token" else "all trainable parameters"),
+        (
+            "FLOP convention",
+            f"<code>{escape(convention)}</code>: {escape(_CONVENTIONS.get(convention, 'as the ledger counts'))}"
+            if convention
+            else "",
+        ),
+        (
+            "size N",
+            "parameters that work on every token; those that work once an image, and looked-up embeddings, are left out"
+            if view.size == "params_per_token"
+            else "all trainable parameters",
+        ),
         ("data", _data_words(name, digest, licence)),
         ("validation", escape(_validation(study))),
         ("model", escape(_pairs(study.get("model")))),
@@ -571,8 +634,16 @@ def _replay(view: StudyView) -> str:
 def _pairs(values: Any) -> str:
     if not isinstance(values, dict):
         return ""
-    shown = ((str(k).replace("_", " "), v) for k, v in values.items() if v is not None and not isinstance(v, (dict, list)))
-    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown)
+    shown = (
+        (str(k).replace("_", " "), v)
+        for k, v in values.items()
+        if v is not None and not isinstance(v, (dict, list))
+    )
+    words = {True: "yes", False: "no"}
+    return ", ".join(
+        f"{k} {v:g}" if isinstance(v, float) else f"{k} {words.get(v, v) if isinstance(v, bool) else v}"
+        for k, v in shown
+    )
 
 
 def _data_words(name: Any, digest: Any, licence: Any) -> str:
@@ -599,7 +670,7 @@ def _prior(study: dict[str, Any], config: dict[str, Any]) -> str:
     if not prior.get("coefficient") or not prior.get("exponent"):
         return ""
     span = f", over a factor of {config['span']:g}" if config.get("span") else ""
-    return f"sizes stand around N = {float(prior['coefficient']):.4g} · C{raised(float(prior['exponent']), 2)}{span}"
+    return f"sizes stand around N = {float(prior['coefficient']):.4g} · C<sup>{float(prior['exponent']):.3g}</sup>{span}"
 
 
 def to_script(value: Any) -> str:

@@ -36,7 +36,7 @@ _CAPTIONS: dict[str, tuple[str, str]] = {
     "curves": (
         "Loss during training against compute for every run, coloured by model size",
         "<b>Every run from start to end.</b> Lines are the smoothed training loss, coloured by size; dots are the "
-        "validation loss at the end, with averaged weights. Where the lines cross, a larger model overtakes a smaller one. No run should end below the law.",
+        "validation loss at the end, with averaged weights. Where two lines cross, the larger model overtakes the smaller one.",
     ),
     "timesteps": (
         "Validation loss at each diffusion time for the best run of every budget",
@@ -81,9 +81,15 @@ def write_report(study_dir: str | Path, out: str | Path | None = None) -> Path:
     if "law" in figures:
         files["law.png"] = save(figures["law"], "png")
     palette = colours(view)
-    html = build_page(
-        view, {name: inline_svg(figure, name, _CAPTIONS[name][0], palette) for name, figure in figures.items()}
-    )
+    narrow = draw_figures(view, narrow=True)
+    drawings = {
+        name: (
+            inline_svg(figure, name, _CAPTIONS[name][0], palette),
+            inline_svg(narrow[name], f"{name}-narrow", _CAPTIONS[name][0], palette),
+        )
+        for name, figure in figures.items()
+    }
+    html = build_page(view, drawings)
     folder = page.parent / "figures"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,13 +97,15 @@ def write_report(study_dir: str | Path, out: str | Path | None = None) -> Path:
             _replace(folder / name, content)
         _replace(page, html.encode())
     except OSError as error:
-        raise InputError(f"{error.filename or page}: expected a place to write the page to, got {error.strerror}") from error
+        raise InputError(
+            f"{error.filename or page}: expected a place to write the page to, got {error.strerror}"
+        ) from error
     return page
 
 
-def build_page(view: StudyView, svgs: dict[str, str]) -> str:
-    """The page's HTML, from a study and its drawn figures."""
-    figures = {name: _figure(name, svg) for name, svg in svgs.items()}
+def build_page(view: StudyView, drawings: dict[str, tuple[str, str]]) -> str:
+    """The page's HTML, from a study and its figures, each drawn for a wide screen and for a narrow one."""
+    figures = {name: _figure(name, *pair) for name, pair in drawings.items()}
     palette = colours(view)
     swatches = [f"var(--fig-budget-{i})" for i in range(len(view.budgets))]
     sections = {
@@ -126,10 +134,10 @@ def build_page(view: StudyView, svgs: dict[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match.group(1)], _asset("page.html"))
 
 
-def _figure(name: str, svg: str) -> str:
+def _figure(name: str, wide: str, narrow: str) -> str:
     return (
-        f'<figure class="card" id="figure-{name}"><div class="scroll" tabindex="0" role="group" '
-        f'aria-label="{_CAPTIONS[name][0]}">{svg}</div><figcaption>{_CAPTIONS[name][1]}</figcaption></figure>'
+        f'<figure class="card" id="figure-{name}"><div class="on-wide">{wide}</div>'
+        f'<div class="on-narrow">{narrow}</div><figcaption>{_CAPTIONS[name][1]}</figcaption></figure>'
     )
 
 

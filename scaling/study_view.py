@@ -170,12 +170,28 @@ def read_study(folder: str | Path) -> StudyView:
     notes: list[str] = []
     records = _records(folder)
     size = str((raw_laws or {}).get("size") or _default_size(records))
+    grid = [row for row in study.get("grid", []) if isinstance(row, dict)]
+    planned_budgets = {row.get("run_id"): row.get("budget") for row in grid}
+    for record in records:
+        record.setdefault("role", "fit")
+        if not _positive(record.get("budget")):
+            record["budget"] = planned_budgets.get(record["run_id"]) or record["flops"]
     done = [r for r in records if r["loss"] is not None]
     # "fit" sorts before "prediction", which is where the story ends.
-    done.sort(key=lambda r: (str(r.get("role", "fit")), float(r.get("budget") or r["flops"]), float(r.get(size) or r["params"])))
-    grid = [row for row in study.get("grid", []) if isinstance(row, dict)]
-    prediction = _read_if_there(folder / "prediction.json", "loss", "interval_95", "budget")
-    outcome = _read_if_there(folder / "outcome.json", "predicted_loss", "measured_loss", "interval_95", "relative_error")
+    done.sort(
+        key=lambda r: (
+            str(r.get("role", "fit")),
+            float(r.get("budget") or r["flops"]),
+            float(r.get(size) or r["params"]),
+        )
+    )
+    prediction = _read_numbers(folder / "prediction.json", "loss", "budget")
+    outcome = _read_numbers(folder / "outcome.json", "predicted_loss", "measured_loss")
+    if outcome:
+        # Worked out again: a page must not repeat a claim that its own numbers contradict.
+        low, high = outcome["interval_95"]
+        outcome["relative_error"] = outcome["measured_loss"] / outcome["predicted_loss"] - 1
+        outcome["inside_interval"] = low <= outcome["measured_loss"] <= high
     return StudyView(
         folder=folder,
         study=study,
@@ -217,7 +233,9 @@ def laws_view(raw: dict[str, Any], path: Path) -> Laws:
             warnings=[str(w) for w in raw.get("warnings") or isoflop.get("warnings") or []],
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: expected fitted laws, got something else ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{path}: expected fitted laws, got something else ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _law(raw: dict[str, Any] | None) -> LawView | None:
@@ -227,7 +245,10 @@ def _law(raw: dict[str, Any] | None) -> LawView | None:
     view = None
     if band:
         view = Band(*(np.asarray(band[k], dtype=float) for k in ("budget", "value", "low", "high")))
-        if len({len(column) for column in (view.budget, view.value, view.low, view.high)}) > 1 or len(view.budget) < 2:
+        if (
+            len({len(column) for column in (view.budget, view.value, view.low, view.high)}) > 1
+            or len(view.budget) < 2
+        ):
             raise ValueError("band: columns of different lengths")
     intervals = {k: [float(v[0]), float(v[1])] for k, v in (raw.get("intervals") or {}).items()}
     return LawView(
@@ -273,11 +294,17 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )
 
 
 def _default_size(records: list[dict[str, Any]]) -> str:
-    return "params_per_token" if records and all(_positive(r.get("params_per_token")) for r in records) else "params"
+    return (
+        "params_per_token"
+        if records and all(_positive(r.get("params_per_token")) for r in records)
+        else "params"
+    )
 
 
 def _curves(
@@ -330,8 +357,22 @@ def _samples(folder: Path, records: list[dict[str, Any]], size: str, notes: list
     return sheets
 
 
-def _read_if_there(path: Path, *needed: str) -> dict[str, Any] | None:
-    return _read_object(path, *needed) if path.exists() else None
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    return _read_object(path) if path.exists() else None
+
+
+def _read_numbers(path: Path, *numbers: str) -> dict[str, Any] | None:
+    """A file of a prediction or an outcome, its numbers and its interval checked."""
+    content = _read_if_there(path)
+    if content is None:
+        return None
+    for name in numbers:
+        if not _positive(content.get(name)):
+            raise InputError(f"{path}: expected a positive number of {name}, got {content.get(name)!r}")
+    ends = content.get("interval_95")
+    if not (isinstance(ends, list) and len(ends) == 2 and all(map(_positive, ends)) and ends[0] <= ends[1]):
+        raise InputError(f"{path}: expected interval_95 to be two rising positive numbers, got {ends!r}")
+    return content
 
 
 def _read_object(path: Path, *needed: str) -> dict[str, Any]:
@@ -343,5 +384,7 @@ def _read_object(path: Path, *needed: str) -> dict[str, Any]:
         raise InputError(f"{path}: expected a JSON object, got a {type(content).__name__}")
     missing = [name for name in needed if name not in content]
     if missing:
-        raise InputError(f"{path}: expected the field {missing[0]!r}, got none: the file is damaged or from elsewhere")
+        raise InputError(
+            f"{path}: expected the field {missing[0]!r}, got none: the file is damaged or from elsewhere"
+        )
     return content

@@ -79,8 +79,9 @@
       const [least, most] = laws.fitted;
       const place = byId("beyond");
       const inside = budget >= least * 0.999 && budget <= most * 1.001;
-      place.firstChild.textContent = inside ? "inside the fitted range" : significant(budget > most ? budget / most : least / budget, 2) + "× "
-        + (budget > most ? "beyond" : "below");
+      place.firstChild.textContent = inside ? "inside the fitted range" : budget > most
+      ? significant(budget / most, 2) + "× the largest fitted budget"
+      : "1/" + significant(least / budget, 2) + " of the smallest fitted budget";
       place.firstChild.className = "verdict " + (inside ? "good" : "wait");
       place.lastChild.textContent = inside ? "Runs on both sides of this budget were measured."
         : budget > most ? "The law is carried past its largest fitted budget: trust the interval, not the line."
@@ -98,7 +99,7 @@
   // A small chart of the law with a mark at the slider's budget.
   function drawChart(laws, loss) {
     const svg = byId("ask-chart");
-    const box = { left: 46, right: 632, top: 12, bottom: 262 };
+    const box = { left: 48, right: 552, top: 12, bottom: 332 };
     const [from, to] = laws.slider.map(Math.log10);
     const steps = Array.from({ length: 61 }, (_, i) => from + (to - from) * i / 60);
     const line = steps.map(loss);
@@ -126,11 +127,13 @@
     drawing += `<polygon class="band" points="${points(high).concat(points(low).reverse()).join(" ")}"/>`;
     drawing += `<polyline class="law" points="${points(line).join(" ")}"/>`;
     drawing += `<text x="${(box.left + box.right) / 2}" y="${box.bottom + 36}" text-anchor="middle">training compute (FLOPs); vertical: loss</text>`;
+    let star = "";
     if (laws.outcome) {
-      drawing += `<circle class="star" r="5.5" cx="${x(Math.log10(laws.outcome.budget))}" cy="${y(laws.outcome.loss)}"/>`
-        + `<text x="${x(Math.log10(laws.outcome.budget)) - 9}" y="${y(laws.outcome.loss) - 12}" text-anchor="end">measured</text>`;
+      const above = laws.band ? interpolate(laws.band, "high", Math.log10(laws.outcome.budget)) : 0;
+      star = `<circle class="star" r="5" cx="${x(Math.log10(laws.outcome.budget))}" cy="${y(laws.outcome.loss)}"/>`
+        + `<text x="${x(Math.log10(laws.outcome.budget))}" y="${y(Math.max(laws.outcome.loss, above)) - 12}" text-anchor="middle">measured</text>`;
     }
-    drawing += '<line class="cursor"/><line class="bar"/><circle class="dot" r="7"/>';
+    drawing += '<line class="cursor"/><line class="bar"/><circle class="dot" r="9"/>' + star;
     svg.innerHTML = drawing;
     const [cursor, bar, dot] = ["cursor", "bar", "dot"].map((name) => svg.querySelector("." + name));
     const set = (node, values) => Object.entries(values).forEach(([key, v]) => node.setAttribute(key, v.toFixed(1)));

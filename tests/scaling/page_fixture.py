@@ -1,7 +1,7 @@
-"""A study folder for tests of the page: designed and fitted by the real code, its runs made up from a known surface.
+"""A study folder for tests of the page: designed and fitted by the real code, its runs made up.
 
-Only the training is synthetic: ``study.json``, ``laws.json`` and ``prediction.json`` come from the functions that write
-them in earnest, so the page is tested against the files that it will really meet.
+Only the training is synthetic: losses come from a known surface with seeded noise. ``study.json``, ``laws.json`` and
+``prediction.json`` come from the functions that write them in earnest, so the page meets its real input.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +21,26 @@ FLOOR, ALPHA, BETA = 0.215, 0.34, 0.42
 _START = datetime.datetime(2026, 3, 14, 9, 26, 53, tzinfo=datetime.timezone.utc)
 
 
-def write_study(folder: Path, *, stage: str = "outcome", seed: int = 0, noise: float = 0.004) -> Path:
-    """Write a study up to a stage.
+def write_study(folder: Path, *, seed: int = 0, noise: float = 0.004) -> Path:
+    """Write a whole study, outcome included.
 
     Args:
         folder: an empty or missing folder.
-        stage: "designed" (nothing trained), "running" (a third of the runs, one of them half-way), "laws", "prediction"
-            or "outcome".
         seed: of the made-up noise.
         noise: relative spread of a run's loss.
 
     Returns:
         ``folder``.
     """
+    from ditscale.scaling.outlook import choose_and_predict, fit_laws
     from ditscale.scaling.study import Study
 
-    level = STAGES.index(stage)
-    rng = np.random.default_rng(seed)
     study = Study.create(folder, study_config())
-    truth = _Truth(study, rng, noise)
-    trained = {"designed": 0, "running": len(study.grid) // 3}.get(stage, len(study.grid))
+    truth = _Truth(study, np.random.default_rng(seed), noise)
     clock = _START
-    for run in study.grid[:trained]:
+    for run in study.grid:
         clock = truth.write_run(run, clock)
-    if stage == "running":
-        truth.write_metrics(study.grid[trained], share=0.5)
-    if level < STAGES.index("laws"):
-        return folder
-    study.write_table()
-    from ditscale.scaling.outlook import choose_and_predict, fit_laws
-
     _write(folder / "laws.json", fit_laws(study))
-    if level < STAGES.index("prediction"):
-        return folder
     target, predicted = choose_and_predict(study)
     digest = hashlib.sha256((folder / "laws.json").read_bytes()).hexdigest()
     model = target.training["model"]
@@ -71,31 +59,62 @@ def write_study(folder: Path, *, stage: str = "outcome", seed: int = 0, noise: f
         "sha256": digest,
     }
     _write(folder / "prediction.json", prediction)
-    if level < STAGES.index("outcome"):
-        return folder
     truth.write_run(target, clock + datetime.timedelta(seconds=5))
     study.write_table()
     for run in [*(r for r in study.grid if r.budget == max(study.config.budgets)), target]:
         truth.write_samples(run)
     record = json.loads((study.run_folder(target.run_id) / "run.json").read_text())
     low, high = prediction["interval_95"]
-    _write(
-        folder / "outcome.json",
-        {
-            "budget": prediction["budget"],
-            "params": prediction["params"],
-            "images": prediction["images"],
-            "predicted_loss": prediction["loss"],
-            "interval_95": [low, high],
-            "measured_loss": record["loss"],
-            "relative_error": record["loss"] / prediction["loss"] - 1,
-            "inside_interval": low <= record["loss"] <= high,
-            "extrapolation_factor": record["flops"] / max(study.config.budgets),
-            "flops_spent": sum(r.flops for r in [*study.grid, target]),
-            "flop_convention": "matmul",
-            "seconds": 743.2,
-        },
-    )
+    outcome = {
+        "budget": prediction["budget"],
+        "params": prediction["params"],
+        "images": prediction["images"],
+        "predicted_loss": prediction["loss"],
+        "interval_95": [low, high],
+        "measured_loss": record["loss"],
+        "relative_error": record["loss"] / prediction["loss"] - 1,
+        "inside_interval": low <= record["loss"] <= high,
+        "extrapolation_factor": record["flops"] / max(study.config.budgets),
+        "flops_spent": sum(r.flops for r in [*study.grid, target]),
+        "flop_convention": "matmul",
+        "seconds": 743.2,
+    }
+    _write(folder / "outcome.json", outcome)
+    return folder
+
+
+def rewind(finished: Path, folder: Path, stage: str) -> Path:
+    """Copy a finished study as it looked earlier.
+
+    Args:
+        finished: what :func:`write_study` wrote.
+        folder: the copy; must not be there.
+        stage: "designed" (nothing trained), "running" (a third of the runs, one of them half-way), "laws" (fitted, not
+            predicted), "prediction" (its run half-way) or "outcome" (all of it).
+
+    Returns:
+        ``folder``.
+    """
+    shutil.copytree(finished, folder)
+    level = STAGES.index(stage)
+    for name, since in (("outcome", 4), ("prediction", 3), ("laws", 2)):
+        if level < since:
+            (folder / f"{name}.json").unlink()
+    ids = [row["run_id"] for row in json.loads((folder / "study.json").read_text())["grid"]]
+    target = next(path.name for path in sorted((folder / "runs").iterdir()) if path.name not in ids)
+    trained = {"designed": 0, "running": len(ids) // 3}.get(stage, len(ids))
+    half_way = ids[trained] if stage == "running" else target
+    gone = ids[trained:] + ([target] if level < 4 else [])
+    for run_id in gone:
+        run = folder / "runs" / run_id
+        if run_id != half_way or stage in ("designed", "laws"):
+            shutil.rmtree(run, ignore_errors=True)
+            continue
+        for name in ("run.json", "samples.png", "samples.json"):
+            (run / name).unlink(missing_ok=True)
+        text = (run / "metrics.jsonl").read_text()
+        # Killed in the middle of a line.
+        (run / "metrics.jsonl").write_text(text[: len(text) // 2])
     return folder
 
 
@@ -142,12 +161,12 @@ class _Truth:
     def loss(self, params: float, images: Any) -> Any:
         return FLOOR + self.a * params**-ALPHA + self.b * np.asarray(images, dtype=float) ** -BETA
 
-    def write_metrics(self, run: Any, *, share: float = 1.0) -> float:
+    def write_metrics(self, run: Any) -> float:
         folder = self.study.run_folder(run.run_id)
         folder.mkdir(parents=True)
         every = max(1, run.steps // 200)
         lines, wobble, smoothed = [], 0.0, 1.31
-        for step in range(every, int(run.steps * share) + 1, every):
+        for step in range(every, run.steps + 1, every):
             images = step * run.images // run.steps
             wobble = 0.9 * wobble + 0.004 * float(self.rng.normal())
             # Before the rate decays a run stands a little above what it ends at.
@@ -155,20 +174,35 @@ class _Truth:
             target = (self.loss(run.params_per_token, images) ** -6 + 1.31**-6) ** (-1 / 6) * above
             smoothed = float(target) * (1 + wobble)
             line = {"step": step, "images": images, "flops": images * run.flops // run.images}
-            lines.append({**line, "train_loss": smoothed, "lr": run.training["lr"] * min(1.0, 2 * (1 - step / run.steps))})
+            lines.append(
+                {
+                    **line,
+                    "train_loss": smoothed,
+                    "lr": run.training["lr"] * min(1.0, 2 * (1 - step / run.steps)),
+                }
+            )
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return smoothed
 
     def write_run(self, run: Any, started: datetime.datetime) -> datetime.datetime:
         smoothed = self.write_metrics(run)
         row = run.to_dict()
-        loss = float(self.loss(run.params_per_token, run.images)) * float(np.exp(self.noise * self.rng.normal()))
+        loss = float(self.loss(run.params_per_token, run.images)) * float(
+            np.exp(self.noise * self.rng.normal())
+        )
         times = np.linspace(1 / 16, 15 / 16, 8)
-        shape = 0.45 + 2.2 * np.exp(-(((times - 0.08) / 0.16) ** 2)) + 0.8 * np.exp(-(((times - 0.97) / 0.12) ** 2))
+        shape = (
+            0.45
+            + 2.2 * np.exp(-(((times - 0.08) / 0.16) ** 2))
+            + 0.8 * np.exp(-(((times - 0.97) / 0.12) ** 2))
+        )
         seconds = run.flops / (1.6e10 + 9e9 * np.tanh(row["width"] / 80))
         finished = started + datetime.timedelta(seconds=float(seconds))
         record = {
-            **{k: row[k] for k in ("run_id", "role", "budget", "width", "depth", "heads", "params", "params_per_token")},
+            **{
+                k: row[k]
+                for k in ("run_id", "role", "budget", "width", "depth", "heads", "params", "params_per_token")
+            },
             **{k: row[k] for k in ("images", "steps", "batch", "lr", "flops")},
             "status": "finished",
             "flops_per_image": run.flops // run.images,
@@ -209,7 +243,9 @@ class _Truth:
         blur = 2.2 * (3e4 / run.params_per_token) ** 0.6
         for i, pixels in enumerate(batch.images.transpose(0, 2, 3, 1)):
             rough = pixels.astype(float) + self.rng.normal(0, 60 * blur / 4, pixels.shape)
-            tile = Image.fromarray(rough.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(blur / 2))
+            tile = Image.fromarray(rough.clip(0, 255).astype(np.uint8)).filter(
+                ImageFilter.GaussianBlur(blur / 2)
+            )
             sheet.paste(tile.convert("RGBA"), (i * (side + gap), 0))
         buffer = io.BytesIO()
         sheet.save(buffer, "PNG")
