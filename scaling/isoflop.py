@@ -7,6 +7,7 @@ checks, warns of grids that invite the bias, and stands beside the surface fit w
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from scipy import stats
 from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
 from ditscale.scaling.results import Prediction
-from ditscale.scaling.intervals import Interval
+from ditscale.scaling.intervals import Interval, t_interval
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.power import PowerFit, fit_power
 from ditscale.scaling.runs import RunTable
@@ -156,19 +157,16 @@ class IsoflopFit:
         }
 
     def _interval(self, law: PowerFit, prefix: str, what: str) -> Interval:
-        """The wider of the line's own t interval and the run-level bootstrap: scatter of the minima, and their error."""
+        """The wider of two: the line's own t interval (scatter of the minima) and the run-level bootstrap (their error)."""
         line = law.interval(what)
         draws = self.bootstrap.get(f"{prefix}_{what}")
-        if draws is None:
-            return line
-        se = float(draws.std(ddof=1))
-        if se <= line.se or not np.isfinite(se):
-            return line
-        reach = float(stats.t.ppf(0.975, max(line.dof, 1.0))) * se
-        value = line.value
-        if what == "coefficient":
-            return Interval(value, value * np.exp(-reach), value * np.exp(reach), se, line.dof, "run bootstrap")
-        return Interval(value, value - reach, value + reach, se, line.dof, "run bootstrap")
+        se = float(draws.std(ddof=1)) if draws is not None else 0.0
+        return self._wider(line, se, log=what == "coefficient")
+
+    def _wider(self, line: Interval, se: float, *, log: bool) -> Interval:
+        dof = float(max(self.vertices[0].dof, 1))
+        mine = t_interval(line.value, se, dof, log=log, level=line.level, method="run bootstrap")
+        return mine if np.isfinite(se) and mine.high - mine.low > line.high - line.low else line
 
     @property
     def converged(self) -> bool:
@@ -176,13 +174,23 @@ class IsoflopFit:
         return all(law.converged for law in (self.n_law, self.d_law, self.loss_law))
 
     def predict(self, flops: Any, *, floor: bool = False, level: float = 0.95) -> dict[str, Prediction]:
-        """N_opt, D_opt and the loss at other budgets: predictions of "params", "data" and "loss"."""
+        """N_opt, D_opt and the loss at other budgets: predictions of "params", "data" and "loss".
+
+        Intervals are the wider of the line's and the run-level bootstrap's, except for the loss with a floor.
+        """
         loss = self.loss_law_floor if floor and self.loss_law_floor is not None else self.loss_law
-        return {
-            "params": self.n_law.predict(flops, level=level),
-            "data": self.d_law.predict(flops, level=level),
-            "loss": loss.predict(flops, level=level),
-        }
+        out = {}
+        for name, prefix, law in (("params", "N", self.n_law), ("data", "D", self.d_law), ("loss", "L", loss)):
+            p = law.predict(flops, level=level)
+            slope = self.bootstrap.get(f"{prefix}_exponent")
+            if slope is not None and not (name == "loss" and floor):
+                lines = self.bootstrap[f"{prefix}_coefficient"][:, None] + slope[:, None] * np.log(np.atleast_1d(flops))
+                reach = stats.t.ppf(0.5 + level / 2, max(self.vertices[0].dof, 1)) * lines.std(axis=0, ddof=1)
+                reach = reach.reshape(np.shape(flops))
+                ends = [np.minimum(p.interval[0], p.value * np.exp(-reach)), np.maximum(p.interval[1], p.value * np.exp(reach))]
+                p = dataclasses.replace(p, interval=ends if np.shape(flops) else [float(e) for e in ends])
+            out[name] = p
+        return out
 
     def to_json(self) -> dict[str, Any]:
         """The contract's keys of ``ditscale fit isoflop --json`` and everything else of the fit."""

@@ -1,8 +1,7 @@
 """Which runs to make next: those that narrow an interval most for their compute.
 
-A run at (N, D) adds ``j j' / variance`` to what is known of the law's parameters, with j the derivative of its log loss:
-optimal design, linearised at the fit. Runs of one budget share that budget's shock, so a second run at a budget says less
-about compute than a first run at a new one.
+A run at (N, D) measures ``j . theta + shock + noise``, with j the derivative of its log loss: optimal design, linearised at
+the fit. Suggested runs of one budget share its shock, so a second run there says less about compute than a first elsewhere.
 """
 
 from __future__ import annotations
@@ -65,7 +64,6 @@ def suggest_runs(
     spend: float,
     quantity: str = "loss",
     count: int = 4,
-    per_compute: bool = True,
 ) -> NextRuns:
     """Suggest the runs that shrink an interval most.
 
@@ -75,10 +73,9 @@ def suggest_runs(
         spend: FLOPs to spend on all suggested runs together.
         quantity: "loss" or "params" of the compute-optimal run at ``target``.
         count: at most so many runs. Default: 4.
-        per_compute: choose by gain per FLOP (True) or by gain alone (False). Default: True.
 
     Returns:
-        NextRuns; fewer than ``count`` where the compute is spent.
+        NextRuns: chosen one after the other, each the one that shrinks the error most within an even share of what is left.
 
     Raises:
         InputError: an unknown quantity, values that are not positive, or a fit that allocates nothing.
@@ -90,52 +87,52 @@ def suggest_runs(
             raise InputError(f"{name}: expected a positive number, got {value!r}")
     if fit.cost is None or fit.flops_range is None or not fit.allocates:
         raise InputError("law: expected a surface of N and D fitted with measured compute")
-    cost, law = fit.cost, fit.fit
+    law = fit.fit
     parts = law.components
-    covariance = parts.covariance
-    base = float(np.trace(covariance)) / max(len(law.theta), 1)
-    known = np.linalg.pinv(covariance + 1e-12 * max(base, 1e-12) * np.eye(len(covariance)), hermitian=True)
     which: Callable[[Array], Array] = lambda th: fit.log_optimum(th, target)[2 if quantity == "loss" else 0]  # noqa: E731
-    gradient = law.gradient(which)
-    noise, shock = max(parts.run, 1e-12), parts.budget
+    budgets = np.geomspace(min(fit.flops_range[0], spend / count), min(spend, target), 16)
+    candidates = [(float(c), k, *_run_at(fit, float(c), size)) for k, c in enumerate(budgets) for size in _SIZES]
 
-    lowest = fit.flops_range[0]
-    budgets = np.geomspace(lowest, min(spend, target), 16) if spend > lowest else np.array([spend])
-    candidates = []
-    for c in budgets:
-        best = float(np.exp(fit.log_optimum(law.theta[None, :], float(c))[0][0]))
-        for n in best * _SIZES:
-            d = float(cost.data(c, n))
-            model = law.law.model({"params": np.log([n]), "data": np.log([d])}, law.centre)
-            f, j = model.value_and_jacobian(law.theta[None, :])
-            candidates.append((float(n), d, float(c), j[0, :, 0] / f[0, 0]))
-
-    before = float(np.sqrt(gradient @ np.linalg.solve(known, gradient)))
-    at_budget: dict[float, int] = {}
+    # What is known: the law's parameters, and one unknown shock for each candidate budget.
+    p = len(law.theta)
+    known = np.zeros((p + len(budgets), p + len(budgets)))
+    known[:p, :p] = parts.covariance
+    known[np.arange(p, len(known)), np.arange(p, len(known))] = parts.budget
+    gradient = np.concatenate([law.gradient(which), np.zeros(len(budgets))])
+    before = now = float(np.sqrt(gradient @ known @ gradient))
     chosen: list[dict[str, float]] = []
-    left, now = float(spend), before
+    left = float(spend)
     while len(chosen) < count:
-        inverse = np.linalg.inv(known)
-        best_score, pick = 0.0, None
-        for n, d, c, j in candidates:
-            if c > left:
+        # An even share of what is left, so that one dear run does not starve the others; a saving passes on.
+        allowance = left / (count - len(chosen)) * (1 + 1e-9)
+        best: tuple[float, Any] = (0.0, None)
+        for c, k, n, d, j in candidates:
+            if c > allowance:
                 continue
-            # A budget's shock is shared: its later runs carry little of it anew.
-            variance = noise + shock / (1 + at_budget.get(c, 0))
-            v = inverse @ j
-            after = float(gradient @ inverse @ gradient - (gradient @ v) ** 2 / (variance + j @ v))
-            gain = 1.0 - np.sqrt(max(after, 0.0)) / now
-            score = gain / c if per_compute else gain
-            if score > best_score:
-                best_score, pick = score, (n, d, c, j, variance, float(np.sqrt(max(after, 0.0))))
-        if pick is None:
+            row = np.concatenate([j, np.zeros(len(budgets))])
+            row[p + k] = 1.0
+            v = known @ row
+            drop = float(gradient @ v) ** 2 / (max(parts.run, 1e-12) + float(row @ v))
+            if drop > best[0]:
+                best = (drop, (c, n, d, row, v))
+        if best[1] is None:
             break
-        n, d, c, j, variance, after_se = pick
-        known = known + np.outer(j, j) / variance
-        at_budget[c] = at_budget.get(c, 0) + 1
+        c, n, d, row, v = best[1]
+        known = known - np.outer(v, v) / (max(parts.run, 1e-12) + row @ v)
+        after = float(np.sqrt(max(gradient @ known @ gradient, 0.0)))
         left -= c
-        chosen.append({"params": n, "data": d, "flops": c, "se_after": after_se, "gain": 1.0 - after_se / now})
-        now = after_se
+        chosen.append({"params": n, "data": d, "flops": c, "se_after": after, "gain": 1.0 - after / now if now > 0 else 0.0})
+        now = after
     if not chosen:
-        raise InputError(f"spend: expected enough for one run of {lowest:.4g} FLOPs, got {spend:.4g}")
+        raise InputError(f"spend: expected enough to learn something at {target:.4g} FLOPs, got {spend:.4g}")
     return NextRuns(quantity, float(target), chosen, before, fit.data_unit)
+
+
+def _run_at(fit: SurfaceFit, flops: float, size: float) -> tuple[float, float, Array]:
+    """A run of a budget at ``size`` times its best model: params, data and the derivative of its log loss."""
+    law = fit.fit
+    n = size * float(np.exp(fit.log_optimum(law.theta[None, :], flops)[0][0]))
+    d = float(fit.cost.data(flops, n)) if fit.cost else 0.0
+    model = law.law.model({"params": np.log([n]), "data": np.log([d])}, law.centre)
+    f, j = model.value_and_jacobian(law.theta[None, :])
+    return n, d, j[0, :, 0] / f[0, 0]
