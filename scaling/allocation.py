@@ -1,4 +1,6 @@
-"""One face for every law that can spend a budget: published, a fitted surface, isoFLOP lines, or a file of one of them."""
+"""One face for every law that can spend a budget: published, a fitted surface, isoFLOP lines, or a file of
+one of them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Allocation:
     Attributes:
         name, source: of the law.
         data_unit: "images" or "tokens".
-        optimum: compute -> estimates by name: "params", and "data", "loss" (interval of a new run), "fid", ... where known.
+        optimum: compute -> estimates by name: "params", and "data", "loss" (interval of a new run), "fid",
+            ... where known.
         loss_at: (params, data) -> loss, or None for laws of compute alone.
         cost: (params, data) -> FLOPs, or None.
         data_for: (params, flops) -> data, or None.
@@ -63,7 +66,8 @@ class Allocation:
 
 
 def allocation(law: Any) -> Allocation:
-    """Read a law: a published name, a fit, a saved fit's file (``fit surface|isoflop --json``), or a study's folder.
+    """Read a law: a published name, a fit, a saved fit's file (``fit surface|isoflop --json``), or a study's
+    folder.
 
     Raises:
         InputError: none of these, or a law that allocates nothing.
@@ -99,7 +103,9 @@ def from_record(record: Any, source: str) -> Allocation:
                     return from_record(record[key], source)
                 except InputError:
                     continue
-    raise InputError(f"law: expected {source} to hold a fit saved by `ditscale fit surface|isoflop --json`, got none")
+    raise InputError(
+        f"law: expected {source} to hold a fit saved by `ditscale fit surface|isoflop --json`, got none"
+    )
 
 
 def _published(law: PublishedLaw) -> Allocation:
@@ -170,7 +176,10 @@ def _surface(fit: SurfaceFit) -> Allocation:
 
 def _isoflop(record: Mapping[str, Any]) -> Allocation:
     try:
-        laws = {k: PowerFit.from_json(record[key]) for k, key in (("params", "N_opt"), ("data", "D_opt"), ("loss", "loss"))}
+        laws = {
+            k: PowerFit.from_json(record[key])
+            for k, key in (("params", "N_opt"), ("data", "D_opt"), ("loss", "loss"))
+        }
         budgets = [float(v["budget"]) for v in record["optima"]]
         unit, source = record["data_unit"], record["source_file"]
     except (KeyError, TypeError, ValueError) as error:

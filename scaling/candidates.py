@@ -1,4 +1,6 @@
-"""Law forms that compete to extrapolate: each can be fitted to runs and gives a predictive distribution for a new one."""
+"""Law forms that compete to extrapolate: each can be fitted to runs and gives a predictive distribution for
+a new one.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ def _power(name: str, iso: IsoflopFit) -> Fitted:
             float(np.log(mean.value)), float(np.sqrt(mean.se**2 + scatter)), mean.dof, mean.se, mean.dof
         )
 
-    return Fitted(name, law.fit.law.formula.replace("x", "C").replace("y", "L"), law, predict, len(law.fit.theta))
+    return Fitted(
+        name, law.fit.law.formula.replace("x", "C").replace("y", "L"), law, predict, len(law.fit.theta)
+    )
 
 
 def eligible(names: Sequence[str] | None) -> tuple[str, ...]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-File = Annotated[Path, typer.Argument(help="CSV, JSONL, JSON or Parquet with one finished run a row, or a study's folder.")]
-Column = Annotated[Optional[str], typer.Option(help="Column of this role. Default: the column of that name.")]
-Where = Annotated[Optional[str], typer.Option(help="Keep rows for which this holds: 'params > 1e7 and lr == 0.001'.")]
+File = Annotated[
+    Path, typer.Argument(help="CSV, JSONL, JSON or Parquet with one finished run a row, or a study's folder.")
+]
+Column = Annotated[str | None, typer.Option(help="Column of this role. Default: the column of that name.")]
+Where = Annotated[
+    str | None, typer.Option(help="Keep rows for which this holds: 'params > 1e7 and lr == 0.001'.")
+]
 DropHighest = Annotated[int, typer.Option(help="Leave out this many rows of highest loss.")]
-SixNd = Annotated[bool, typer.Option("--tokens-from-6nd", help="Derive tokens as C/(6N): a language model's convention.")]
-Pool = Annotated[bool, typer.Option("--pool", help="Accept runs that differ in loss convention, schedule or data.")]
+SixNd = Annotated[
+    bool, typer.Option("--tokens-from-6nd", help="Derive tokens as C/(6N): a language model's convention.")
+]
+Pool = Annotated[
+    bool, typer.Option("--pool", help="Accept runs that differ in loss convention, schedule or data.")
+]
 Intervals = Annotated[
     str, typer.Option(help="auto, components, delta, case-t, jackknife, case, cluster, wild or profile.")
 ]
@@ -25,8 +34,9 @@ def register(app: typer.Typer) -> None:
     for name, command in (("surface", surface), ("isoflop", isoflop), ("power", power), ("hparams", hparams)):
         fit.command(name)(command)
     app.add_typer(fit, name="fit")
-    for command in (plan, predict, backtest, compare, suggest, laws, coverage):
-        app.command()(command)
+    rest: tuple[Callable[..., None], ...] = (plan, predict, backtest, compare, suggest, laws, coverage)
+    for each in rest:
+        app.command()(each)
 
     # Studies, the demo and the report have their own page.
     from ditscale.scaling import study_commands
@@ -48,10 +58,14 @@ def surface(
     pool: Pool = False,
     law: Annotated[
         str,
-        typer.Option(help="surface, surface-tied, surface-floorless, skaling, kaplan, farseer, moe, moe-density, repetition."),
+        typer.Option(
+            help="surface, surface-tied, surface-floorless, skaling, kaplan, farseer, moe, moe-density, "
+            "repetition."
+        ),
     ] = "surface",
     other: Annotated[
-        Optional[list[str]], typer.Option("--input", help="NAME=COLUMN of a law's other input, such as unique=unique_images.")
+        list[str] | None,
+        typer.Option("--input", help="NAME=COLUMN of a law's other input, such as unique=unique_images."),
     ] = None,
     loss_fn: Annotated[
         str, typer.Option(help="huber:DELTA, huber:auto, l1, mse, student-t:DOF or envelope:RATIO.")
@@ -128,28 +142,44 @@ def power(
 
     table = RunTable.read(file, where=where, pool=pool)
     result = fit_power(
-        table.column(x), table.column(y), floor=floor, loss_fn=loss_fn, space=space, seed=seed, interval_method=intervals
+        table.column(x),
+        table.column(y),
+        floor=floor,
+        loss_fn=loss_fn,
+        space=space,
+        seed=seed,
+        interval_method=intervals,
     )
     _print(result, as_json)
 
 
 def plan(
-    law: Annotated[str, typer.Option(help="A published law's name, a saved fit (JSON), or a study's folder.")],
-    budget: Annotated[Optional[float], typer.Option(help="Training compute in FLOPs.")] = None,
-    target_loss: Annotated[Optional[float], typer.Option(help="Or: the loss to reach.")] = None,
-    hours: Annotated[Optional[float], typer.Option(help="Or: wall time on --gpus machines.")] = None,
-    gpu: Annotated[Optional[str], typer.Option(help="h100, a100, h200, b200, rtx4090, mi300x, ...")] = None,
+    law: Annotated[
+        str, typer.Option(help="A published law's name, a saved fit (JSON), or a study's folder.")
+    ],
+    budget: Annotated[float | None, typer.Option(help="Training compute in FLOPs.")] = None,
+    target_loss: Annotated[float | None, typer.Option(help="Or: the loss to reach.")] = None,
+    hours: Annotated[float | None, typer.Option(help="Or: wall time on --gpus machines.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="h100, a100, h200, b200, rtx4090, mi300x, ...")] = None,
     gpus: Annotated[int, typer.Option(help="How many.")] = 1,
-    mfu: Annotated[Optional[float], typer.Option(help="Measured share of the GPU's peak.")] = None,
-    flops_per_second: Annotated[Optional[float], typer.Option(help="Measured throughput of one machine.")] = None,
-    batch: Annotated[Optional[int], typer.Option(help="Images a step.")] = None,
-    hparams: Annotated[Optional[str], typer.Option(help="A law of batch and learning rate: a name or a file.")] = None,
-    image_size: Annotated[Optional[int], typer.Option(help="Pixels on a side.")] = None,
-    config: Annotated[Optional[Path], typer.Option(help="TOML with the DiT's other fields.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="Measured share of the GPU's peak.")] = None,
+    flops_per_second: Annotated[
+        float | None, typer.Option(help="Measured throughput of one machine.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    hparams: Annotated[
+        str | None, typer.Option(help="A law of batch and learning rate: a name or a file.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels on a side.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML with the DiT's other fields.")] = None,
     aspect: Annotated[float, typer.Option(help="Width over depth of the DiT.")] = 64.0,
     head_width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
-    params_kind: Annotated[Optional[str], typer.Option(help="What the law's N counts: per_token or total.")] = None,
-    inference_images: Annotated[float, typer.Option(help="Images to be generated in the model's life.")] = 0.0,
+    params_kind: Annotated[
+        str | None, typer.Option(help="What the law's N counts: per_token or total.")
+    ] = None,
+    inference_images: Annotated[
+        float, typer.Option(help="Images to be generated in the model's life.")
+    ] = 0.0,
     evaluations_per_image: Annotated[float, typer.Option(help="Forward passes an image.")] = 50.0,
     no_config: Annotated[bool, typer.Option("--no-config", help="Do not design a DiT.")] = False,
     as_json: Json = False,
@@ -205,15 +235,17 @@ def hparams(
 
 def predict(
     file: File,
-    flops: Annotated[Optional[float], typer.Option(help="Compute of the new run.")] = None,
-    params: Annotated[Optional[float], typer.Option(help="Its size.")] = None,
-    data: Annotated[Optional[float], typer.Option(help="Its images or tokens, as the table counts.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Compute of the new run.")] = None,
+    params: Annotated[float | None, typer.Option(help="Its size.")] = None,
+    data: Annotated[float | None, typer.Option(help="Its images or tokens, as the table counts.")] = None,
     law: Annotated[str, typer.Option(help="auto, or one law by name.")] = "auto",
     where: Where = None,
     pool: Pool = False,
     as_json: Json = False,
 ) -> None:
-    """Predict the loss of a new run, the law chosen on held-out compute. Two of flops, params and data are enough."""
+    """Predict the loss of a new run, the law chosen on held-out compute. Two of flops, params and data are
+    enough.
+    """
     from ditscale.scaling.forecast import predict_loss
     from ditscale.scaling.runs import RunTable
 
@@ -232,7 +264,9 @@ def backtest(
     tokens_from_6nd: SixNd = False,
     drop_highest: DropHighest = 0,
     by: Annotated[str, typer.Option(help="Hold out the top of: budget, params or data.")] = "budget",
-    law: Annotated[Optional[list[str]], typer.Option(help="A candidate; repeat for several. Default: all.")] = None,
+    law: Annotated[
+        list[str] | None, typer.Option(help="A candidate; repeat for several. Default: all.")
+    ] = None,
     where: Where = None,
     pool: Pool = False,
     as_json: Json = False,
@@ -249,7 +283,7 @@ def backtest(
 def compare(
     first: Annotated[Path, typer.Argument(help="Runs of one design or data set.")],
     second: Annotated[Path, typer.Argument(help="Runs of the other.")],
-    target: Annotated[Optional[float], typer.Option(help="Compute at which losses are compared.")] = None,
+    target: Annotated[float | None, typer.Option(help="Compute at which losses are compared.")] = None,
     params: Column = None,
     tokens: Column = None,
     images: Column = None,
@@ -263,7 +297,8 @@ def compare(
     from ditscale.scaling.comparison import compare as set_against
 
     tables = [
-        _table(file, params, tokens, images, flops, loss, budget, False, 0, None, pool) for file in (first, second)
+        _table(file, params, tokens, images, flops, loss, budget, False, 0, None, pool)
+        for file in (first, second)
     ]
     _print(set_against(*tables, target=target, names=(str(first), str(second)), pool=pool), as_json)
 
@@ -284,7 +319,9 @@ def suggest(
     from ditscale.scaling.surface import fit_surface
 
     table = RunTable.read(file, where=where, pool=pool)
-    _print(suggest_runs(fit_surface(table), target=target, spend=spend, quantity=quantity, count=count), as_json)
+    _print(
+        suggest_runs(fit_surface(table), target=target, spend=spend, quantity=quantity, count=count), as_json
+    )
 
 
 def laws(as_json: Json = False) -> None:
@@ -309,7 +346,7 @@ def laws(as_json: Json = False) -> None:
 def coverage(
     draws: Annotated[int, typer.Option(help="Simulated studies a row.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the simulations.")] = 0,
-    out: Annotated[Optional[Path], typer.Option(help="Write the table here as Markdown.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the table here as Markdown.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure how often the 95 % intervals hold, on simulated studies (makes docs/coverage.md)."""

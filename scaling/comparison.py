@@ -1,9 +1,9 @@
-"""Which of two designs or data sets scales better: differences of exponents and of predicted loss, with intervals.
-
-The idea is Liang et al.'s (arXiv:2410.08184, section 4): at fixed data a more efficient model shows a smaller model exponent
-and a larger data exponent; at fixed model better data show the reverse; either shows a loss that falls faster. Two fitted
-numbers alone say nothing; their difference with its interval does. Losses must share one convention: two autoencoders or
-two parametrisations do not compare.
+"""Which of two designs or data sets scales better: differences of exponents and of predicted loss, with
+intervals.
+The idea is Liang et al.'s (arXiv:2410.08184, section 4): at fixed data a more efficient model shows a smaller
+model exponent and a larger data exponent; at fixed model better data show the reverse; either shows a loss
+that falls faster. Two fitted numbers alone say nothing; their difference with its interval does. Losses must
+share one convention: two autoencoders or two parametrisations do not compare.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Comparison:
     Attributes:
         names: of the two.
         target: compute at which losses and optima are compared.
-        differences: "N_exponent", "D_exponent", "L_exponent" (of isoFLOP minima), "log_loss" (at the target, both trained
-            optimally), "log_params" (N_opt at the target).
-        equivalent_compute: how many times the target's compute the first needs for the second's loss; None where its law
-            cannot reach it.
+        differences: "N_exponent", "D_exponent", "L_exponent" (of isoFLOP minima), "log_loss" (at the target,
+            both trained optimally), "log_params" (N_opt at the target).
+        equivalent_compute: how many times the target's compute the first needs for the second's loss; None
+            where its law cannot reach it.
         verdict: in words.
         warnings: what a reader must know.
     """
@@ -87,12 +87,19 @@ class Comparison:
     def summary(self) -> str:
         """A readable table."""
         a, b = self.names
-        lines = [f"{b} minus {a}, at {self.target:.4g} FLOPs", f"  {'':14s}{a[:12]:>12s}{b[:12]:>12s}{'difference':>13s}   95 %"]
+        lines = [
+            f"{b} minus {a}, at {self.target:.4g} FLOPs",
+            f"  {'':14s}{a[:12]:>12s}{b[:12]:>12s}{'difference':>13s}   95 %",
+        ]
         for k, d in self.differences.items():
             mark = "" if d.clear else "   (holds 0)"
-            lines.append(f"  {k:14s}{d.first:12.5g}{d.second:12.5g}{d.value:13.4g}   [{d.low:.4g}, {d.high:.4g}]{mark}")
+            lines.append(
+                f"  {k:14s}{d.first:12.5g}{d.second:12.5g}{d.value:13.4g}   [{d.low:.4g}, {d.high:.4g}]{mark}"
+            )
         if self.equivalent_compute:
-            lines.append(f"  {a} needs {self.equivalent_compute:.3g}x the compute for the loss of {b} at the target")
+            lines.append(
+                f"  {a} needs {self.equivalent_compute:.3g}x the compute for the loss of {b} at the target"
+            )
         lines.append(f"  {self.verdict}")
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)
@@ -128,9 +135,11 @@ def compare(
     if not pool:
         _same_conventions(first, second, names)
     if first.data_unit != second.data_unit:
-        raise InputError(f"data: expected both designs in one unit, got {first.data_unit} and {second.data_unit}")
+        raise InputError(
+            f"data: expected both designs in one unit, got {first.data_unit} and {second.data_unit}"
+        )
     fits = [fit_surface(t, law=law) for t in (first, second)]
-    for name, fit in zip(names, fits):
+    for name, fit in zip(names, fits, strict=True):
         if not fit.converged:
             raise InputError(f"{name}: the fit did not converge; compare nothing with it")
     if target is None:
@@ -144,11 +153,12 @@ def compare(
         "log_loss": _difference(*(b["loss"] for b in best), log=True),
         "log_params": _difference(*(b["params"] for b in best), log=True),
     }
-    warnings = [f"{n}: {w}" for n, f in zip(names, fits) for w in f.warnings]
+    warnings = [f"{n}: {w}" for n, f in zip(names, fits, strict=True) for w in f.warnings]
     exponents = [differences[k] for k in ("N_exponent", "D_exponent")]
     if differences["log_loss"].clear and not any(d.clear for d in exponents):
         warnings.append(
-            "only the level differs, not the exponents: a change that multiplies the worth of parameters or data moves "
+            "only the level differs, not the exponents: a change that multiplies the worth of parameters or "
+            "data moves "
             "intercepts alone, and is no less an improvement"
         )
     return Comparison(
@@ -167,8 +177,10 @@ def _same_conventions(first: RunTable, second: RunTable, names: tuple[str, str])
             continue
         values = [set(map(str, t.columns[column].tolist())) for t in (first, second)]
         if values[0] != values[1]:
-            came = " and ".join(f"{sorted(v)[0]!r} ({n})" for v, n in zip(values, names))
-            raise InputError(f"{column}: expected one value in both designs, got {came}; compare on purpose with --pool")
+            came = " and ".join(f"{sorted(v)[0]!r} ({n})" for v, n in zip(values, names, strict=True))
+            raise InputError(
+                f"{column}: expected one value in both designs, got {came}; compare on purpose with --pool"
+            )
 
 
 def _difference(a: Interval, b: Interval, *, log: bool = False) -> Difference:
@@ -194,11 +206,14 @@ def _verdict(differences: dict[str, Difference], names: tuple[str, str]) -> str:
     parts = []
     if loss.clear:
         better = names[1] if loss.value < 0 else names[0]
-        parts.append(f"{better} reaches the lower loss at the target ({100 * abs(np.expm1(loss.value)):.2g} %)")
+        parts.append(
+            f"{better} reaches the lower loss at the target ({100 * abs(np.expm1(loss.value)):.2g} %)"
+        )
     if n.clear:
         smaller = names[1] if n.value < 0 else names[0]
         parts.append(
-            f"{smaller} has the smaller model exponent: at equal data the mark of a more efficient model, at equal models "
+            f"{smaller} has the smaller model exponent: at equal data the mark of a more efficient model, "
+            f"at equal models "
             "that of worse data"
         )
     return "; ".join(parts)

@@ -1,4 +1,6 @@
-"""From a number of parameters to a DiT that exists: whole layers, whole heads, counted by the exact ledger."""
+"""From a number of parameters to a DiT that exists: whole layers, whole heads, counted by the exact
+ledger.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from ditscale.errors import InputError
 
 PARAM_KINDS = ("per_token", "total")
 _MAX_DEPTH = 256
-# How far the ratio of width to depth may leave the rule for a closer parameter count, and what that costs: a tenth of a
-# relative error in the ratio weighs as much as a hundredth in the parameters.
+# How far the ratio of width to depth may leave the rule for a closer parameter count, and what that costs: a
+# tenth of a relative error in the ratio weighs as much as a hundredth in the parameters.
 _ASPECT_SLACK = 1.5
 _ASPECT_WEIGHT = 0.1
 
@@ -30,8 +32,8 @@ def design_config(
     Args:
         params: target number of parameters.
         template: every field but width, depth and heads. Default: a DiT/2 on 256-pixel latents.
-        params_kind: which parameters are meant: "per_token" (those that work on every token: what 6ND counts) or
-            "total" (with adaLN modulation, time layers and embeddings).
+        params_kind: which parameters are meant: "per_token" (those that work on every token: what 6ND counts)
+            or "total" (with adaLN modulation, time layers and embeddings).
         aspect: width over depth. Default: 64, as Liang et al. (arXiv:2410.08184).
         head_width: of every head; the width is a multiple of it. Default: 64.
 
@@ -63,7 +65,8 @@ def design_config(
                 best = (score, config)
     if best is None or abs(math.log(counted(best[1], params_kind) / params)) > math.log(1.5):
         raise InputError(
-            f"params: expected a size that some DiT with heads of {head_width} and width/depth near {aspect:g} has, "
+            f"params: expected a size that some DiT with heads of {head_width} and width/depth near "
+            f"{aspect:g} has, "
             f"got {params:.4g}; change --head-width or --aspect"
         )
     return best[1]
@@ -80,7 +83,9 @@ def describe(config: DiTConfig, budget: float, batch: int | None) -> dict[str, A
     report = count(config)
     images = int(budget // report.train)
     if images < 1:
-        raise InputError(f"budget: expected enough for one image ({report.train:.4g} FLOPs), got {budget:.4g}")
+        raise InputError(
+            f"budget: expected enough for one image ({report.train:.4g} FLOPs), got {budget:.4g}"
+        )
     steps = images // batch if batch else None
     return {
         "width": config.width,

@@ -1,4 +1,6 @@
-"""How often the intervals hold: simulated studies with a known truth, for every method (``ditscale coverage``)."""
+"""How often the intervals hold: simulated studies with a known truth, for every method (``ditscale
+coverage``).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,16 @@ from ditscale.scaling.runs import RunTable
 from ditscale.scaling.surface import fit_surface
 
 QUANTITIES = ("a", "N_opt", "loss", "new run")
-METHODS = ("components", "delta", "jackknife", "case", "cluster", "isoflop parabola", "isoflop cubic", "forecast auto")
+METHODS = (
+    "components",
+    "delta",
+    "jackknife",
+    "case",
+    "cluster",
+    "isoflop parabola",
+    "isoflop cubic",
+    "forecast auto",
+)
 # Bootstraps of the simulations: enough for a 95 % interval, few enough for thousands of studies.
 _BOOTSTRAP = 200
 
@@ -66,8 +77,12 @@ class Scenario:
             shared = self.shock * rng.standard_normal()
             for n in self.optimum(budget)[0] * np.geomspace(1 / self.width, self.width, self.sizes):
                 d = budget / (self.cost * n)
-                loss = SURFACE.predict(self.surface, params=n, data=d) * np.exp(shared + self.noise * rng.standard_normal())
-                records.append({"params": n, "tokens": d, "flops": budget, "loss": float(loss), "budget": budget})
+                loss = SURFACE.predict(self.surface, params=n, data=d) * np.exp(
+                    shared + self.noise * rng.standard_normal()
+                )
+                records.append(
+                    {"params": n, "tokens": d, "flops": budget, "loss": float(loss), "budget": budget}
+                )
         return RunTable.from_records(records)
 
 
@@ -79,7 +94,17 @@ SCENARIOS = (
     Scenario("35 runs in 5 budgets, noise 0.5 %", _CHINCHILLA, _FIVE, 7, 4.0, 6.0, 0.005, 0.0, 100.0),
     Scenario("the same, shock 0.25 % a budget", _CHINCHILLA, _FIVE, 7, 4.0, 6.0, 0.005, 0.0025, 100.0),
     Scenario("the same, shock 0.5 % a budget", _CHINCHILLA, _FIVE, 7, 4.0, 6.0, 0.005, 0.005, 100.0),
-    Scenario("24 runs in 4 budgets, noise 1 %, shock 0.5 %, to 10x", _DIFFUSION, _FOUR, 6, 4.0, 384.0, 0.01, 0.005, 10.0),
+    Scenario(
+        "24 runs in 4 budgets, noise 1 %, shock 0.5 %, to 10x",
+        _DIFFUSION,
+        _FOUR,
+        6,
+        4.0,
+        384.0,
+        0.01,
+        0.005,
+        10.0,
+    ),
 )
 
 
@@ -88,7 +113,8 @@ class CoverageTable:
     """Shares of 95 % intervals that held the truth.
 
     Attributes:
-        rows: scenario, method, studies, and the coverage of each quantity (None where a method has no such interval).
+        rows: scenario, method, studies, and the coverage of each quantity (None where a method has no such
+            interval).
         draws, seed: of the simulation.
         seconds: it took.
     """
@@ -111,11 +137,14 @@ class CoverageTable:
             "",
             f"Made by `ditscale coverage --draws {self.draws} --seed {self.seed} --out docs/coverage.md` "
             f"(ditscale {ditscale.__version__}, numpy {np.__version__}, {self.seconds:.0f} s).",
-            f"Each figure is the share, in per cent, of simulated studies whose 95 % interval held the truth: {self.draws} studies "
+            f"Each figure is the share, in per cent, of simulated studies whose 95 % interval held the "
+            f"truth: {self.draws} studies "
             f"a row unless said otherwise,",
-            f"so that a perfect 95 shows as 95 ± {error:.1f} (one standard error). `a` is the exponent of N_opt; N_opt, the loss "
+            f"so that a perfect 95 shows as 95 ± {error:.1f} (one standard error). `a` is the exponent of "
+            f"N_opt; N_opt, the loss "
             "there and one new run",
-            "stand at 100 times the largest budget (10 times in the last study). `components` is the default of under 100 runs.",
+            "stand at 100 times the largest budget (10 times in the last study). `components` is the "
+            "default of under 100 runs.",
             "",
             "| study | method | a | N_opt | loss | new run |",
             "|---|---|---|---|---|---|",
@@ -126,9 +155,12 @@ class CoverageTable:
             lines.append(f"| {row['scenario']} | {row['method']}{few} | {' | '.join(cells)} |")
         lines += [
             "",
-            "What it says: a shock that all runs of a budget share hardly moves the split of compute (`a`, N_opt) but ruins the",
-            "loss of methods that do not know of it (`delta`, `case`, `isoflop` lines do not look at runs one by one). Resampling",
-            "whole budgets (`cluster`) is too narrow with five of them. The jackknife with t(G-1) holds its level and pays in width.",
+            "What it says: a shock that all runs of a budget share hardly moves the split of compute (`a`, "
+            "N_opt) but ruins the",
+            "loss of methods that do not know of it (`delta`, `case`, `isoflop` lines do not look at runs "
+            "one by one). Resampling",
+            "whole budgets (`cluster`) is too narrow with five of them. The jackknife with t(G-1) holds its "
+            "level and pays in width.",
             "The parabola misses by its bias, not by its noise: its intervals cannot know of it.",
             "",
         ]
@@ -192,7 +224,9 @@ def _study(scenario: Scenario, seed: int, hits: dict[str, dict[str, list[bool]]]
     n, d, loss = scenario.optimum(target)
     a = scenario.surface["beta"] / (scenario.surface["alpha"] + scenario.surface["beta"])
     rng = np.random.default_rng(10**9 + seed)
-    new = loss * float(np.exp(scenario.noise * rng.standard_normal() + scenario.shock * rng.standard_normal()))
+    new = loss * float(
+        np.exp(scenario.noise * rng.standard_normal() + scenario.shock * rng.standard_normal())
+    )
     truth = {"a": a, "N_opt": n, "loss": loss, "new run": new}
     runs = scenario.simulate(seed)
 
@@ -205,7 +239,9 @@ def _study(scenario: Scenario, seed: int, hits: dict[str, dict[str, list[bool]]]
     surface.fit.draws = _BOOTSTRAP
     for method in hits:
         if method.startswith("isoflop"):
-            iso = fit_isoflop(runs, vertex=method.split()[1], bootstrap=_BOOTSTRAP, seed=seed, with_surface=False)
+            iso = fit_isoflop(
+                runs, vertex=method.split()[1], bootstrap=_BOOTSTRAP, seed=seed, with_surface=False
+            )
             p = iso.predict(target, floor=True)
             note(
                 method,

@@ -1,9 +1,10 @@
-"""One engine for every law: batched Levenberg-Marquardt with certificates, over all starts and replicates at once.
-
-Why not scipy: its L-BFGS-B stops when the objective changes by less than ``ftol * max(|f|, 1)``. A sum of Huber losses
-with a knee of 1e-3 is about 1e-3, so that test is absolute, stops early, and reports success. Here a fit has converged
-only when the Newton decrement (how much lower the objective could still go) is negligible against the objective itself.
-Everything is relative, so sums, means and units give the same parameters.
+"""One engine for every law: batched Levenberg-Marquardt with certificates, over all starts and replicates at
+once.
+Why not scipy: its L-BFGS-B stops when the objective changes by less than ``ftol * max(|f|, 1)``. A sum of
+    Huber losses
+with a knee of 1e-3 is about 1e-3, so that test is absolute, stops early, and reports success. Here a fit has
+converged only when the Newton decrement (how much lower the objective could still go) is negligible against
+the objective itself. Everything is relative, so sums, means and units give the same parameters.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def minimise(
             space,
         )
         parts.append(_solve(piece, start[rows], max_steps, tolerance))
-    return Solution(*(np.concatenate([getattr(p, name) for p in parts]) for name in Solution.__dataclass_fields__))
+    return Solution(
+        *(np.concatenate([getattr(p, name) for p in parts]) for name in Solution.__dataclass_fields__)
+    )
 
 
 def descend(
@@ -119,10 +122,13 @@ def descend(
     weights: Array | None = None,
     space: str = "log",
 ) -> tuple[Solution, Loss]:
-    """:func:`minimise` for losses with a sharp knee: the knee comes down in steps of three from the residuals' spread.
+    """:func:`minimise` for losses with a sharp knee: the knee comes down in steps of three from the
+    residuals' spread.
 
-    Least absolute deviations ("l1") has no curvature at all, and a Huber loss whose knee is far below the residuals
-    has almost none: its optimum passes exactly through p points. Following the optimum as the knee sharpens finds it.
+    Least absolute deviations ("l1") has no curvature at all, and a Huber loss whose knee is far below the
+    residuals
+    has almost none: its optimum passes exactly through p points. Following the optimum as the knee sharpens
+        finds it.
 
     Returns:
         The solution and the loss that it minimises: for "l1" a Huber loss whose knee is 1e-8 spreads.
@@ -152,7 +158,9 @@ class Problem:
         return values if values is None or values.ndim == 1 else values[index]
 
     def objective(self, theta: Array, index: NDArray[np.int64] | slice) -> Array:
-        """The weighted sum of losses [S]; ``index`` picks rows of goal and weights where every problem has its own."""
+        """The weighted sum of losses [S]; ``index`` picks rows of goal and weights where every problem has
+        its own.
+        """
         f = self.model.value(theta)
         with np.errstate(all="ignore"):
             r = (np.log(f) if self.space == "log" else f) - self._rows(self.goal, index)
@@ -170,7 +178,8 @@ class Problem:
                 f = np.log(f)
             r = f - self._rows(self.goal, index)
             slope, bend = self.loss.psi(r), self.loss.curvature(r)
-            # Points beyond a knee have no curvature of their own, yet the damping must know how the fit moves them.
+            # Points beyond a knee have no curvature of their own, yet the damping must know how the fit moves
+            # them.
             scale = np.maximum(bend, np.abs(slope) / np.maximum(np.abs(r), _TINY))
         weights = self._rows(self.weights, index)
         if weights is not None:
@@ -239,7 +248,9 @@ def _solve(problem: Problem, start: Array, max_steps: int, tolerance: float) -> 
         small = better & (actual <= tolerance * 1e-2 * scale_now) & (damping[index] <= 1e-3)
         live[index[stuck | resolved | small]] = False
 
-    decrement, kkt, at_bound = _certificate(theta, objective, gradient, hessian, diagonal, lower, upper, floor)
+    decrement, kkt, at_bound = _certificate(
+        theta, objective, gradient, hessian, diagonal, lower, upper, floor
+    )
     # At the rounding floor nothing is left to gain, and the gradient is noise.
     settled = (decrement <= np.sqrt(tolerance) * 1e-3) & (kkt <= 1e-4)
     converged = np.isfinite(objective) & (settled | (objective <= floor))

@@ -16,7 +16,8 @@ from ditscale.scaling.losses import Loss, parse_loss, robust_sigma
 from ditscale.scaling.results import LawFit
 
 SPACES = ("log", "raw")
-# Residuals this small against the data are rounding: the points lie on the law, and a robust knee has no meaning.
+# Residuals this small against the data are rounding: the points lie on the law, and a robust knee has no
+# meaning.
 _NOISE_FREE = 1e-9
 
 
@@ -70,9 +71,12 @@ def fit_law(
     w = w / w.mean()
     if len(y) < len(law.names):
         raise InputError(
-            f"{law.name}: expected at least {len(law.names)} points for parameters {', '.join(law.names)}, got {len(y)}"
+            f"{law.name}: expected at least {len(law.names)} points for parameters {', '.join(law.names)}, "
+            f"got {len(y)}"
         )
-    labels = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
+    labels = (
+        None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
+    )
 
     logs = {name: np.log(value) for name, value in x.items()}
     centre = {name: float(np.average(value, weights=w)) for name, value in logs.items()}
@@ -132,7 +136,9 @@ def fit_law(
     return fit
 
 
-def _settle(model: engine.Model, y: Array, loss: Loss, theta: Array, w: Array, space: str, sigma: float) -> Loss:
+def _settle(
+    model: engine.Model, y: Array, loss: Loss, theta: Array, w: Array, space: str, sigma: float
+) -> Loss:
     """Set a loss's scale from the residuals of its own fit: three rounds bring it to about a percent."""
     for _ in range(3):
         scaled = loss.knee_from(sigma)
@@ -153,7 +159,8 @@ def _health(fit: LawFit) -> list[str]:
     notes = []
     if not fit.converged:
         notes.append(
-            f"not converged: the objective could still fall by {fit.certificate['decrement']:.1e} of itself; do not use it"
+            f"not converged: the objective could still fall by {fit.certificate['decrement']:.1e} of "
+            f"itself; do not use it"
         )
     elif fit.starts >= 4 and fit.starts_agreeing < 2:
         notes.append(f"only 1 of {fit.starts} starts reached this optimum: raise starts, or doubt the form")
@@ -162,7 +169,8 @@ def _health(fit: LawFit) -> list[str]:
     inside = fit.share_inside
     if inside is not None and inside < 0.3 and fit.n > 20:
         notes.append(
-            f"{100 * inside:.0f} % of the points lie inside the knee {fit.loss.scale:.1e}: in effect least absolute deviations"
+            f"{100 * inside:.0f} % of the points lie inside the knee {fit.loss.scale:.1e}: in effect least "
+            f"absolute deviations"
         )
     if fit.n == len(fit.theta):
         notes.append("as many parameters as points: the fit is exact and says nothing about its error")
@@ -186,5 +194,7 @@ def _vector(name: str, values: Any) -> Array:
         raise InputError(f"{name}: expected a list of numbers, got shape {array.shape}")
     bad = np.flatnonzero(~(np.isfinite(array) & (array > 0)))
     if bad.size:
-        raise InputError(f"{name}: expected positive numbers, got {array[bad[0]]:g} at position {int(bad[0]) + 1}")
+        raise InputError(
+            f"{name}: expected positive numbers, got {array[bad[0]]:g} at position {int(bad[0]) + 1}"
+        )
     return array

@@ -1,4 +1,6 @@
-"""The loss of a run that has not been made: which law to trust is settled on held-out compute, before the prediction."""
+"""The loss of a run that has not been made: which law to trust is settled on held-out compute, before the
+prediction.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class Forecast:
 
     Attributes:
         value: the predicted loss.
-        interval_95: where one new run lands in 95 of 100 cases: law, choice of law, run noise and budget shock.
+        interval_95: where one new run lands in 95 of 100 cases: law, choice of law, run noise and budget
+            shock.
         mean_interval_95: where the law lies, without the noise of the run.
         chosen: the law of greatest weight.
         weights: of the laws that were averaged.
@@ -80,7 +83,8 @@ class Forecast:
         for name, row in self.by_law.items():
             weight = self.weights.get(name, 0.0)
             lines.append(
-                f"  {name:18s}{row['value']:10.5g}  [{row['interval'][0]:.5g}, {row['interval'][1]:.5g}]  weight {weight:.2f}"
+                f"  {name:18s}{row['value']:10.5g}  [{row['interval'][0]:.5g}, {row['interval'][1]:.5g}]  "
+                f"weight {weight:.2f}"
             )
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)
@@ -103,16 +107,18 @@ def predict_loss(
 ) -> Forecast:
     """Predict the loss of a new run, with an interval for that run.
 
-    With ``law="auto"`` every candidate is scored on budgets that it did not see (an expanding window over the budgets);
-    the prediction is the average of the candidates, weighted by the product of their held-out predictive densities. Its
-    95 % interval holds the uncertainty of each law, their disagreement, and the noise of the run; where held-out errors
-    were larger than the laws' own intervals said, it is widened by that factor.
+    With ``law="auto"`` every candidate is scored on budgets that it did not see (an expanding window over the
+    budgets); the prediction is the average of the candidates, weighted by the product of their held-out
+    predictive densities. Its 95 % interval holds the uncertainty of each law, their disagreement, and the
+    noise of the run; where held-out errors were larger than the laws' own intervals said, it is widened by
+    that factor.
 
     Args:
         table: runs with params, images or tokens, flops, loss and budgets; or a file or folder of them.
         params: size of the new run.
         images, tokens, data: its training data (one of them, in the table's unit).
-        flops: its compute. Of params, data and flops two suffice: the third comes from the runs' own cost law.
+        flops: its compute. Of params, data and flops two suffice: the third comes from the runs' own cost
+            law.
         law: "auto", or a candidate by name.
         laws: candidates for "auto". Default: all of them.
         loss_fn: of the surface fits.
@@ -149,7 +155,10 @@ class Forecaster:
                 self.board = backtest(runs, laws=names, loss_fn=loss_fn)
                 weights = self.board.weights()
                 self.warnings += self.board.warnings
-                self.rule = f"laws averaged by their held-out predictive density over {len(self.board.held_out)} budgets"
+                self.rule = (
+                    f"laws averaged by their held-out predictive density over "
+                    f"{len(self.board.held_out)} budgets"
+                )
             else:
                 weights, names = {"surface": 1.0}, ("surface",)
                 self.rule = f"{levels} budgets: too few to hold one out; the surface, untested"
@@ -182,7 +191,11 @@ class Forecaster:
             chosen=next(iter(self.weights)),
             weights=self.weights,
             by_law={
-                k: {"value": float(np.exp(p.centre)), "interval": _mixture([(1.0, p.centre, p.scale, p.dof)]), "dof": p.dof}
+                k: {
+                    "value": float(np.exp(p.centre)),
+                    "interval": _mixture([(1.0, p.centre, p.scale, p.dof)]),
+                    "dof": p.dof,
+                }
                 for k, p in predictions.items()
             },
             backtest=self.board,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,8 @@ from scipy import stats
 from ditscale.errors import InputError
 from ditscale.scaling.candidates import POWER_CANDIDATES, eligible, fit_candidate
 from ditscale.scaling.engine import Array
-from ditscale.scaling.jsonable import plain
 from ditscale.scaling.isoflop import Vertex, fit_isoflop
+from ditscale.scaling.jsonable import plain
 from ditscale.scaling.losses import Loss
 from ditscale.scaling.runs import RunTable, cluster_budgets
 
@@ -51,7 +52,9 @@ class Trial:
 
     @property
     def log_score(self) -> float:
-        """Logarithm of the predictive density at what was measured: rewards being right and knowing how right."""
+        """Logarithm of the predictive density at what was measured: rewards being right and knowing how
+        right.
+        """
         return float(stats.t.logpdf(self.log_error / self.scale, self.dof) - np.log(self.scale))
 
     @property
@@ -66,9 +69,10 @@ class Backtest:
 
     Attributes:
         trials: every prediction.
-        scoreboard: one row a law, best first: law, score (mean log score), rms_error, worst_error, equivalent_compute
-            (the error as a factor of compute), inside (share of 95 % intervals that held), p_value (of a paired t test that
-            its absolute errors are no larger than the best law's), trials, skipped (why not, if so).
+        scoreboard: one row a law, best first: law, score (mean log score), rms_error, worst_error,
+            equivalent_compute (the error as a factor of compute), inside (share of 95 % intervals that held),
+            p_value (of a paired t test that its absolute errors are no larger than the best law's), trials,
+            skipped (why not, if so).
         axis: what was held out: "budget", "params" or "data".
         held_out: the held-out places on that axis.
         warnings: what a reader must know.
@@ -95,13 +99,15 @@ class Backtest:
         return next((row["law"] for row in self.scoreboard if row["trials"]), None)
 
     def weights(self) -> dict[str, float]:
-        """Weights for averaging: proportional to the product of held-out predictive densities, one factor a split."""
+        """Weights for averaging: proportional to the product of held-out predictive densities, one factor a
+        split.
+        """
         rows = [r for r in self.scoreboard if r["trials"]]
         if not rows:
             return {}
         scores = np.array([r["score"] * r["splits"] for r in rows])
         w = np.exp(scores - scores.max())
-        return {r["law"]: float(v) for r, v in zip(rows, w / w.sum())}
+        return {r["law"]: float(v) for r, v in zip(rows, w / w.sum(), strict=True)}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -125,7 +131,9 @@ class Backtest:
         for r in self.scoreboard:
             if r["trials"]:
                 lines.append(
-                    f"  {r['law']:18s}{r['score']:10.2f}{100 * r['rms_error']:10.2f}%{100 * r['worst_error']:8.2f}%"
+                    f"  "
+                    f"{r['law']:18s}{r['score']:10.2f}"
+                    f"{100 * r['rms_error']:10.2f}%{100 * r['worst_error']:8.2f}%"
                     f"{100 * r['inside']:7.0f}%{r['trials']:8d}"
                 )
             else:
@@ -147,10 +155,11 @@ def backtest(
 ) -> Backtest:
     """Score law forms on what they did not see, with an expanding window.
 
-    By "budget": fits on the lowest m budgets for m = ``min_levels`` .. G-1 and predicts the loss at the minimum of every
-    budget above. What counts as measured is that budget's isoFLOP minimum (its best run where the minimum is not
-    bracketed), so that laws of compute and surfaces answer the same question. By "params" or "data": fits on the smaller
-    models (the shorter runs), three windows, and predicts every run above; only surfaces can answer.
+    By "budget": fits on the lowest m budgets for m = ``min_levels`` .. G-1 and predicts the loss at the
+    minimum of every budget above. What counts as measured is that budget's isoFLOP minimum (its best run
+    where the minimum is not bracketed), so that laws of compute and surfaces answer the same question. By
+    "params" or "data": fits on the smaller models (the shorter runs), three windows, and predicts every run
+    above; only surfaces can answer.
 
     Args:
         runs: with params, data, flops, loss and budgets.
@@ -219,10 +228,14 @@ def backtest(
 
 def _splits(runs: RunTable, axis: str, least: int) -> tuple[Array, list[float]]:
     """Every run's place on the axis, and the greatest place of each fitted window."""
-    place = runs.budgets if axis == "budget" else cluster_budgets(runs.params if axis == "params" else runs.data)
+    place = (
+        runs.budgets if axis == "budget" else cluster_budgets(runs.params if axis == "params" else runs.data)
+    )
     levels = np.unique(place)
     if len(levels) <= least:
-        raise InputError(f"{axis}: expected at least {least + 1} different levels for a backtest, got {len(levels)}")
+        raise InputError(
+            f"{axis}: expected at least {least + 1} different levels for a backtest, got {len(levels)}"
+        )
     if axis == "budget":
         return place, [float(v) for v in levels[least - 1 : -1]]
     tops = sorted({max(least, round(share * len(levels))) for share in (0.5, 0.65, 0.8)})
@@ -233,21 +246,27 @@ def _goals(runs: RunTable, axis: str, place: Array, first: float) -> list[tuple[
     levels = np.unique(place)
     if axis == "budget":
         above = levels[levels > first]
-        return list(zip((float(v) for v in above), held_out_goals(runs, place, above)))
+        return list(zip((float(v) for v in above), held_out_goals(runs, place, above), strict=True))
     flops = runs.flops if runs.has("flops") else runs.budgets
     return [
-        (float(place[i]), Goal(float(runs.params[i]), float(runs.data[i]), float(flops[i]), float(runs.loss[i]), 1.0))
+        (
+            float(place[i]),
+            Goal(float(runs.params[i]), float(runs.data[i]), float(flops[i]), float(runs.loss[i]), 1.0),
+        )
         for i in np.flatnonzero(place > first)
     ]
 
 
 def _paired_tests(board: list[dict[str, Any]], trials: list[Trial]) -> None:
-    """A one-sided paired t test of every law's absolute errors against the best law's, on the same held-out points."""
+    """A one-sided paired t test of every law's absolute errors against the best law's, on the same held-out
+    points.
+    """
     scored = [r for r in board if r["trials"]]
     if not scored:
         return
     errors = {
-        r["law"]: {(t.split, t.params, t.data): abs(t.log_error) for t in trials if t.law == r["law"]} for r in scored
+        r["law"]: {(t.split, t.params, t.data): abs(t.log_error) for t in trials if t.law == r["law"]}
+        for r in scored
     }
     best = errors[scored[0]["law"]]
     for row in scored:
@@ -271,10 +290,9 @@ class Goal:
 def held_out_goals(runs: RunTable, budgets: Array, levels: Array) -> list[Goal]:
     """The measured minimum of each budget."""
     vertices: dict[float, Vertex] = {}
-    try:
+    # Without curves at every budget, each budget's best run stands for its minimum.
+    with contextlib.suppress(InputError):
         vertices = {v.budget: v for v in fit_isoflop(runs, bootstrap=0, with_surface=False).vertices}
-    except InputError:
-        pass
     goals = []
     for level in levels:
         mask = budgets == level
@@ -294,10 +312,18 @@ def held_out_goals(runs: RunTable, budgets: Array, levels: Array) -> list[Goal]:
 
 def _row(name: str, trials: list[Trial], skipped: str | None, slope: float) -> dict[str, Any]:
     if not trials:
-        return {"law": name, "trials": 0, "splits": 0, "score": None, "skipped": skipped or "nothing held out"}
+        return {
+            "law": name,
+            "trials": 0,
+            "splits": 0,
+            "score": None,
+            "skipped": skipped or "nothing held out",
+        }
     errors = np.array([t.log_error for t in trials])
     rms = float(np.sqrt((errors**2).mean()))
-    by_split = [np.mean([t.log_score for t in trials if t.split == m]) for m in sorted({t.split for t in trials})]
+    by_split = [
+        np.mean([t.log_score for t in trials if t.split == m]) for m in sorted({t.split for t in trials})
+    ]
     return {
         "law": name,
         "score": float(np.mean(by_split)),
@@ -314,7 +340,9 @@ def _row(name: str, trials: list[Trial], skipped: str | None, slope: float) -> d
 
 
 def _slope(runs: RunTable) -> float:
-    """Fall of log loss per log compute along each budget's best run: it turns an error of loss into one of compute."""
+    """Fall of log loss per log compute along each budget's best run: it turns an error of loss into one of
+    compute.
+    """
     budgets = runs.budgets
     levels = np.unique(budgets)
     if len(levels) < 2:

@@ -1,9 +1,10 @@
-"""Hyper-parameter laws: where the best learning rate and batch lie, how flat the loss is there, and how both move with N and D.
-
-Runs come in cells: one cell is one (N, D) trained with several learning rates and batches. A quadratic in (log lr, log batch)
-gives each cell's optimum with its covariance; the optima are then regressed on log N and log D, weighted by what is known
-of them. Intervals resample whole cells, because runs of a cell share their size, data and luck (row bootstraps understate:
-facts of the Step Law refit in docs/fitting.md).
+"""Hyper-parameter laws: where the best learning rate and batch lie, how flat the loss is there, and how both
+move with N and D.
+Runs come in cells: one cell is one (N, D) trained with several learning rates and batches. A quadratic in
+    (log lr, log batch)
+gives each cell's optimum with its covariance; the optima are then regressed on log N and log D, weighted by
+what is known of them. Intervals resample whole cells, because runs of a cell share their size, data and luck
+(row bootstraps understate: facts of the Step Law refit in docs/fitting.md).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Cell:
         lr, batch: at the minimum; batch None where it was not varied.
         loss: at the minimum.
         covariance: of (log lr, log batch) at the minimum, from the scatter of the runs.
-        band: factor on the learning rate, down and up, that costs ``NEAR_OPTIMAL`` more loss at the best batch.
+        band: factor on the learning rate, down and up, that costs ``NEAR_OPTIMAL`` more loss at the best
+            batch.
         batch_band: the same for the batch, or None.
         inside: whether the minimum lies within the runs' grid and the surface bends upwards all round.
         runs: how many.
@@ -92,7 +94,9 @@ class HparamsFit:
         return True
 
     def predict(self, *, params: float, data: float) -> dict[str, Any]:
-        """Best learning rate and batch at another (N, D), with a 95 % interval for that cell's own optimum."""
+        """Best learning rate and batch at another (N, D), with a 95 % interval for that cell's own
+        optimum.
+        """
         out: dict[str, Any] = {}
         used = sum(c.inside for c in self.cells)
         at = {"params": np.log(params), "data": np.log(data)}
@@ -103,7 +107,10 @@ class HparamsFit:
             line = self.replicates[name] @ row
             se = np.sqrt(self.spread[name] ** 2 + line.var(ddof=1) * used / dof)
             half = float(stats.t.ppf(0.975, dof) * se)
-            out[name] = {"value": value, "interval": [float(value * np.exp(-half)), float(value * np.exp(half))]}
+            out[name] = {
+                "value": value,
+                "interval": [float(value * np.exp(-half)), float(value * np.exp(half))],
+            }
         return out
 
     def to_json(self) -> dict[str, Any]:
@@ -127,7 +134,10 @@ class HparamsFit:
     def summary(self) -> str:
         """A readable table."""
         lines = [f"hyper-parameters: {len(self.cells)} cells, D in {self.data_unit}"]
-        lines.append(f"  {'N':>12s}{'D':>12s}{'lr':>12s}{'batch':>10s}{'loss':>10s}   lr band (+{100 * NEAR_OPTIMAL:g} % loss)")
+        lines.append(
+            f"  {'N':>12s}{'D':>12s}{'lr':>12s}{'batch':>10s}{'loss':>10s}   lr band "
+            f"(+{100 * NEAR_OPTIMAL:g} % loss)"
+        )
         for c in self.cells:
             batch = f"{c.batch:10.4g}" if c.batch else f"{'-':>10s}"
             lines.append(
@@ -166,7 +176,8 @@ def fit_hparams(
         HparamsFit.
 
     Raises:
-        InputError: fewer than 3 cells whose minimum lies inside their grid, or cells too small for a quadratic.
+        InputError: fewer than 3 cells whose minimum lies inside their grid, or cells too small for a
+            quadratic.
     """
     runs = table if isinstance(table, RunTable) else RunTable.read(table, pool=True, **columns)
     n, d, loss, rates = runs.params, runs.data, runs.loss, runs.column(lr)
@@ -179,19 +190,30 @@ def fit_hparams(
     cells = []
     for k in range(which.max() + 1):
         mask = which == k
-        cell = _cell(n[mask], d[mask], rates[mask], batches[mask] if vary_batch and batches is not None else None, loss[mask])
+        cell = _cell(
+            n[mask],
+            d[mask],
+            rates[mask],
+            batches[mask] if vary_batch and batches is not None else None,
+            loss[mask],
+        )
         if cell is None:
             warnings.append(
-                f"cell N {n[mask][0]:.4g}, D {d[mask][0]:.4g}: {int(mask.sum())} runs are too few for a quadratic; left out"
+                f"cell N {n[mask][0]:.4g}, D {d[mask][0]:.4g}: {int(mask.sum())} runs are too few for a "
+                f"quadratic; left out"
             )
         else:
             cells.append(cell)
             if not cell.inside:
-                warnings.append(f"cell N {cell.params:.4g}, D {cell.data:.4g}: its optimum is not inside the grid; left out")
+                warnings.append(
+                    f"cell N {cell.params:.4g}, D {cell.data:.4g}: its optimum is not inside the grid; left "
+                    f"out"
+                )
     used = [c for c in cells if c.inside]
     if len(used) < 3:
         raise InputError(
-            f"lr: expected at least 3 cells (N, D) with their best learning rate inside the grid, got {len(used)}; "
+            f"lr: expected at least 3 cells (N, D) with their best learning rate inside the grid, got "
+            f"{len(used)}; "
             "add learning rates on the side where the loss still falls"
         )
     laws: dict[str, Power] = {}
@@ -200,7 +222,9 @@ def fit_hparams(
     replicates: dict[str, Array] = {}
     fixed: list[str] = []
     for name, index in (("lr", 0), ("batch", 1)) if vary_batch else (("lr", 0),):
-        laws[name], intervals[name], spread[name], replicates[name], fixed = _regress(used, name, index, bootstrap, seed)
+        laws[name], intervals[name], spread[name], replicates[name], fixed = _regress(
+            used, name, index, bootstrap, seed
+        )
     for x in fixed:
         warnings.append(f"{x} does not vary over the cells: its exponent is not determined, and left out")
     return HparamsFit(cells, laws, intervals, spread, runs.data_unit, fixed, replicates, warnings)
@@ -227,10 +251,11 @@ def _cell(n: Array, d: Array, rates: Array, batches: Array | None, loss: Array) 
     dof = len(y) - design.shape[1]
 
     def place(c: Array) -> tuple[Array, Array]:
-        hessian = np.diag(2.0 * c[1 + dims : 1 + 2 * dims])
+        hessian: Array = np.diag(2.0 * c[1 + dims : 1 + 2 * dims])
         if dims == 2:
             hessian[0, 1] = hessian[1, 0] = c[5]
-        return -np.linalg.solve(hessian, c[1 : 1 + dims]), hessian
+        minimum: Array = -np.linalg.solve(hessian, c[1 : 1 + dims])
+        return minimum, hessian
 
     try:
         best, hessian = place(c)
@@ -243,7 +268,11 @@ def _cell(n: Array, d: Array, rates: Array, batches: Array | None, loss: Array) 
     covariance = variance * gradient @ (solver @ solver.T) @ gradient.T
 
     def band(i: int) -> tuple[float, float]:
-        half = float(np.sqrt(2.0 * np.log1p(NEAR_OPTIMAL) / hessian[i, i])) if hessian[i, i] > 0 else float("inf")
+        half = (
+            float(np.sqrt(2.0 * np.log1p(NEAR_OPTIMAL) / hessian[i, i]))
+            if hessian[i, i] > 0
+            else float("inf")
+        )
         return float(np.exp(-half)), float(np.exp(half))
 
     value = float(c[0] + c[1 : 1 + dims] @ best + 0.5 * best @ hessian @ best)
@@ -273,9 +302,14 @@ def _regress(
     fixed = [k for k, v in inputs.items() if np.ptp(v) < 1e-3]
     free = [k for k in inputs if k not in fixed]
     if len(free) == 2 and abs(np.corrcoef(inputs["params"], inputs["data"])[0, 1]) > 0.999:
-        raise InputError("params: expected N and D to vary apart over the cells, got all cells on one line of log N and log D")
+        raise InputError(
+            "params: expected N and D to vary apart over the cells, got all cells on one line of log N and "
+            "log D"
+        )
     if len(cells) < len(free) + 2:
-        raise InputError(f"lr: expected at least {len(free) + 2} usable cells for exponents of {free}, got {len(cells)}")
+        raise InputError(
+            f"lr: expected at least {len(free) + 2} usable cells for exponents of {free}, got {len(cells)}"
+        )
     means = {k: float(inputs[k].mean()) for k in free}
     design = np.column_stack([np.ones(len(y)), *(inputs[k] - means[k] for k in free)])
 
@@ -285,7 +319,8 @@ def _regress(
         answer: Array = np.linalg.lstsq(design[rows] * root[:, None], y[rows] * root, rcond=None)[0]
         return answer
 
-    # Optima scatter by more than their own error (the law is only a law): one round gives that extra variance.
+    # Optima scatter by more than their own error (the law is only a law): one round gives that extra
+    # variance.
     everyone = np.arange(len(y))
     c = solve(everyone, 1e-4)
     left = y - design @ c
@@ -302,7 +337,10 @@ def _regress(
     names = ["coefficient", *(f"{k}_exponent" for k in free)]
     shift = np.array([means[k] for k in free])
     if len(replicates) < max(draws // 2, 20):
-        raise InputError(f"bootstrap: expected at least 40 draws of cells that vary in N and D, got {len(replicates)} of {draws}")
+        raise InputError(
+            f"bootstrap: expected at least 40 draws of cells that vary in N and D, got {len(replicates)} of "
+            f"{draws}"
+        )
     r = np.array([*replicates, c])
     r[:, 0] -= r[:, 1:] @ shift
     estimate, r = r[-1], r[:-1]
@@ -322,7 +360,9 @@ def _regress(
 
 @dataclass(frozen=True)
 class HyperLaw:
-    """Batch (in tokens) and learning rate for a plan: functions of (params, tokens, images, flops), or None."""
+    """Batch (in tokens) and learning rate for a plan: functions of (params, tokens, images, flops), or
+    None.
+    """
 
     batch_tokens: Any
     lr: Any
@@ -347,10 +387,14 @@ def hyper_law(spec: Any) -> HyperLaw:
         )
     path = Path(str(spec))
     if not path.is_file():
-        raise InputError(f"hparams: expected a published law or a file of `ditscale fit hparams --json`, got {str(spec)!r}")
+        raise InputError(
+            f"hparams: expected a published law or a file of `ditscale fit hparams --json`, got {str(spec)!r}"
+        )
     record = load(path)
     if not isinstance(record, Mapping) or record.get("kind") != "hparams":
-        raise InputError(f"hparams: expected {path} to hold `ditscale fit hparams --json`, got something else")
+        raise InputError(
+            f"hparams: expected {path} to hold `ditscale fit hparams --json`, got something else"
+        )
     laws = {k: Power(v["coefficient"], v["exponents"], k, 17) for k, v in record["laws"].items()}
     return _from_powers(laws, record["data_unit"])
 

@@ -1,22 +1,23 @@
 """Intervals that keep their promise: what is uncertain about a fitted quantity, and by how much.
 
-Runs at one budget share more than their compute (a schedule, a batch size, a lucky order of the data), so their errors may
-have a common part. The default interval is a delta interval with two variance components, run noise and budget shock,
-estimated from the residuals by the method of moments, and Student's t with Satterthwaite's degrees of freedom: few
-budgets give few degrees. ``docs/coverage.md`` holds the coverage of every method, and the command that measures it.
-
+Runs at one budget share more than their compute (a schedule, a batch size, a lucky order of the data), so
+their errors may have a common part. The default interval is a delta interval with two variance components,
+run noise and budget shock, estimated from the residuals by the method of moments, and Student's t with
+Satterthwaite's degrees of freedom: few budgets give few degrees. ``docs/coverage.md`` holds the coverage of
+every method, and the command that measures it.
 The default ("auto"), by what the runs can tell:
 
-=========================  =======================================================================================
-runs                       method
-=========================  =======================================================================================
+=========================
+======================================================================================= runs
+    method =========================
+    =======================================================================================
 under 100, 3+ budgets      "components": run noise and budget shock
 under 100, no budgets      "delta": run noise alone, t with n - p degrees
-100 and more               "case-t": standard error of the case bootstrap, plus the budget shock where there are budgets
-=========================  =======================================================================================
-
-Beside them stand the delete-one-budget "jackknife" with t(G-1), the bootstraps "case" (runs), "cluster" (budgets; too
-narrow under about 10 of them), "wild" (residuals), and the "profile" likelihood.
+100 and more               "case-t": standard error of the case bootstrap, plus the budget shock where there
+are budgets =========================
+=======================================================================================
+Beside them stand the delete-one-budget "jackknife" with t(G-1), the bootstraps "case" (runs), "cluster"
+(budgets; too narrow under about 10 of them), "wild" (residuals), and the "profile" likelihood.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 Quantity = Callable[[Array], Array]
 METHODS = ("auto", "components", "delta", "case-t", "jackknife", "case", "cluster", "wild", "profile")
-# From this many runs on, resampling them shows unequal noise and uneven density better than one common variance.
+# From this many runs on, resampling them shows unequal noise and uneven density better than one common
+# variance.
 MANY_RUNS = 100
 # Below this many points of one budget beyond its own mean, a budget shock cannot be told from run noise.
 _MIN_WITHIN_DOF = 3
@@ -80,7 +82,8 @@ class Components:
         budget: variance that all runs of a budget share; 0 where none could be seen.
         dof_run: degrees of freedom of ``run``.
         dof_total: degrees of freedom of all residuals, n - p.
-        shared: how many budgets' worth of shared error the fit leaves visible (trace of the projected budget design).
+        shared: how many budgets' worth of shared error the fit leaves visible (trace of the projected budget
+            design).
         shared_squared: trace of that projected design squared.
         leverage: [n, p], the linear map from errors to internal parameters, transposed.
         groups: the group of each point [n], or None.
@@ -116,7 +119,9 @@ class Components:
         return float(self._shock_of(self.leverage @ gradient[:, None])[0, 0])
 
     def degrees(self, gradient: Array, *, extra_run: float = 0.0, extra_budget: float = 0.0) -> float:
-        """Satterthwaite's degrees of freedom of ``variance_of(gradient) + extra_run*run + extra_budget*budget``."""
+        """Satterthwaite's degrees of freedom of ``variance_of(gradient) + extra_run*run +
+        extra_budget*budget``.
+        """
         c = self.leverage @ gradient
         a = float(c @ c) + extra_run
         if self.groups is None:
@@ -130,15 +135,17 @@ class Components:
         spread = 2.0 * (
             f1**2 * run**2 * self.dof_run
             + 2.0 * f1 * f2 * run**2 * self.dof_run
-            + f2**2 * (run**2 * self.dof_total + 2.0 * run * budget * self.shared + budget**2 * self.shared_squared)
+            + f2**2
+            * (run**2 * self.dof_total + 2.0 * run * budget * self.shared + budget**2 * self.shared_squared)
         )
         mean = a * run + b * budget
         if spread <= 0 or mean <= 0:
             return self.dof_total
         degrees = 2.0 * mean**2 / spread
         if budget == 0:
-            # No shock was seen, but few budgets could have hidden one. All residuals' degrees would forget that, the
-            # components' alone overstate it: their geometric mean held its level in simulation (docs/coverage.md).
+            # No shock was seen, but few budgets could have hidden one. All residuals' degrees would forget
+            # that, the components' alone overstate it: their geometric mean held its level in simulation
+            # (docs/coverage.md).
             degrees = np.sqrt(degrees * self.dof_total)
         return float(np.clip(degrees, 1.0, self.dof_total))
 
@@ -179,7 +186,9 @@ def components(jacobian: Array, errors: Array, groups: NDArray[np.int64] | None)
     budget = max((total - run * dof) / shared, 0.0)
     if budget == 0.0:
         run = plain
-    return Components(run, budget, float(dof_within), float(dof), shared, float((k * k).sum()), leverage, groups)
+    return Components(
+        run, budget, float(dof_within), float(dof), shared, float((k * k).sum()), leverage, groups
+    )
 
 
 def _group_sums(values: Array, groups: NDArray[np.int64]) -> Array:
@@ -189,7 +198,9 @@ def _group_sums(values: Array, groups: NDArray[np.int64]) -> Array:
 
 
 def gradient_of(quantity: Quantity, theta: Array, scale: Array) -> Array:
-    """Numerical gradient of a quantity by central differences, steps in each parameter's own standard error."""
+    """Numerical gradient of a quantity by central differences, steps in each parameter's own standard
+    error.
+    """
     p = len(theta)
     h = np.where(scale > 0, 1e-4 * np.minimum(scale, 1e3), 1e-6)
     h = np.maximum(h, 1e-9 * np.maximum(np.abs(theta), 1e-3))
@@ -198,14 +209,14 @@ def gradient_of(quantity: Quantity, theta: Array, scale: Array) -> Array:
     return (values[:p] - values[p:]) / (2.0 * h)
 
 
-def t_interval(
-    value: float, se: float, dof: float, *, log: bool, level: float, method: str
-) -> Interval:
+def t_interval(value: float, se: float, dof: float, *, log: bool, level: float, method: str) -> Interval:
     """A symmetric t interval, on the logarithm where ``log`` (``se`` is then the logarithm's)."""
     reach = float(stats.t.ppf(0.5 + level / 2, dof) * se) if np.isfinite(se) and dof > 0 else float("inf")
     if log:
         with np.errstate(over="ignore"):
-            return Interval(value, value * float(np.exp(-reach)), value * float(np.exp(reach)), se, dof, method, level)
+            return Interval(
+                value, value * float(np.exp(-reach)), value * float(np.exp(reach)), se, dof, method, level
+            )
     return Interval(value, value - reach, value + reach, se, dof, method, level)
 
 
@@ -226,13 +237,14 @@ def interval_of(
         log: whether to build the interval on the logarithm (positive quantities).
         method: one of ``METHODS``; see the module's table for "auto".
         level: nominal coverage. Default: 0.95.
-        new_run: add the noise of one new run at a new budget (for predicted losses on the fit's own scale); a number
-            is the share of a run's variance, such as 0.2 for the mean of five runs of one budget.
+        new_run: add the noise of one new run at a new budget (for predicted losses on the fit's own scale); a
+            number is the share of a run's variance, such as 0.2 for the mean of five runs of one budget.
     """
     if method not in METHODS:
         raise InputError(f"intervals: expected one of {', '.join(METHODS)}, got {method!r}")
     if not 0 < level < 1:
         raise InputError(f"level: expected a number between 0 and 1, got {level!r}")
+
     def on_scale(theta: Array) -> Array:
         with np.errstate(all="ignore"):
             values = quantity(theta)
@@ -250,7 +262,8 @@ def interval_of(
         gradient = fit.gradient(on_scale)
         if method == "case-t":
             values = on_scale(fit.bootstrap("case"))
-            # Half the middle 68 %: a resample that lost the runs that determine a parameter must not set its spread.
+            # Half the middle 68 %: a resample that lost the runs that determine a parameter must not set its
+            # spread.
             low, high = np.nanquantile(values, [0.1587, 0.8413])
             variance = (0.5 * (high - low)) ** 2 + parts.shock_of(gradient)
         else:
@@ -268,7 +281,9 @@ def interval_of(
         return profile_interval(fit, on_scale, value, log=log, level=level)
     values = on_scale(fit.bootstrap(method))
     if new_run:
-        values = values + np.sqrt(run_noise) * np.random.default_rng(fit.seed + 1).standard_normal(len(values))
+        values = values + np.sqrt(run_noise) * np.random.default_rng(fit.seed + 1).standard_normal(
+            len(values)
+        )
     values = values[np.isfinite(values)]
     low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
     if log:
@@ -279,8 +294,9 @@ def interval_of(
 def profile_interval(fit: LawFit, quantity: Quantity, value: float, *, log: bool, level: float) -> Interval:
     """The values of a quantity that a likelihood-ratio test does not reject, all other parameters refitted.
 
-    The test compares ``2 (objective(value) - objective) * mean psi' / mean psi²`` with the squared t quantile of n - p
-    degrees; for least squares that is the F test. Runs count as independent: it knows no budget shock.
+    The test compares ``2 (objective(value) - objective) * mean psi' / mean psi²`` with the squared t quantile
+    of n - p degrees; for least squares that is the F test. Runs count as independent: it knows no budget
+    shock.
     """
     theta, scale = fit.theta, np.maximum(np.sqrt(np.diag(fit.components_for("delta").covariance)), 1e-12)
     dof = fit.n - len(theta)
@@ -301,22 +317,26 @@ def profile_interval(fit: LawFit, quantity: Quantity, value: float, *, log: bool
             lambda u: (fit.objective_at(theta + u * scale) - base) / unit,
             np.clip(start + gradient * (target - here) / reach**2, lower, upper),
             jac=lambda u: fit.gradient_at(theta + u * scale) * scale / unit,
-            bounds=list(zip(lower, upper)),
-            constraints={"type": "eq", "fun": lambda u: (float(quantity((theta + u * scale)[None, :])[0]) - target) / reach},
+            bounds=list(zip(lower, upper, strict=True)),
+            constraints={
+                "type": "eq",
+                "fun": lambda u: (float(quantity((theta + u * scale)[None, :])[0]) - target) / reach,
+            },
             method="SLSQP",
             options={"maxiter": 300, "ftol": 1e-10},
         )
         return float(np.sqrt(max(found.fun, 0.0)))
 
-    ends = []
-    for side in (-1.0, 1.0):
+    def end(side: float) -> float:
+        """Where the signed root reaches the limit, doubling the step until it does."""
         step, inside = reach * limit, 0.0
         for _ in range(12):
             if root(here + side * step) > limit:
-                ends.append(here + side * optimize.brentq(lambda d: root(here + side * d) - limit, inside, step, rtol=1e-4))
-                break
+                found = optimize.brentq(lambda d: root(here + side * d) - limit, inside, step, rtol=1e-4)
+                return here + side * float(found)
             inside, step = step, 2.0 * step
-        else:
-            ends.append(side * float("inf"))
+        return side * float("inf")
+
+    ends = [end(-1.0), end(1.0)]
     low, high = (float(np.exp(e)) for e in ends) if log else (float(e) for e in ends)
     return Interval(value, low, high, reach, float(dof), "profile", level)

@@ -1,8 +1,10 @@
-"""The isoFLOP method (Chinchilla's approach 2): at every budget a curve of loss against size, its minimum, then lines.
-
-It needs no form for the surface, and pays for that: its vertex is biased where the curve is lopsided, and the bias grows
-with the width of the grid and drifts with its centre (arXiv:2603.22339). So every result carries bracket and curvature
-checks, warns of grids that invite the bias, and stands beside the surface fit with a flag where the two disagree.
+"""The isoFLOP method (Chinchilla's approach 2): at every budget a curve of loss against size, its minimum,
+then lines.
+It needs no form for the surface, and pays for that: its vertex is biased where the curve is lopsided, and the
+    bias grows
+with the width of the grid and drifts with its centre (arXiv:2603.22339). So every result carries bracket and
+curvature checks, warns of grids that invite the bias, and stands beside the surface fit with a flag where the
+two disagree.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
-from ditscale.scaling.results import Prediction
 from ditscale.scaling.intervals import Interval, t_interval
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.power import PowerFit, fit_power
+from ditscale.scaling.results import Prediction
 from ditscale.scaling.runs import RunTable
 from ditscale.scaling.surface import SurfaceFit, as_table, fit_surface
 
 VERTICES = ("parabola", "cubic")
-# A grid wider than this factor on either side of its centre moves the vertex by more than a few percent on surfaces with
-# unequal exponents; one further off centre than this shifts it alike (arXiv:2603.22339, table 1).
+# A grid wider than this factor on either side of its centre moves the vertex by more than a few percent on
+# surfaces with unequal exponents; one further off centre than this shifts it alike (arXiv:2603.22339, table
+# 1).
 _WIDE = 12.0
 _OFF_CENTRE = 2.0
 _DRIFT = 0.08
@@ -40,7 +43,8 @@ class Vertex:
     Attributes:
         budget: nominal compute.
         params, data, loss: at the minimum.
-        se_log_params, se_log_data, se_loss: standard errors from the curves' residuals (pooled over budgets), or NaN.
+        se_log_params, se_log_data, se_loss: standard errors from the curves' residuals (pooled over budgets),
+            or NaN.
         dof: degrees of freedom of that pooled spread.
         bracketed: whether the minimum lies between the least and the greatest size, with runs on both sides.
         curvature, curvature_t: second derivative in log N at the minimum, and that over its standard error.
@@ -73,7 +77,9 @@ class Vertex:
         return np.polyval(self.coefficients, np.log(np.asarray(params, dtype=float) / self.centre))
 
     def intervals(self) -> dict[str, list[float]]:
-        """95 % intervals of params, data and loss from the scatter of runs around the curves; empty without any."""
+        """95 % intervals of params, data and loss from the scatter of runs around the curves; empty without
+        any.
+        """
         if self.dof < 1 or not np.isfinite(self.se_log_params):
             return {}
         t = float(stats.t.ppf(0.975, self.dof))
@@ -144,7 +150,11 @@ class IsoflopFit:
     def params(self) -> dict[str, float]:
         """Exponents and coefficients of N_opt(C), D_opt(C) and L(C)."""
         laws = {"N": self.n_law, "D": self.d_law, "L": self.loss_law}
-        return {f"{k}_{what}": getattr(law, what) for k, law in laws.items() for what in ("exponent", "coefficient")}
+        return {
+            f"{k}_{what}": getattr(law, what)
+            for k, law in laws.items()
+            for what in ("exponent", "coefficient")
+        }
 
     @property
     def intervals(self) -> dict[str, list[float]]:
@@ -157,7 +167,9 @@ class IsoflopFit:
         }
 
     def _interval(self, law: PowerFit, prefix: str, what: str) -> Interval:
-        """The wider of two: the line's own t interval (scatter of the minima) and the run-level bootstrap (their error)."""
+        """The wider of two: the line's own t interval (scatter of the minima) and the run-level bootstrap
+        (their error).
+        """
         line = law.interval(what)
         draws = self.bootstrap.get(f"{prefix}_{what}")
         se = float(draws.std(ddof=1)) if draws is not None else 0.0
@@ -180,14 +192,23 @@ class IsoflopFit:
         """
         loss = self.loss_law_floor if floor and self.loss_law_floor is not None else self.loss_law
         out = {}
-        for name, prefix, law in (("params", "N", self.n_law), ("data", "D", self.d_law), ("loss", "L", loss)):
+        for name, prefix, law in (
+            ("params", "N", self.n_law),
+            ("data", "D", self.d_law),
+            ("loss", "L", loss),
+        ):
             p = law.predict(flops, level=level)
             slope = self.bootstrap.get(f"{prefix}_exponent")
             if slope is not None and not (name == "loss" and floor):
-                lines = self.bootstrap[f"{prefix}_coefficient"][:, None] + slope[:, None] * np.log(np.atleast_1d(flops))
+                lines = self.bootstrap[f"{prefix}_coefficient"][:, None] + slope[:, None] * np.log(
+                    np.atleast_1d(flops)
+                )
                 reach = stats.t.ppf(0.5 + level / 2, max(self.vertices[0].dof, 1)) * lines.std(axis=0, ddof=1)
                 reach = reach.reshape(np.shape(flops))
-                ends = [np.minimum(p.interval[0], p.value * np.exp(-reach)), np.maximum(p.interval[1], p.value * np.exp(reach))]
+                ends = [
+                    np.minimum(p.interval[0], p.value * np.exp(-reach)),
+                    np.maximum(p.interval[1], p.value * np.exp(reach)),
+                ]
                 p = dataclasses.replace(p, interval=ends if np.shape(flops) else [float(e) for e in ends])
             out[name] = p
         return out
@@ -219,7 +240,8 @@ class IsoflopFit:
         lines.append(f"  {'budget':>12s}{'N_opt':>14s}{'D_opt':>14s}{'loss':>12s}  runs  bracketed")
         for v in self.vertices:
             lines.append(
-                f"  {v.budget:12.4g}{v.params:14.5g}{v.data:14.5g}{v.loss:12.6g}{v.runs:6d}  {'yes' if v.bracketed else 'NO'}"
+                f"  {v.budget:12.4g}{v.params:14.5g}{v.data:14.5g}{v.loss:12.6g}{v.runs:6d}  "
+                f"{'yes' if v.bracketed else 'NO'}"
             )
         for name, value in self.params.items():
             low, high = self.intervals[name]
@@ -245,7 +267,8 @@ def fit_isoflop(
 
     Args:
         table: runs, or a file or study folder to read (``columns`` then go to :meth:`RunTable.read`).
-        vertex: "parabola" (as published) or "cubic" (less biased on lopsided curves; needs 5 sizes at a budget).
+        vertex: "parabola" (as published) or "cubic" (less biased on lopsided curves; needs 5 sizes at a
+            budget).
         space: whether the curve is of the "raw" loss, as published, or of its "log".
         bootstrap: draws of the run-level bootstrap of the curves' residuals. Default: 1000; 0 for none.
         seed: of the bootstrap.
@@ -266,25 +289,32 @@ def fit_isoflop(
     n, d, loss, budgets = runs.params, runs.data, runs.loss, runs.budgets
     levels = np.unique(budgets)
     if len(levels) < 2:
-        raise InputError(f"budget: expected at least 2 different budgets for a law of compute, got {len(levels)}")
+        raise InputError(
+            f"budget: expected at least 2 different budgets for a law of compute, got {len(levels)}"
+        )
     curves = []
     for level in levels:
         mask = budgets == level
         sizes = len(np.unique(n[mask]))
         if sizes < degree + 1:
             raise InputError(
-                f"params: expected at least {degree + 1} different sizes at budget {level:.6g} for a {vertex}, got {sizes}"
+                f"params: expected at least {degree + 1} different sizes at budget {level:.6g} for a "
+                f"{vertex}, got {sizes}"
             )
         curves.append(_Curve(n[mask], d[mask], loss[mask], degree, space))
     sigma = _pooled_sigma(curves)
     warnings: list[str] = []
-    vertices = [_vertex(c, curves, float(level), sigma, space, warnings) for c, level in zip(curves, levels)]
+    vertices = [
+        _vertex(c, curves, float(level), sigma, space, warnings)
+        for c, level in zip(curves, levels, strict=True)
+    ]
     used = [i for i, v in enumerate(vertices) if v.bracketed]
     if len(used) < 2:
         good = [i for i, v in enumerate(vertices) if v.curvature > 0]
         if len(good) < 2:
             raise InputError(
-                f"loss: expected curves with a minimum at 2 budgets at least, got {len(good)}; add sizes on both sides"
+                f"loss: expected curves with a minimum at 2 budgets at least, got {len(good)}; add sizes on "
+                f"both sides"
             )
         warnings.append("fewer than 2 budgets bracket their minimum: the laws rest on extrapolated minima")
         used = good
@@ -343,7 +373,8 @@ class _Curve:
                 return -c[:, 1] / (2 * c[:, 0]), 2 * c[:, 0]
             # Of a cubic's two stationary points the minimum has slope of the derivative +sqrt(disc).
             disc = np.sqrt(c[:, 1] ** 2 - 3 * c[:, 0] * c[:, 2])
-            # The form without cancellation, which turns into the parabola's vertex as the cubic term vanishes.
+            # The form without cancellation, which turns into the parabola's vertex as the cubic term
+            # vanishes.
             return -c[:, 2] / (c[:, 1] + disc), 2 * disc
 
     def data_at(self, place: Array) -> Array:
@@ -365,7 +396,8 @@ def _vertex(
     if not (np.isfinite(place) and bend > 0):
         i = int(np.argmin(curve.y))
         warnings.append(
-            f"budget {budget:.3g}: the curve has no minimum (it does not bend upwards); widen the grid of sizes"
+            f"budget {budget:.3g}: the curve has no minimum (it does not bend upwards); widen the grid of "
+            f"sizes"
         )
         place, bend, has = float(curve.x[i] - curve.middle), 0.0, False
     else:
@@ -373,7 +405,11 @@ def _vertex(
     inside = bool(has and low < place < high)
     value = float(np.polyval(curve.coefficients, place))
     step = 1e-4
-    up = curve.minimum(curve.coefficients + step * sigma * np.eye(curve.degree + 1))[0] if np.isfinite(sigma) else None
+    up = (
+        curve.minimum(curve.coefficients + step * sigma * np.eye(curve.degree + 1))[0]
+        if np.isfinite(sigma)
+        else None
+    )
     se, se_data, se_loss, t = (float("nan"),) * 4
     dof = sum(c.dof for c in curves)
     if up is not None and sigma > 0 and has:
@@ -391,7 +427,9 @@ def _vertex(
             inside = False
     if has and not inside and not (low < place < high):
         side = "above" if place >= high else "below"
-        warnings.append(f"budget {budget:.3g}: the minimum lies {side} every size that was run; it is not bracketed")
+        warnings.append(
+            f"budget {budget:.3g}: the minimum lies {side} every size that was run; it is not bracketed"
+        )
     return Vertex(
         budget=budget,
         params=float(np.exp(curve.middle + place)),
@@ -424,11 +462,15 @@ def _laws(rows: Array) -> tuple[PowerFit, PowerFit, PowerFit]:
 def _bootstrap(
     curves: list[_Curve], levels: Array, used: list[int], sigma: float, space: str, draws: int, seed: int
 ) -> dict[str, Array]:
-    """Resample the curves' residuals (pooled, scaled for the parameters they cost), refit curves and lines."""
+    """Resample the curves' residuals (pooled, scaled for the parameters they cost), refit curves and
+    lines.
+    """
     if draws <= 0 or not np.isfinite(sigma) or len(used) < 2:
         return {}
     rng = np.random.default_rng(seed)
-    pool = np.concatenate([curves[i].residuals * np.sqrt(len(curves[i].x) / curves[i].dof) for i in used if curves[i].dof > 0])
+    pool = np.concatenate(
+        [curves[i].residuals * np.sqrt(len(curves[i].x) / curves[i].dof) for i in used if curves[i].dof > 0]
+    )
     if not len(pool):
         return {}
     columns = []
@@ -439,7 +481,7 @@ def _bootstrap(
         coefficients = y @ c.solver.T
         place, bend = c.minimum(coefficients)
         place = np.where((bend > 0) & (np.abs(place) < np.ptp(c.x)), place, np.nan)
-        value = np.array([np.polyval(k, p) for k, p in zip(coefficients, place)])
+        value = np.array([np.polyval(k, p) for k, p in zip(coefficients, place, strict=True)])
         loss = value if space == "log" else np.log(np.maximum(value, 1e-300))
         columns.append((c.middle + place, np.log(c.data_at(place)), loss))
     x = np.log(levels[used])
@@ -458,7 +500,8 @@ def _grid_warnings(vertices: list[Vertex], warnings: list[str]) -> None:
     wide = [v for v in vertices if np.sqrt(v.width) > _WIDE]
     if wide:
         warnings.append(
-            f"the grid is wide ({wide[0].width:.3g}x from least to greatest size at budget {wide[0].budget:.3g}): "
+            f"the grid is wide ({wide[0].width:.3g}x from least to greatest size at budget "
+            f"{wide[0].budget:.3g}): "
             "a lopsided curve moves the vertex; trust the surface fit for coefficients"
         )
     offsets = np.log([v.centre_offset for v in vertices])
@@ -474,7 +517,8 @@ def _grid_warnings(vertices: list[Vertex], warnings: list[str]) -> None:
         slope = float(np.polyfit(x, offsets, 1)[0])
         if abs(slope) > _DRIFT and abs(slope) * np.ptp(x) > np.log(1.5):
             warnings.append(
-                f"the grid's centre drifts against the minimum (C^{slope:+.2f}): the exponents themselves are biased"
+                f"the grid's centre drifts against the minimum (C^{slope:+.2f}): the exponents themselves "
+                f"are biased"
             )
 
 
@@ -482,7 +526,9 @@ def _beside(runs: RunTable, wanted: bool) -> SurfaceFit | None:
     if not wanted or not runs.has("flops") and not runs.has("budget"):
         return None
     if not runs.has("flops"):
-        runs = RunTable(runs.columns, {**runs.roles, "flops": runs.roles["budget"]}, runs.source, runs.rows, runs.notes)
+        runs = RunTable(
+            runs.columns, {**runs.roles, "flops": runs.roles["budget"]}, runs.source, runs.rows, runs.notes
+        )
     try:
         return fit_surface(runs)
     except InputError:

@@ -1,11 +1,14 @@
 """The laws: small classes that predict, differentiate and say where they come from.
 
-A law works on named positive inputs (``params``, ``data``, ``flops``, ...) and named parameters (``A``, ``alpha``, ...). For
-a fit it turns itself into a model on centred logarithms: coefficients are taken at the middle of the data instead of at
+A law works on named positive inputs (``params``, ``data``, ``flops``, ...) and named parameters (``A``,
+``alpha``, ...). For
+a fit it turns itself into a model on centred logarithms: coefficients are taken at the middle of the data
+    instead of at
 one parameter and one image, which removes most of the correlation between a coefficient and its exponent.
 
 Most laws are sums of power terms, possibly raised to a power, plus a floor:
-``y = E + (sum_k c_k * prod_j x_j^-e_kj)^k``. :class:`TermLaw` is that family; the others stand in ``more_laws.py``.
+``y = E + (sum_k c_k * prod_j x_j^-e_kj)^k``. :class:`TermLaw` is that family; the others stand in
+``more_laws.py``.
 """
 
 from __future__ import annotations
@@ -82,7 +85,12 @@ class Law:
         raise NotImplementedError
 
     def starts(
-        self, logs: Mapping[str, Array], target: Array, weights: Array, count: int, centre: Mapping[str, float]
+        self,
+        logs: Mapping[str, Array],
+        target: Array,
+        weights: Array,
+        count: int,
+        centre: Mapping[str, float],
     ) -> Array:
         """Internal starting points [<= count, p], best first; ``logs`` are centred at ``centre``."""
         raise NotImplementedError
@@ -98,14 +106,18 @@ class Law:
     def _checked(self, params: Mapping[str, float]) -> dict[str, float]:
         missing = [n for n in self.names if n not in params]
         if missing:
-            raise InputError(f"params: law {self.name} needs {', '.join(self.names)}, missing {', '.join(missing)}")
+            raise InputError(
+                f"params: law {self.name} needs {', '.join(self.names)}, missing {', '.join(missing)}"
+            )
         return {n: float(params[n]) for n in self.names}
 
     def _logs(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         logs = {}
         for name in self.inputs:
             if inputs.get(name) is None:
-                raise InputError(f"{name}: law {self.name} needs {', '.join(self.inputs)}, got none for {name}")
+                raise InputError(
+                    f"{name}: law {self.name} needs {', '.join(self.inputs)}, got none for {name}"
+                )
             value = np.asarray(inputs[name], dtype=float)
             if not np.all(np.isfinite(value) & (value > 0)):
                 raise InputError(f"{name}: expected positive numbers, got {np.ravel(value)[:3].tolist()}")
@@ -193,16 +205,24 @@ class TermLaw(Law):
         return np.stack(np.broadcast_arrays(*(theta[n] for n in self.names)), axis=-1)
 
     def starts(
-        self, logs: Mapping[str, Array], target: Array, weights: Array, count: int, centre: Mapping[str, float]
+        self,
+        logs: Mapping[str, Array],
+        target: Array,
+        weights: Array,
+        count: int,
+        centre: Mapping[str, float],
     ) -> Array:
-        """Variable projection: a grid over exponents, coefficients and floor by non-negative least squares."""
+        """Variable projection: a grid over exponents, coefficients and floor by non-negative least
+        squares.
+        """
         return _projected_starts(self, logs, target, weights, count)
 
 
 class TermModel:
     """:class:`TermLaw` on centred logarithms: ``floor + exp(k * logsumexp_k((b_k + sign * sum e x) / k))``.
 
-    Internal parameters: ``b`` (the logarithm of each term to the outer power, at the centre), exponents times the outer
+    Internal parameters: ``b`` (the logarithm of each term to the outer power, at the centre), exponents times
+        the outer
     power, floor, outer power. With an outer power of 1 that is the plain sum of terms.
     """
 
@@ -238,7 +258,9 @@ class TermModel:
             self.lower[self._outer], self.upper[self._outer] = _OUTER_BOUNDS
 
     def bound_coefficients(self, target: Array) -> None:
-        """Keep every term within a vast but finite range of the data, so that a vanishing one is seen at its bound."""
+        """Keep every term within a vast but finite range of the data, so that a vanishing one is seen at its
+        bound.
+        """
         middle = float(np.median(np.log(target)))
         for columns in self._columns:
             self.lower[columns[0][0]] = middle - _LOG_COEFFICIENT_SPAN
@@ -248,7 +270,7 @@ class TermModel:
         outer = None if self._outer is None else theta[:, self._outer, None]
         theta = np.clip(theta, -1e150, 1e150)
         logs = []
-        for columns, offset in zip(self._columns, self._offsets):
+        for columns, offset in zip(self._columns, self._offsets, strict=True):
             value: Any = 0.0
             for i, x in columns:
                 value = value + theta[:, i, None] * x
@@ -287,9 +309,11 @@ class TermModel:
                 parts = [total * np.exp(log - lse) for log in logs]
                 mean = sum(np.exp(log - lse) * np.where(np.isfinite(log), log, 0.0) for log in logs)
                 # Fixed exponents lie inside the bracket, so they do not scale with the outer power.
-                inner = sum(np.exp(log - lse) * offset for log, offset in zip(logs, self._offsets))
+                inner = sum(
+                    np.exp(log - lse) * offset for log, offset in zip(logs, self._offsets, strict=True)
+                )
                 jacobian[:, self._outer] = total * (lse - mean + inner)
-        for part, columns in zip(parts, self._columns):
+        for part, columns in zip(parts, self._columns, strict=True):
             for i, x in columns:
                 jacobian[:, i] += part * x
         if self._floor is not None:
@@ -304,7 +328,9 @@ def _logsumexp(logs: Sequence[Array]) -> Array:
     return top + np.log(sum(np.exp(log - top) for log in logs))
 
 
-def _projected_starts(law: TermLaw, logs: Mapping[str, Array], target: Array, weights: Array, count: int) -> Array:
+def _projected_starts(
+    law: TermLaw, logs: Mapping[str, Array], target: Array, weights: Array, count: int
+) -> Array:
     """Variable projection (Golub & Pereyra 1973): for given exponents the rest is a small linear problem.
 
     The linear problem is weighted by 1/y², so that its residuals are the relative ones of a fit in log space.
@@ -323,9 +349,17 @@ def _projected_starts(law: TermLaw, logs: Mapping[str, Array], target: Array, we
 
     found_theta, found_score, found_cell = [], [], []
     for outer, share in itertools.product(outers, floors):
-        fixed = share * float(target.min()) if law.outer else float(law.floor) if isinstance(law.floor, float) else 0.0
+        fixed = (
+            share * float(target.min())
+            if law.outer
+            else float(law.floor)
+            if isinstance(law.floor, float)
+            else 0.0
+        )
         if not np.all(target > fixed):
-            raise InputError(f"floor: expected a value below every measured one ({target.min():.6g}), got {fixed:g}")
+            raise InputError(
+                f"floor: expected a value below every measured one ({target.min():.6g}), got {fixed:g}"
+            )
         goal = (target - fixed) ** (1.0 / outer)
         w = weights * (1.0 / goal * (target - fixed) * outer / target) ** 2
         columns = []
@@ -333,7 +367,9 @@ def _projected_starts(law: TermLaw, logs: Mapping[str, Array], target: Array, we
         for term in law.terms:
             z: Any = 0.0
             for x, e in term.exponents.items():
-                value = exponents[:, position[e], None] if isinstance(e, str) else np.full((len(exponents), 1), e)
+                value = (
+                    exponents[:, position[e], None] if isinstance(e, str) else np.full((len(exponents), 1), e)
+                )
                 z = z + law.sign * value * logs[x]
             columns.append(np.exp(np.clip(np.broadcast_to(z, (len(exponents), len(target))), -300, 300)))
         floated = isinstance(law.floor, str) and not law.outer
@@ -353,11 +389,15 @@ def _projected_starts(law: TermLaw, logs: Mapping[str, Array], target: Array, we
         found_theta.append(theta)
         found_score.append(score)
         found_cell.append(np.column_stack([steps, np.full(len(steps), 2 * len(found_cell))]))
-    return _spread(np.concatenate(found_theta), np.concatenate(found_score), np.concatenate(found_cell), count)
+    return _spread(
+        np.concatenate(found_theta), np.concatenate(found_score), np.concatenate(found_cell), count
+    )
 
 
 def _non_negative(columns: Array, goal: Array, weights: Array) -> tuple[Array, Array]:
-    """Weighted least squares with coefficients >= 0 for S small designs [S, K, n]: the best feasible support wins."""
+    """Weighted least squares with coefficients >= 0 for S small designs [S, K, n]: the best feasible support
+    wins.
+    """
     s, k, _ = columns.shape
     weighted = columns * weights
     gram = np.matmul(weighted, columns.transpose(0, 2, 1))

@@ -1,7 +1,8 @@
 """What a fit minimises: losses by name, each with one meaning.
 
-A residual is ``r = log(predicted) - log(measured)`` in log space and ``predicted - measured`` in raw space. The objective
-is the weighted SUM of ``rho(r)`` over the points, never the mean; the fitted parameters do not depend on that choice.
+A residual is ``r = log(predicted) - log(measured)`` in log space and ``predicted - measured`` in raw space.
+The objective is the weighted SUM of ``rho(r)`` over the points, never the mean; the fitted parameters do not
+depend on that choice.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from ditscale.errors import InputError
 Array = NDArray[np.float64]
 
 KINDS = ("huber", "l1", "mse", "student-t", "envelope")
-# The spread of a normal sample is 1.4826 times its median absolute deviation, and a Huber loss with its knee at 1.345
-# spreads keeps 95 % of the efficiency of least squares on normal noise (Huber 1964).
+# The spread of a normal sample is 1.4826 times its median absolute deviation, and a Huber loss with its knee
+# at 1.345 spreads keeps 95 % of the efficiency of least squares on normal noise (Huber 1964).
 MAD_TO_SIGMA = 1.4826
 HUBER_KNEE = 1.345
 
@@ -28,8 +29,9 @@ class Loss:
     """One loss, ready to be evaluated on an array of residuals of any shape.
 
     Attributes:
-        kind: "huber" (r²/2 inside ``scale``, linear outside), "l1" (|r|), "mse" (r²), "student-t" (heavy tails with
-            ``shape`` degrees of freedom), "envelope" (Huber; a prediction above the data costs ``shape`` times one below).
+        kind: "huber" (r²/2 inside ``scale``, linear outside), "l1" (|r|), "mse" (r²), "student-t" (heavy
+            tails with ``shape`` degrees of freedom), "envelope" (Huber; a prediction above the data costs
+            ``shape`` times one below).
         scale: the knee of huber and envelope, the spread of student-t; None means "from the residuals".
         shape: see ``kind``.
     """
@@ -94,7 +96,8 @@ class Loss:
         if self.kind == "l1":
             return np.zeros_like(r)
         if self.kind == "student-t":
-            # The true one turns negative in the tails; the ratio psi/r majorises and keeps the step a descent.
+            # The true one turns negative in the tails; the ratio psi/r majorises and keeps the step a
+            # descent.
             return (self.shape + 1.0) / (self.shape + (r / self._scale) ** 2)
         inside = (np.abs(r) <= self._scale).astype(r.dtype)
         return inside * np.where(r > 0, self.shape, 1.0) if self.kind == "envelope" else inside
@@ -107,10 +110,11 @@ class Loss:
 
 
 def parse_loss(text: str | Loss) -> Loss:
-    """Read a loss from its name: ``huber:1e-3``, ``huber:auto``, ``l1``, ``mse``, ``student-t:4``, ``envelope:10``.
+    """Read a loss from its name: ``huber:1e-3``, ``huber:auto``, ``l1``, ``mse``, ``student-t:4``,
+    ``envelope:10``.
 
-    A second number of ``student-t`` and ``envelope`` is their scale, such as ``student-t:4:0.01``; without it the scale
-    comes from the residuals, as with ``huber:auto`` (1.345 robust spreads).
+    A second number of ``student-t`` and ``envelope`` is their scale, such as ``student-t:4:0.01``; without it
+    the scale comes from the residuals, as with ``huber:auto`` (1.345 robust spreads).
 
     Raises:
         InputError: an unknown name, or a number that is not positive.
@@ -119,7 +123,9 @@ def parse_loss(text: str | Loss) -> Loss:
         return text
     kind, *rest = str(text).split(":")
     expected = "huber:DELTA, huber:auto, l1, mse, student-t:DOF or envelope:RATIO"
-    if kind not in KINDS or len(rest) > (2 if kind in ("student-t", "envelope") else 1 if kind == "huber" else 0):
+    if kind not in KINDS or len(rest) > (
+        2 if kind in ("student-t", "envelope") else 1 if kind == "huber" else 0
+    ):
         raise InputError(f"loss-fn: expected {expected}, got {text!r}")
 
     def number(value: str) -> float:

@@ -1,7 +1,9 @@
 """Laws beyond the plain surface: mixtures of experts, repeated data, Farseer, hyper-parameters.
 
-The first ones are sums of power terms again (``TermLaw``); Farseer and repeated data have models of their own, with
-derivatives by central differences: they have seven to nine parameters, and are fitted to hundreds of runs at most.
+The first ones are sums of power terms again (``TermLaw``); Farseer and repeated data have models of their
+own, with
+derivatives by central differences: they have seven to nine parameters, and are fitted to hundreds of runs at
+    most.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from ditscale.scaling.laws import (
     power_with_floor,
 )
 
-# Muennighoff et al., arXiv:2305.16264: what repeated tokens and excess parameters are worth decays with these constants.
+# Muennighoff et al., arXiv:2305.16264: what repeated tokens and excess parameters are worth decays with these
+# constants.
 REPETITION_DATA = 15.39
 REPETITION_PARAMS = 5.31
 
@@ -88,8 +91,8 @@ class NumericModel:
 class Repetition(Law):
     """The surface on effective data and parameters: a repeated image is worth less each time.
 
-    ``D' = U + U R_D (1 - exp(-(D/U - 1)/R_D))`` with U unique data, and ``N'`` alike with ``U_N = min(N, N_opt(U))``, the
-    size for which U would be compute-optimal.
+    ``D' = U + U R_D (1 - exp(-(D/U - 1)/R_D))`` with U unique data, and ``N'`` alike with ``U_N = min(N,
+    N_opt(U))``, the size for which U would be compute-optimal.
     """
 
     name: str = "repetition"
@@ -110,11 +113,18 @@ class Repetition(Law):
 
     def bring_in(self, params: Mapping[str, Any], centre: Mapping[str, float]) -> Array:
         """See :meth:`Law.bring_in`."""
-        tail = np.log(np.stack([np.atleast_1d(np.asarray(params[k], dtype=float)) for k in ("R_D", "R_N")], axis=1))
+        tail = np.log(
+            np.stack([np.atleast_1d(np.asarray(params[k], dtype=float)) for k in ("R_D", "R_N")], axis=1)
+        )
         return np.concatenate([SURFACE.bring_in(params, centre), tail], axis=1)
 
     def starts(
-        self, logs: Mapping[str, Array], target: Array, weights: Array, count: int, centre: Mapping[str, float]
+        self,
+        logs: Mapping[str, Array],
+        target: Array,
+        weights: Array,
+        count: int,
+        centre: Mapping[str, float],
     ) -> Array:
         """The plain surface's starts, with the published discounts."""
         base = SURFACE.starts(logs, target, weights, count, centre)
@@ -149,7 +159,8 @@ def _discounted(log_total: Array, log_base: Array, half: Array) -> Array:
 
 
 def effective_data(data: float, unique: float, *, half: float = REPETITION_DATA) -> float:
-    """What D images are worth when only ``unique`` of them differ, in images seen once (arXiv:2305.16264, equation 5).
+    """What D images are worth when only ``unique`` of them differ, in images seen once (arXiv:2305.16264,
+    equation 5).
 
     Args:
         data: images (or tokens) trained on.
@@ -176,7 +187,8 @@ class Farseer(Law):
 
     def export(self, theta: Array, centre: Mapping[str, float]) -> dict[str, Array]:
         """See :meth:`Law.export`."""
-        # D is not centred: its slope depends on N, so another unit of D would change the form of the second term.
+        # D is not centred: its slope depends on N, so another unit of D would change the form of the second
+        # term.
         n0 = centre.get("params", np.log(1e9)) - np.log(1e9)
         a1, b1, a, a2, b2, b, a3, b3, g = (theta[:, i] for i in range(9))
         scale = {"a1": a1 * np.exp(-a * n0), "a2": a2 * np.exp(-b * n0), "a3": a3 * np.exp(-g * n0)}
@@ -196,9 +208,16 @@ class Farseer(Law):
         )  # fmt: skip
 
     def starts(
-        self, logs: Mapping[str, Array], target: Array, weights: Array, count: int, centre: Mapping[str, float]
+        self,
+        logs: Mapping[str, Array],
+        target: Array,
+        weights: Array,
+        count: int,
+        centre: Mapping[str, float],
     ) -> Array:
-        """From the plain surface's starts: the floor and N-term become exp(a3 N^g + b3) to second order, B and beta constant."""
+        """From the plain surface's starts: the floor and N-term become exp(a3 N^g + b3) to second order, B
+        and beta constant.
+        """
         base = SURFACE.starts(logs, target, weights, max(2, count // 4), centre)
         out = []
         d0 = centre["data"] - np.log(1e9)
@@ -228,7 +247,9 @@ class _FarseerModel(NumericModel):
         a1, b1, a, a2, b2, b, a3, b3, g = (theta[:, i, None] for i in range(9))
         with np.errstate(all="ignore"):
             slope = np.exp(a1 * np.exp(a * self._n) + b1)
-            return np.exp(a3 * np.exp(g * self._n) + b3) + np.exp(a2 * np.exp(b * self._n) + b2 - slope * self._d)
+            return np.exp(a3 * np.exp(g * self._n) + b3) + np.exp(
+                a2 * np.exp(b * self._n) + b2 - slope * self._d
+            )
 
 
 REPETITION = Repetition()
@@ -237,7 +258,17 @@ FARSEER = Farseer()
 # Laws of a run's loss, by the name that the command line takes; the two-input ones also allocate budgets.
 SURFACE_LAWS: dict[str, Law] = {
     law.name: law
-    for law in (SURFACE, SURFACE_TIED, SURFACE_FLOORLESS, SKALING, KAPLAN, FARSEER, MOE, MOE_DENSITY, REPETITION)
+    for law in (
+        SURFACE,
+        SURFACE_TIED,
+        SURFACE_FLOORLESS,
+        SKALING,
+        KAPLAN,
+        FARSEER,
+        MOE,
+        MOE_DENSITY,
+        REPETITION,
+    )
 }
 BY_NAME: dict[str, Law] = {**SURFACE_LAWS, **{law.name: law for law in (POWER, POWER_FLOOR, HYPER)}}
 

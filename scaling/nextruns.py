@@ -1,7 +1,8 @@
 """Which runs to make next: those that narrow an interval most for their compute.
 
-A run at (N, D) measures ``j . theta + shock + noise``, with j the derivative of its log loss: optimal design, linearised at
-the fit. Suggested runs of one budget share its shock, so a second run there says less about compute than a first elsewhere.
+A run at (N, D) measures ``j . theta + shock + noise``, with j the derivative of its log loss: optimal design,
+linearised at the fit. Suggested runs of one budget share its shock, so a second run there says less about
+compute than a first elsewhere.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ class NextRuns:
     """Suggested runs, in the order in which to make them.
 
     Attributes:
-        quantity, target: what shall become better known ("loss" or "params" of the optimum), and at which compute.
-        runs: params, data, flops, se_after (standard error of the quantity's logarithm once it is made), gain (by how much
-            it shrinks, as a share).
+        quantity, target: what shall become better known ("loss" or "params" of the optimum), and at which
+            compute.
+        runs: params, data, flops, se_after (standard error of the quantity's logarithm once it is made), gain
+            (by how much it shrinks, as a share).
         se_before: standard error now.
         data_unit: of "data".
     """
@@ -46,11 +48,14 @@ class NextRuns:
     def summary(self) -> str:
         """A readable table."""
         lines = [
-            f"next runs for the {self.quantity} at {self.target:.4g} FLOPs (standard error now {100 * self.se_before:.3g} %)",
+            f"next runs for the {self.quantity} at {self.target:.4g} FLOPs (standard error now "
+            f"{100 * self.se_before:.3g} %)",
             f"  {'FLOPs':>12s}{'N':>12s}{'D (' + self.data_unit + ')':>18s}{'error after':>14s}",
         ]
         for r in self.runs:
-            lines.append(f"  {r['flops']:12.4g}{r['params']:12.4g}{r['data']:18.4g}{100 * r['se_after']:13.3g}%")
+            lines.append(
+                f"  {r['flops']:12.4g}{r['params']:12.4g}{r['data']:18.4g}{100 * r['se_after']:13.3g}%"
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -75,7 +80,8 @@ def suggest_runs(
         count: at most so many runs. Default: 4.
 
     Returns:
-        NextRuns: chosen one after the other, each the one that shrinks the error most within an even share of what is left.
+        NextRuns: chosen one after the other, each the one that shrinks the error most within an even share of
+            what is left.
 
     Raises:
         InputError: an unknown quantity, values that are not positive, or a fit that allocates nothing.
@@ -91,7 +97,9 @@ def suggest_runs(
     parts = law.components
     which: Callable[[Array], Array] = lambda th: fit.log_optimum(th, target)[2 if quantity == "loss" else 0]  # noqa: E731
     budgets = np.geomspace(min(fit.flops_range[0], spend / count), min(spend, target), 16)
-    candidates = [(float(c), k, *_run_at(fit, float(c), size)) for k, c in enumerate(budgets) for size in _SIZES]
+    candidates = [
+        (float(c), k, *_run_at(fit, float(c), size)) for k, c in enumerate(budgets) for size in _SIZES
+    ]
 
     # What is known: the law's parameters, and one unknown shock for each candidate budget.
     p = len(law.theta)
@@ -121,7 +129,15 @@ def suggest_runs(
         known = known - np.outer(v, v) / (max(parts.run, 1e-12) + row @ v)
         after = float(np.sqrt(max(gradient @ known @ gradient, 0.0)))
         left -= c
-        chosen.append({"params": n, "data": d, "flops": c, "se_after": after, "gain": 1.0 - after / now if now > 0 else 0.0})
+        chosen.append(
+            {
+                "params": n,
+                "data": d,
+                "flops": c,
+                "se_after": after,
+                "gain": 1.0 - after / now if now > 0 else 0.0,
+            }
+        )
         now = after
     if not chosen:
         raise InputError(f"spend: expected enough to learn something at {target:.4g} FLOPs, got {spend:.4g}")

@@ -1,4 +1,6 @@
-"""Plans: from a budget, a target loss or a deadline to what to train, for how long, and how good it will be."""
+"""Plans: from a budget, a target loss or a deadline to what to train, for how long, and how good it will
+be.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,17 @@ class Plan:
         budget: training compute in FLOPs.
         params, data: the compute-optimal run, D in ``data_unit``.
         loss: its predicted loss, None where the law has none.
-        intervals: 95 % intervals by name (that of the loss is for one new run), None where the law comes without.
+        intervals: 95 % intervals by name (that of the loss is for one new run), None where the law comes
+            without.
         fid: predicted quality, None where the law has none.
         tokens, images: D in both units where the number of tokens of an image is known.
-        configuration: an integer DiT near the optimum, trained on the whole budget (see ``configurations.py``), or None.
+        configuration: an integer DiT near the optimum, trained on the whole budget (see
+            ``configurations.py``), or None.
         lr: peak learning rate, None without a hyper-parameter law.
-        hours: wall time, and ``gpu_hours``, ``gpus``, ``gpu``, ``mfu``, ``mfu_source``; None without a machine.
-        flatness: how much smaller or larger a model costs 1 % more loss at the same compute, None without a surface.
+        hours: wall time, and ``gpu_hours``, ``gpus``, ``gpu``, ``mfu``, ``mfu_source``; None without a
+            machine.
+        flatness: how much smaller or larger a model costs 1 % more loss at the same compute, None without a
+            surface.
         inference: the run of least training plus inference compute at the same loss, None if not asked.
         wrong: what it costs if N_opt stands at either end of its interval, None without a surface.
         extrapolation: budget over the largest fitted compute, None where that is not known.
@@ -93,24 +99,28 @@ class Plan:
         if self.configuration:
             c = self.configuration
             lines.append(
-                f"  DiT: depth {c['depth']}, width {c['width']}, heads {c['heads']}, patch {c['patch']} at {c['image_size']} px: "
-                f"{c['params'] / 1e6:.4g} M parameters ({c['params_per_token'] / 1e6:.4g} M per token), {c['images']:.4g} images"
-                + (f", {c['steps']} steps of {c['batch']}" if c["steps"] else "")
+                f"  DiT: depth {c['depth']}, width {c['width']}, heads {c['heads']}, patch {c['patch']} at "
+                f"{c['image_size']} px: "
+                f"{c['params'] / 1e6:.4g} M parameters ({c['params_per_token'] / 1e6:.4g} M per token), "
+                f"{c['images']:.4g} images" + (f", {c['steps']} steps of {c['batch']}" if c["steps"] else "")
             )
         if self.machine:
             m = self.machine
             lines.append(
-                f"  {m['gpu_hours']:.4g} GPU-hours, {m['hours']:.4g} h on {m['gpus']} x {m['gpu']} at MFU {m['mfu']:.2f} "
+                f"  {m['gpu_hours']:.4g} GPU-hours, {m['hours']:.4g} h on {m['gpus']} x {m['gpu']} at MFU "
+                f"{m['mfu']:.2f} "
                 f"({m['mfu_source']})"
             )
         if self.flatness:
             lines.append(
-                f"  flat: {self.flatness['smaller']:.3g}x to {self.flatness['larger']:.3g}x of N costs at most 1 % more loss"
+                f"  flat: {self.flatness['smaller']:.3g}x to {self.flatness['larger']:.3g}x of N costs at "
+                f"most 1 % more loss"
             )
         if self.inference:
             i = self.inference
             lines.append(
-                f"  with inference: N {i['params']:.4g}, D {i['data']:.4g} at the same loss, total compute {i['saving']:.3g}x less"
+                f"  with inference: N {i['params']:.4g}, D {i['data']:.4g} at the same loss, total compute "
+                f"{i['saving']:.3g}x less"
             )
         lines += [f"  note: {w}" for w in self.warnings]
         return "\n".join(x for x in lines if x)
@@ -149,16 +159,18 @@ def plan(
         hours: wall time on ``gpus`` machines (needs ``gpu`` or ``flops_per_second``).
         gpus: how many machines. Default: 1.
         gpu: which machine, such as "h100".
-        mfu: share of its peak that training reaches, measured. Default: 0.4, and the plan says that it is assumed.
+        mfu: share of its peak that training reaches, measured. Default: 0.4, and the plan says that it is
+            assumed.
         flops_per_second: of one machine in training, measured; instead of ``gpu`` and ``mfu``.
         batch: images a step, for the number of steps. Default: from the hyper-parameter law, else unknown.
-        hparams: a law of batch and learning rate: a published name, or a fit of :func:`fit_hparams` or its file.
+        hparams: a law of batch and learning rate: a published name, or a fit of :func:`fit_hparams` or its
+            file.
         template: the DiT's other fields. Default: a DiT/2 on 256-pixel latents.
         image_size: pixels on a side, instead of the template's.
         aspect: width over depth. Default: 64.
         head_width: Default: 64.
-        params_kind: which parameters N means: "per_token" or "total". Default: "total" for one's own runs whose column
-            is the total count, else "per_token".
+        params_kind: which parameters N means: "per_token" or "total". Default: "total" for one's own runs
+            whose column is the total count, else "per_token".
         configure: design an integer DiT. Default: True.
         inference_images: images that the model will generate in its life; 0 to leave inference out.
         evaluations_per_image: forward passes to sample one (twice the steps with guidance). Default: 50.
@@ -167,8 +179,8 @@ def plan(
         Plan.
 
     Raises:
-        InputError: not exactly one of budget, target_loss and hours; a value that is not positive; an unknown law; a
-            target loss below what the law can reach.
+        InputError: not exactly one of budget, target_loss and hours; a value that is not positive; an unknown
+            law; a target loss below what the law can reach.
     """
     chosen = allocation(law)
     for name, value in (
@@ -230,7 +242,9 @@ def plan(
         units = evaluations_per_image * (per_image if chosen.data_unit == "tokens" else 1.0)
         _inference(out, chosen, inference_images * units)
     if out.extrapolation is not None and out.extrapolation > 1000:
-        out.warnings.append(f"{out.extrapolation:.3g}x beyond the largest run behind this law: a guess, not a prediction")
+        out.warnings.append(
+            f"{out.extrapolation:.3g}x beyond the largest run behind this law: a guess, not a prediction"
+        )
     return out
 
 
@@ -265,7 +279,9 @@ def compute_for(law: Allocation, target: float) -> float:
 
     low, high = np.log(1e3), np.log(1e40)
     if gap(high) > 0:
-        raise InputError(f"target-loss: expected a loss above the law's floor ({gap(high) + target:.4g}), got {target:g}")
+        raise InputError(
+            f"target-loss: expected a loss above the law's floor ({gap(high) + target:.4g}), got {target:g}"
+        )
     if gap(low) < 0:
         raise InputError(f"target-loss: expected a loss below what an untrained model has, got {target:g}")
     return float(np.exp(optimize.brentq(gap, low, high, xtol=1e-12)))
@@ -339,19 +355,23 @@ def _flatness(out: Plan, law: Allocation) -> None:
         if float(_loss_along(law, far, out.budget)) <= limit:
             ends[name] = float(np.exp(far - middle))
             continue
-        edge = optimize.brentq(lambda x: float(_loss_along(law, x, out.budget)) - limit, *sorted((middle, far)))
+        edge = optimize.brentq(
+            lambda x: float(_loss_along(law, x, out.budget)) - limit, *sorted((middle, far))
+        )
         ends[name] = float(np.exp(edge - middle))
     out.flatness = {**ends, "loss_increase": _FLATNESS}
 
 
 def _cost_of_being_wrong(out: Plan, law: Allocation, params: Estimate) -> None:
-    """Train at either end of N_opt's interval: what loss comes of it, and what compute would have reached it at best."""
+    """Train at either end of N_opt's interval: what loss comes of it, and what compute would have reached it
+    at best.
+    """
     if law.loss_at is None or law.data_for is None or params.interval is None:
         return
     base = float(_loss_along(law, np.log(params.value), out.budget))
     rows = {}
     for name, n in (("low", params.interval[0]), ("high", params.interval[1])):
-        if not (np.isfinite(n) and 0 < n):
+        if not (np.isfinite(n) and n > 0):
             return
         loss = float(_loss_along(law, np.log(n), out.budget))
         if not np.isfinite(loss) or loss < base:
@@ -360,14 +380,19 @@ def _cost_of_being_wrong(out: Plan, law: Allocation, params: Estimate) -> None:
             reached = compute_for(law, loss)
         except InputError:
             return
-        rows[name] = {"params": n, "loss": loss, "wasted_compute": float(max(0.0, 1.0 - reached / out.budget))}
+        rows[name] = {
+            "params": n,
+            "loss": loss,
+            "wasted_compute": float(max(0.0, 1.0 - reached / out.budget)),
+        }
     out.wrong = rows
 
 
 def _inference(out: Plan, law: Allocation, forward_units: float) -> None:
     """Least training plus inference compute at the plan's loss (Sardana et al., arXiv:2401.00448).
 
-    A forward pass costs a third of a training pass, so inference costs ``cost(N, 1) / 3`` for each unit of data.
+    A forward pass costs a third of a training pass, so inference costs ``cost(N, 1) / 3`` for each unit of
+    data.
     """
     if law.loss_at is None or law.cost is None or out.loss is None or out.data is None:
         out.warnings.append("inference left out: this law has no surface to trade size against data")
@@ -384,7 +409,11 @@ def _inference(out: Plan, law: Allocation, forward_units: float) -> None:
 
     def total(log_n: float) -> float:
         d = data_at(log_n)
-        return float(cost(np.exp(log_n), d) + forward_units * cost(np.exp(log_n), 1.0) / 3.0) if np.isfinite(d) else np.inf
+        return (
+            float(cost(np.exp(log_n), d) + forward_units * cost(np.exp(log_n), 1.0) / 3.0)
+            if np.isfinite(d)
+            else np.inf
+        )
 
     grid = np.log(out.params) + np.linspace(-np.log(300.0), np.log(1.5), 120)
     values = np.array([total(x) for x in grid])

@@ -116,8 +116,9 @@ def fit_power(
     Args:
         x: positive values [n]; or a RunTable or a path, with ``x_column`` and ``y_column``.
         y: positive values [n].
-        floor: "none", "free" (fitted, at least 0), or a number from outside, such as an estimate of the optimal
-            diffusion loss. A floor makes the exponent larger in size: never compare exponents across floors.
+        floor: "none", "free" (fitted, at least 0), or a number from outside, such as an estimate of the
+            optimal diffusion loss. A floor makes the exponent larger in size: never compare exponents across
+            floors.
         loss_fn: default least squares, which few points call for; "huber:auto" against outliers.
         space: "log" or "raw" residuals.
         weights: of the points, such as 1/variance.
@@ -125,7 +126,8 @@ def fit_power(
         starts, seed, interval_method: see :func:`ditscale.scaling.fit.fit_law`.
 
     Returns:
-        PowerFit. "No scaling in this range" (an interval of the exponent that holds 0) is a valid answer, and warned of.
+        PowerFit. "No scaling in this range" (an interval of the exponent that holds 0) is a valid answer, and
+        warned of.
 
     Raises:
         InputError: fewer than 3 different x, a floor not below every y, values that are not positive.
@@ -180,7 +182,8 @@ def _flatness(fit: LawFit) -> None:
     low, high = fit.intervals["exponent"]
     if low <= 0 <= high:
         fit.warnings.append(
-            f"no scaling in this range: the exponent's interval [{low:.3g}, {high:.3g}] holds 0 (R² {fit.r2:.3f})"
+            f"no scaling in this range: the exponent's interval [{low:.3g}, {high:.3g}] holds 0 (R² "
+            f"{fit.r2:.3f})"
         )
     if "floor" in fit.law.names and "floor" not in fit.at_bounds:
         ends: Array = np.array(fit.intervals["floor"])

@@ -1,4 +1,6 @@
-"""Quality laws such as FID(C): a power law that names its features and never claims less noise than a change of seed makes."""
+"""Quality laws such as FID(C): a power law that names its features and never claims less noise than a change
+of seed makes.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from ditscale.scaling.jsonable import plain
 from ditscale.scaling.power import PowerFit, fit_power
 from ditscale.scaling.results import Prediction
 
-# Repeats of one DiT recipe: B/4 68.4, 68.9 and 68.3 (seeds, under 1 %), XL/2 19.5 and 18.1 (JAX and PyTorch, 7 %);
-# DiT's README, facebookresearch/DiT.
+# Repeats of one DiT recipe: B/4 68.4, 68.9 and 68.3 (seeds, under 1 %), XL/2 19.5 and 18.1 (JAX and PyTorch,
+# 7 %); DiT's README, facebookresearch/DiT.
 SEED_NOISE = 0.01
 PORT_NOISE = 0.07
 
@@ -93,8 +95,8 @@ def fit_quality(
 
     Args:
         flops, value: positive [n].
-        feature_network: whose features the metric compares, such as "inception-v3" or "clip-vit-l/14": values on different
-            features are different metrics.
+        feature_network: whose features the metric compares, such as "inception-v3" or "clip-vit-l/14": values
+            on different features are different metrics.
         metric: its name. Default: "fid".
         samples: generated images per value; a smaller number biases FID upwards.
         floor: see :func:`ditscale.scaling.power.fit_power`.
@@ -113,5 +115,7 @@ def fit_quality(
     power = fit_power(flops, value, floor=floor)
     power.fit.least_noise = float(seed_noise)
     if samples is not None and samples < 10_000:
-        power.warnings.append(f"{samples} samples: FID from few samples is biased upwards, and unequally between models")
+        power.warnings.append(
+            f"{samples} samples: FID from few samples is biased upwards, and unequally between models"
+        )
     return QualityFit(power, metric, feature_network, samples, float(seed_noise))

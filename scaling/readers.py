@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ditscale.errors import InputError
 
-# A law is fitted to finished runs; a longer file is a log of steps and must be reduced to one row a run first.
+# A law is fitted to finished runs; a longer file is a log of steps and must be reduced to one row a run
+# first.
 MAX_ROWS = 200_000
 _SAMPLE = 65_536
 
@@ -42,7 +43,9 @@ def read_columns(path: Path) -> tuple[Columns, NDArray[np.int64]]:
     except OSError as error:
         raise InputError(f"{path}: expected a readable file, got {error.strerror or error}") from error
     except UnicodeDecodeError:
-        raise InputError(f"{path}: expected a text table (CSV or JSON lines), got bytes that are no UTF-8 text") from None
+        raise InputError(
+            f"{path}: expected a text table (CSV or JSON lines), got bytes that are no UTF-8 text"
+        ) from None
 
 
 def _csv(path: Path) -> tuple[Columns, NDArray[np.int64]]:
@@ -72,25 +75,30 @@ def _csv(path: Path) -> tuple[Columns, NDArray[np.int64]]:
                 if len(lines) >= MAX_ROWS:
                     raise InputError(_too_many(path))
                 lines.append(reader.line_num)
-                for column, cell in zip(cells, row):
+                for column, cell in zip(cells, row, strict=True):
                     column.append(cell)
         except csv.Error as error:
             raise InputError(f"{path}: expected a CSV table, got {error} in line {reader.line_num}") from None
     if not lines:
         raise InputError(f"{path}: expected at least one row below the header, got none")
-    return {name: _numbers(column) for name, column in zip(header, cells)}, np.array(lines)
+    return {name: _numbers(column) for name, column in zip(header, cells, strict=True)}, np.array(lines)
 
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
     if len(header) < 2:
-        raise InputError(f"{path}: expected a CSV table of several columns, got the header {header[0][:60]!r}")
+        raise InputError(
+            f"{path}: expected a CSV table of several columns, got the header {header[0][:60]!r}"
+        )
     seen: set[str] = set()
     for name in header:
         if name in seen and name:
             raise InputError(f"{path}: expected every column name once, got {name!r} twice")
         seen.add(name)
     if all(_number(name) is not None for name in header):
-        raise InputError(f"{path}: expected a header line with column names, got the numbers {delimiter.join(header)[:60]!r}")
+        raise InputError(
+            f"{path}: expected a header line with column names, got the numbers "
+            f"{delimiter.join(header)[:60]!r}"
+        )
 
 
 def _number(text: str) -> float | None:
@@ -121,9 +129,13 @@ def _json_lines(path: Path) -> tuple[Columns, NDArray[np.int64]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                raise InputError(f"{path}: expected a JSON object in line {number}, got {line.strip()[:60]!r}") from None
+                raise InputError(
+                    f"{path}: expected a JSON object in line {number}, got {line.strip()[:60]!r}"
+                ) from None
             if not isinstance(record, dict):
-                raise InputError(f"{path}: expected a JSON object in line {number}, got {type(record).__name__}")
+                raise InputError(
+                    f"{path}: expected a JSON object in line {number}, got {type(record).__name__}"
+                )
             if len(records) >= MAX_ROWS:
                 raise InputError(_too_many(path))
             records.append(record)
@@ -146,7 +158,7 @@ def _json(path: Path) -> tuple[Columns, NDArray[np.int64]]:
         sizes = {len(v) for v in value.values()}
         if len(sizes) != 1:
             raise InputError(f"{path}: expected columns of one length, got lengths {sorted(sizes)}")
-        value = [dict(zip(value, row)) for row in zip(*value.values())]
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not all(isinstance(r, dict) for r in value):
         raise InputError(f"{path}: expected a list of runs (JSON objects), got {type(value).__name__}")
     if len(value) > MAX_ROWS:
@@ -174,7 +186,9 @@ def _parquet(path: Path) -> tuple[Columns, NDArray[np.int64]]:
     return {n: table.column(n).to_pylist() for n in names}, np.arange(1, table.num_rows + 1)
 
 
-def _from_records(records: list[Mapping[str, Any]], source: str, *, first: int) -> tuple[Columns, NDArray[np.int64]]:
+def _from_records(
+    records: list[Mapping[str, Any]], source: str, *, first: int
+) -> tuple[Columns, NDArray[np.int64]]:
     if not records:
         raise InputError(f"{source}: expected at least one run, got none")
     flat = [_flatten(r) for r in records]
@@ -183,7 +197,9 @@ def _from_records(records: list[Mapping[str, Any]], source: str, *, first: int) 
 
 
 def _flatten(record: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[str, Any]:
-    """Nested values as ``outer.inner``; a tracker's ``config``, ``summary`` and ``metrics`` lose their prefix."""
+    """Nested values as ``outer.inner``; a tracker's ``config``, ``summary`` and ``metrics`` lose their
+    prefix.
+    """
     out: dict[str, Any] = {}
     for key, value in record.items():
         name = f"{prefix}{key}"
@@ -215,7 +231,9 @@ def _study_records(folder: Path) -> list[Mapping[str, Any]]:
         if record.get("role", "fit") == "fit" and record.get("status", "finished") == "finished":
             records.append(record)
     if not records:
-        raise InputError(f"{folder}: expected at least one finished run with role fit, got {len(files)} other records")
+        raise InputError(
+            f"{folder}: expected at least one finished run with role fit, got {len(files)} other records"
+        )
     return records
 
 

@@ -1,7 +1,8 @@
 """Published scaling laws, as printed: their constants, units, rounding, range and source.
 
-A published law is a quotation. It may hold any of: power laws of compute (N_opt, D_opt, loss, quality), a loss surface,
-and hyper-parameter laws. ``checks`` are numbers that the source prints and the quoted constants must give back.
+A published law is a quotation. It may hold any of: power laws of compute (N_opt, D_opt, loss, quality), a
+loss surface, and hyper-parameter laws. ``checks`` are numbers that the source prints and the quoted constants
+must give back.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Power:
     def formula(self) -> str:
         """In plain text."""
         terms = " ".join(
-            (f"({x}/{self.scale[x]:g})" if x in self.scale else x) + f"^{e:g}" for x, e in self.exponents.items()
+            (f"({x}/{self.scale[x]:g})" if x in self.scale else x) + f"^{e:g}"
+            for x, e in self.exponents.items()
         )
         floor = f"{self.floor:g} + " if self.floor else ""
         return f"{floor}{self.coefficient:g} {terms} [{self.unit}]"
@@ -71,9 +73,11 @@ class Surface:
 
     def loss(self, params: Any, tokens: Any) -> Any:
         """The loss of a run."""
-        return self.E + self.A / np.asarray(params, dtype=float) ** self.alpha + self.B / np.asarray(
-            tokens, dtype=float
-        ) ** self.beta
+        return (
+            self.E
+            + self.A / np.asarray(params, dtype=float) ** self.alpha
+            + self.B / np.asarray(tokens, dtype=float) ** self.beta
+        )
 
     def optimum(self, flops: Any, *, cost: float = 6.0) -> tuple[Any, Any]:
         """N and D of least loss where a run costs ``cost * N * D``."""
@@ -107,7 +111,8 @@ class PublishedLaw:
         name: as the command line takes it.
         title: what it is about.
         source: paper and where in it.
-        reading: how the constants came here: "paper", "authors' code", "secondary notes", with what disagrees.
+        reading: how the constants came here: "paper", "authors' code", "secondary notes", with what
+            disagrees.
         laws: quantity -> Power: "params" (N_opt), "tokens" (D_opt), "loss", "fid", "batch_tokens", "lr".
         surface: a loss surface, or None.
         flop_convention: what C counts.
@@ -205,9 +210,11 @@ def _gidd(noise: str, a: float, alpha: float, b: float, beta: float, e: float) -
 _ALL = (
     PublishedLaw(
         name="liang2024",
-        title="image diffusion transformers (in-context text and time tokens), rectified flow, LAION-Aesthetic",
+        title="image diffusion transformers (in-context text and time tokens), rectified flow, "
+        "LAION-Aesthetic",
         source="Liang et al., Scaling Laws For Diffusion Transformers, arXiv:2410.08184",
-        reading="secondary notes and reviews agree; one review prints 3.3943 for the loss coefficient, a slip",
+        reading="secondary notes and reviews agree; one review prints 3.3943 for the loss coefficient, a "
+        "slip",
         laws={
             "params": compute_power(0.0009, 0.5681, "parameters", 1),
             "tokens": compute_power(186.8535, 0.4319, "tokens", 7),
@@ -226,7 +233,8 @@ _ALL = (
             Check("fid", {"flops": 1.5e21}, 25.0, 2e-3),
         ),
         notes=(
-            "0.0009 has one significant digit: N is uncertain by 5.6 % from rounding alone, and 6ND misses C by 0.9 %",
+            "0.0009 has one significant digit: N is uncertain by 5.6 % from rounding alone, and 6ND misses "
+            "C by 0.9 %",
             "the loss law has no floor; FID is on CLIP features and compares with no Inception FID",
             "the image resolution behind its tokens is not published",
         ),
@@ -238,10 +246,15 @@ _ALL = (
         reading="secondary notes agree; units found by matching the paper's figure 4",
         laws={
             "params": compute_power(0.8705, 0.4294, "parameters", 4),
-            "batch_tokens": Power(2.1797e4, {"tokens": 0.8080, "params": 0.1906}, "tokens", 5, scale=_BILLION),
-            "lr": Power(0.0002, {"tokens": -0.0453, "params": -0.1619}, "peak learning rate", 1, scale=_BILLION),
+            "batch_tokens": Power(
+                2.1797e4, {"tokens": 0.8080, "params": 0.1906}, "tokens", 5, scale=_BILLION
+            ),
+            "lr": Power(
+                0.0002, {"tokens": -0.0453, "params": -0.1619}, "peak learning rate", 1, scale=_BILLION
+            ),
         },
-        flop_convention="tokens * (3/4) N (7 + n_ctx/d): forward and backward, attention in both directions counted",
+        flop_convention="tokens * (3/4) N (7 + n_ctx/d): forward and backward, attention in both directions "
+        "counted",
         budget_range=(2e17, 2e19),
         checks=(
             Check("params", {"flops": 1e22}, 2.43e9, 0.01),
@@ -266,7 +279,8 @@ _ALL = (
         name="yin2024-video-fixed",
         title="the same with fixed, not tuned, batch and learning rate: what untuned hyper-parameters cost",
         source="Yin et al., arXiv:2411.17470, figure 6c",
-        reading="derived: exponent 30.26 % above 0.4294 as stated, coefficient from 4.04e9 parameters at 1e22",
+        reading="derived: exponent 30.26 % above 0.4294 as stated, coefficient from 4.04e9 parameters at "
+        "1e22",
         laws={"params": compute_power(0.0020, 0.4294 * 1.3026, "parameters", 2)},
         flop_convention="as yin2024-video",
         checks=(Check("params", {"flops": 1e22}, 4.04e9, 0.01),),
@@ -359,7 +373,8 @@ _ALL = (
     PublishedLaw(
         name="dol2025-edm2",
         title="EDM2 loss against compute with the optimal diffusion loss as floor",
-        source="Diagnosing and Improving Diffusion Models by Estimating the Optimal Loss Value, arXiv:2506.13763",
+        source="Diagnosing and Improving Diffusion Models by Estimating the Optimal Loss Value, "
+        "arXiv:2506.13763",
         reading="secondary notes; the unit of F was not read",
         laws={"loss_of_F": Power(0.3675, {"F": -0.014}, "diffusion loss", 4, floor=0.015)},
         flop_convention="F in an unit that was not read",

@@ -65,13 +65,15 @@ class LawFit:
         objective: the weighted sum of losses at the optimum.
         certificate: decrement, kkt, iterations, sharp-knee scale: what convergence rests on.
         converged: whether the certificate holds.
-        starts, starts_agreeing: how many starts were polished, and how many reached this optimum (1e-8 relative).
+        starts, starts_agreeing: how many starts were polished, and how many reached this optimum (1e-8
+            relative).
         at_bounds: names of parameters at a bound.
         warnings: what a reader must know, one sentence each.
         seconds: wall time of the fit.
         seed, draws: of bootstraps.
         interval_method: see ``intervals.py``.
-        least_noise: spread of one observation below which no interval of a new one is drawn, in the fit's residuals.
+        least_noise: spread of one observation below which no interval of a new one is drawn, in the fit's
+            residuals.
     """
 
     law: Law
@@ -132,7 +134,9 @@ class LawFit:
 
     @cached_property
     def share_inside(self) -> float | None:
-        """Share of points within the loss's knee: near 0, a Huber fit is a least-absolute-deviation fit in all but name."""
+        """Share of points within the loss's knee: near 0, a Huber fit is a least-absolute-deviation fit in
+        all but name.
+        """
         if self.loss.kind not in ("huber", "envelope") or self.asked_loss == "l1":
             return None
         return float(np.mean(np.abs(self.residuals) <= (self.loss.scale or 0.0)))
@@ -146,14 +150,17 @@ class LawFit:
 
     @cached_property
     def _errors(self) -> Array:
-        """psi(r) / mean psi': the errors that a robust fit averages (the residuals themselves for least squares)."""
+        """psi(r) / mean psi': the errors that a robust fit averages (the residuals themselves for least
+        squares).
+        """
         r = self.residuals
         if self.loss.kind == "mse":
             return r
         slope = self.loss.psi(r)
         bend = float(np.average(self.loss.curvature(r), weights=self.weights))
         if self.loss.kind in ("huber", "envelope"):
-            # With few points inside a sharp knee their share is a poor estimate of the density there: widen the window.
+            # With few points inside a sharp knee their share is a poor estimate of the density there: widen
+            # the window.
             knee = self.loss.scale or 0.0
             sigma = robust_sigma(r, free_parameters=len(self.theta))
             window = max(knee, sigma * (self.n ** (-1 / 5)))
@@ -166,7 +173,9 @@ class LawFit:
         return slope / bend * correction
 
     def components_for(self, method: str) -> Components:
-        """Variance components as an interval method sees them: with budgets for "components" and "case-t", else runs alone."""
+        """Variance components as an interval method sees them: with budgets for "components" and "case-t",
+        else runs alone.
+        """
         if method not in self._parts:
             root = np.sqrt(self.weights / self.weights.mean())
             free = [i for i, name in enumerate(self.law.names) if name not in self.at_bounds]
@@ -225,7 +234,9 @@ class LawFit:
             return intervals.gradient_of(quantity, self.theta, self._se)
 
     def interval(self, name: str, *, method: str | None = None, level: float = 0.95) -> Interval:
-        """The interval of one parameter by its name; coefficients and other positive ones on their logarithm."""
+        """The interval of one parameter by its name; coefficients and other positive ones on their
+        logarithm.
+        """
         if name not in self.law.names:
             raise InputError(f"name: expected one of {', '.join(self.law.names)}, got {name!r}")
         return self.interval_of(
@@ -247,7 +258,9 @@ class LawFit:
         level: float = 0.95,
         new_run: bool | float = False,
     ) -> Interval:
-        """The interval of any quantity of the internal parameters; see :func:`ditscale.scaling.intervals.interval_of`."""
+        """The interval of any quantity of the internal parameters; see
+        :func:`ditscale.scaling.intervals.interval_of`.
+        """
         return intervals.interval_of(
             self, quantity, log=log, method=method or self.interval_method, level=level, new_run=new_run
         )
@@ -290,7 +303,8 @@ class LawFit:
             beyond=beyond,
         )
 
-    # --- replicates -----------------------------------------------------------------------------------------------
+    # --- replicates
+    # -----------------------------------------------------------------------------------------------
 
     @cached_property
     def _replicates(self) -> dict[Any, Array]:
@@ -300,7 +314,8 @@ class LawFit:
         """Refit to resampled data: internal parameters [draws, p].
 
         Args:
-            kind: "case" resamples runs, "cluster" whole budgets, "wild" flips the signs of residuals at random.
+            kind: "case" resamples runs, "cluster" whole budgets, "wild" flips the signs of residuals at
+                random.
             draws: how many. Default: the fit's, 1000.
             seed: of the generator. Default: the fit's.
         """
@@ -316,12 +331,16 @@ class LawFit:
             elif kind == "cluster":
                 groups = self._need_groups("cluster bootstrap")
                 count = int(groups.max()) + 1
-                weights = rng.multinomial(count, np.full(count, 1 / count), size=draws)[:, groups] * self.weights
+                weights = (
+                    rng.multinomial(count, np.full(count, 1 / count), size=draws)[:, groups] * self.weights
+                )
             elif kind == "wild":
                 signs = rng.choice([-1.0, 1.0], size=(draws, self.n))
                 grow = np.sqrt(self.n / max(self.n - len(self.theta), 1))
-                shifted = np.log(self._model.value(self.theta[None, :])) if self.space == "log" else self._model.value(
-                    self.theta[None, :]
+                shifted = (
+                    np.log(self._model.value(self.theta[None, :]))
+                    if self.space == "log"
+                    else self._model.value(self.theta[None, :])
                 )
                 values = shifted + signs * self.residuals * grow
                 target = np.exp(values) if self.space == "log" else np.maximum(values, 1e-300)
@@ -331,7 +350,9 @@ class LawFit:
         return self._replicates[key]
 
     def jackknife(self) -> Array:
-        """Refit without one budget at a time (without one point at a time where there are no budgets) [G, p]."""
+        """Refit without one budget at a time (without one point at a time where there are no budgets) [G,
+        p].
+        """
         if "jackknife" not in self._replicates:
             groups = np.arange(self.n) if self.groups is None else self.groups
             count = int(groups.max()) + 1
@@ -341,7 +362,9 @@ class LawFit:
 
     def _refit(self, weights: Array, target: Array, count: int) -> Array:
         start = np.repeat(self.theta[None, :], count, axis=0)
-        solution = engine.minimise(self._bounded(), target, self.loss, start, weights=weights, space=self.space)
+        solution = engine.minimise(
+            self._bounded(), target, self.loss, start, weights=weights, space=self.space
+        )
         return solution.theta
 
     def _bounded(self) -> engine.Model:
@@ -359,7 +382,8 @@ class LawFit:
         """Public parameters of replicates."""
         return self.law.export(theta, self.centre)
 
-    # --- output ---------------------------------------------------------------------------------------------------
+    # --- output
+    # ---------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         """Everything needed to read and replay the fit, as plain values."""
@@ -416,7 +440,9 @@ class LawFit:
             saved = record["saved"]
             law = law_by_name(record["law"], saved["floor"])
             if saved["inputs"] is None:
-                raise InputError("law: expected a fit saved with its points, got one of too many points; fit it again")
+                raise InputError(
+                    "law: expected a fit saved with its points, got one of too many points; fit it again"
+                )
             loss = parse_loss(record["loss_used"])
             return cls(
                 law=law,
@@ -448,9 +474,11 @@ class LawFit:
         """A readable table."""
         lines = [
             f"{self.law.name}: {self.law.formula}",
-            f"  {self.n} points, loss {self.loss.name} in {self.space} space, objective {self.objective:.12g} (sum)",
+            f"  {self.n} points, loss {self.loss.name} in {self.space} space, objective "
+            f"{self.objective:.12g} (sum)",
             f"  {'converged' if self.converged else 'NOT CONVERGED'}: could still fall by "
-            f"{self.certificate['decrement']:.1e} of itself; {self.starts_agreeing} of {self.starts} starts agree",
+            f"{self.certificate['decrement']:.1e} of itself; {self.starts_agreeing} of {self.starts} starts "
+            f"agree",
             f"  {'':14s}{'estimate':>16s}   95 % interval",
         ]
         for name in self.law.names:

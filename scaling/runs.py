@@ -1,4 +1,6 @@
-"""The run table: one finished training run a row, columns with names and units, nothing pooled by accident."""
+"""The run table: one finished training run a row, columns with names and units, nothing pooled by
+accident.
+"""
 
 from __future__ import annotations
 
@@ -70,19 +72,21 @@ class RunTable:
         Args:
             path: the file, or a study folder (its ``runs/*/run.json`` with role "fit" and status "finished").
             params: column of model sizes N in parameters. Default: "params" where there is one.
-            images, tokens: column of training data D, in images or tokens; one of the two. Default: "images", then "tokens".
+            images, tokens: column of training data D, in images or tokens; one of the two. Default: "images",
+                then "tokens".
             flops: column of training compute in FLOPs. Default: "flops".
             loss: column of losses. Default: "loss".
             budget: column of nominal budgets in FLOPs. Default: "budget".
-            where: keep the rows for which this expression holds, such as ``params > 1e7 and lr == 0.001``; a column
-                whose name is no identifier stands in backticks.
+            where: keep the rows for which this expression holds, such as ``params > 1e7 and lr == 0.001``; a
+                column whose name is no identifier stands in backticks.
             drop_highest: leave out this many rows of highest loss. Default: 0.
-            tokens_from_6nd: derive D = C / (6 N), a language model's convention that is wrong for DiTs. Default: False.
+            tokens_from_6nd: derive D = C / (6 N), a language model's convention that is wrong for DiTs.
+                Default: False.
             pool: accept runs that differ in loss convention, schedule or data. Default: False.
 
         Raises:
-            InputError: the file cannot be read; a column is missing or duplicated; a number is not one (names row and
-                column); runs of different conventions would be pooled.
+            InputError: the file cannot be read; a column is missing or duplicated; a number is not one (names
+                row and column); runs of different conventions would be pooled.
         """
         columns, rows = read_columns(Path(path))
         return cls.from_columns(
@@ -171,7 +175,8 @@ class RunTable:
         """Training data D, in :attr:`data_unit`."""
         if "images" not in self.roles and "tokens" not in self.roles:
             raise InputError(
-                f"tokens: expected a column of images or tokens in {self.source}; name one with --images or --tokens, "
+                f"tokens: expected a column of images or tokens in {self.source}; name one with --images or "
+                f"--tokens, "
                 "or derive it with --tokens-from-6nd"
             )
         return self.column(self.data_unit)
@@ -215,7 +220,9 @@ class RunTable:
         """The rows for which a comparison holds; see :meth:`read`."""
         mask = evaluate(expression, self.columns, len(self))
         if not mask.any():
-            raise InputError(f"where: expected {expression!r} to hold for at least one of {len(self)} rows, got none")
+            raise InputError(
+                f"where: expected {expression!r} to hold for at least one of {len(self)} rows, got none"
+            )
         return self.take(mask, f"kept {int(mask.sum())} of {len(self)} rows where {expression}")
 
     def drop_highest(self, count: int) -> RunTable:
@@ -226,7 +233,9 @@ class RunTable:
         return self.take(keep, f"dropped the {count} highest losses")
 
     def with_tokens_from_6nd(self) -> RunTable:
-        """Add D = C / (6 N) in tokens. Over-counts an adaLN DiT by about 1.4; here for language-model tables."""
+        """Add D = C / (6 N) in tokens. Over-counts an adaLN DiT by about 1.4; here for language-model
+        tables.
+        """
         column = self.flops / (6.0 * self.params)
         roles = {k: v for k, v in self.roles.items() if k not in ("images", "tokens")}
         return dataclasses.replace(
@@ -248,7 +257,8 @@ class RunTable:
             values = [v for v in dict.fromkeys(self.columns[name].tolist()) if v not in (None, "") and v == v]
             if len(values) > 1:
                 raise InputError(
-                    f"{name}: expected one value over all runs of {self.source}, got {values[0]!r} and {values[1]!r}; "
+                    f"{name}: expected one value over all runs of {self.source}, got {values[0]!r} and "
+                    f"{values[1]!r}; "
                     f"select with --where, or pool them on purpose with --pool"
                 )
 
@@ -256,7 +266,7 @@ class RunTable:
         column = self.columns[name]
         label = role if role == name else f"{role} (column {name!r})"
         if column.dtype == object:
-            for row, value in zip(self.rows, column):
+            for row, value in zip(self.rows, column, strict=True):
                 if isinstance(value, str) or value is None:
                     came = "an empty cell" if value in (None, "") else repr(value)
                     raise InputError(f"{label}: expected a number in row {row} of {self.source}, got {came}")
@@ -265,13 +275,15 @@ class RunTable:
         if bad.size:
             i = int(bad[0])
             raise InputError(
-                f"{label}: expected a positive number in row {self.rows[i]} of {self.source}, got {values[i]:g}"
+                f"{label}: expected a positive number in row {self.rows[i]} of {self.source}, got "
+                f"{values[i]:g}"
             )
         return values
 
 
 def cluster_budgets(flops: Array, *, tolerance: float = 0.25) -> Array:
-    """Nominal budgets from measured compute: sorted runs are cut where the next costs over ``tolerance`` more.
+    """Nominal budgets from measured compute: sorted runs are cut where the next costs over ``tolerance``
+    more.
 
     Returns:
         The geometric mean of each run's group.

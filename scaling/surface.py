@@ -23,7 +23,8 @@ from ditscale.scaling.runs import RunTable
 
 _MIN_LEVELS = 3
 _MAX_DRAWS = 100_000
-# The optimum of a law without a closed form is sought within this factor of the fitted sizes' middle, in log N.
+# The optimum of a law without a closed form is sought within this factor of the fitted sizes' middle, in log
+# N.
 _SEARCH = np.log(1e9)
 
 
@@ -177,16 +178,22 @@ class SurfaceFit:
     def _data(self, data: Any, images: Any, tokens: Any) -> Any:
         other = tokens if self.data_unit == "images" else images
         if other is not None:
-            raise InputError(f"{'tokens' if self.data_unit == 'images' else 'images'}: this law counts {self.data_unit}")
+            raise InputError(
+                f"{'tokens' if self.data_unit == 'images' else 'images'}: this law counts {self.data_unit}"
+            )
         mine = images if self.data_unit == "images" else tokens
         return mine if mine is not None else data
 
     def optimum(self, flops: float, *, level: float = 0.95, method: str | None = None) -> dict[str, Interval]:
-        """The compute-optimal run at a budget: intervals of params, data, loss, new_run (the loss of one run) and ratio D/N."""
+        """The compute-optimal run at a budget: intervals of params, data, loss, new_run (the loss of one
+        run) and ratio D/N.
+        """
         self._need_cost()
         budget = _budget(flops)
         if not self.allocates:
-            raise InputError(f"law: {self.fit.law.name} needs {', '.join(self.fit.law.inputs)}: no split of compute alone")
+            raise InputError(
+                f"law: {self.fit.law.name} needs {', '.join(self.fit.law.inputs)}: no split of compute alone"
+            )
 
         def log_of(which: int) -> Quantity:
             return lambda th: np.exp(self.log_optimum(th, budget)[which])
@@ -232,7 +239,9 @@ class SurfaceFit:
             # Without one exponent: the local one at the middle of the runs.
             n, d = (float(np.exp(self.fit.centre[k])) for k in ("params", "data"))
             c = self.cost.flops(n, d) if self.cost else n * d
-            a = (self.log_optimum(theta, c * 1.1)[0] - self.log_optimum(theta, c / 1.1)[0]) / (2 * np.log(1.1))
+            a = (self.log_optimum(theta, c * 1.1)[0] - self.log_optimum(theta, c / 1.1)[0]) / (
+                2 * np.log(1.1)
+            )
         return a, 1.0 - p * a
 
     def log_optimum(self, theta: Array, flops: float) -> tuple[Array, Array, Array]:
@@ -257,16 +266,22 @@ class SurfaceFit:
         """Loss of parameter set i at point i."""
         out = np.empty(len(theta))
         for i in range(len(theta)):
-            model = self.fit.law.model({"params": log_n[i : i + 1], "data": log_d[i : i + 1]}, self.fit.centre)
+            model = self.fit.law.model(
+                {"params": log_n[i : i + 1], "data": log_d[i : i + 1]}, self.fit.centre
+            )
             with np.errstate(all="ignore"):
                 out[i] = np.log(model.value(theta[i : i + 1])[0, 0])
         return out
 
     def _search(self, theta: Array, c: float, p: float) -> Array:
-        """Golden-section search for the best log N along ``p log N + log D = c``, for all parameter sets at once."""
+        """Golden-section search for the best log N along ``p log N + log D = c``, for all parameter sets at
+        once.
+        """
         middle = self.fit.centre["params"]
         grid = np.linspace(middle - _SEARCH, middle + _SEARCH, 241)
-        values = np.stack([self._log_loss(theta, np.full(len(theta), g), np.full(len(theta), c - p * g)) for g in grid])
+        values = np.stack(
+            [self._log_loss(theta, np.full(len(theta), g), np.full(len(theta), c - p * g)) for g in grid]
+        )
         i = np.argmin(np.where(np.isfinite(values), values, np.inf), axis=0)
         low, high = grid[np.maximum(i - 1, 0)], grid[np.minimum(i + 1, len(grid) - 1)]
         golden = (np.sqrt(5.0) - 1.0) / 2.0
@@ -274,7 +289,8 @@ class SurfaceFit:
             left, right = high - golden * (high - low), low + golden * (high - low)
             better = self._log_loss(theta, left, c - p * left) < self._log_loss(theta, right, c - p * right)
             low, high = np.where(better, low, left), np.where(better, right, high)
-        return 0.5 * (low + high)
+        best: Array = 0.5 * (low + high)
+        return best
 
     def to_json(self) -> dict[str, Any]:
         """The contract's keys of ``ditscale fit surface --json`` and everything else of the fit."""
@@ -307,7 +323,9 @@ class SurfaceFit:
         span = record.get("flops_range")
         return cls(
             fit=fit,
-            cost=CostLaw(cost["coefficient"], cost["exponent"], cost["rms_relative_error"], cost["source"]) if cost else None,
+            cost=CostLaw(cost["coefficient"], cost["exponent"], cost["rms_relative_error"], cost["source"])
+            if cost
+            else None,
             data_unit=record["data_unit"],
             source=record["source_file"],
             flops_range=(span[0], span[1]) if span else None,
@@ -346,14 +364,17 @@ def fit_surface(
 
     Args:
         table: runs, or a file or study folder to read (``columns`` then go to :meth:`RunTable.read`).
-        law: "surface" (E + A/N^alpha + B/D^beta), "surface-tied", "surface-floorless", "skaling", "kaplan", "farseer", or
+        law: "surface" (E + A/N^alpha + B/D^beta), "surface-tied", "surface-floorless", "skaling", "kaplan",
+            "farseer", or
             one with more inputs: "moe", "moe-density", "repetition".
-        inputs: columns of the law's other inputs by name, such as ``{"unique": "unique_images"}``. Default: a column of
-            the input's own name.
-        loss_fn: "huber:1e-3" with ``space="log"`` is Chinchilla's; the default's knee is 1.345 robust spreads.
+        inputs: columns of the law's other inputs by name, such as ``{"unique": "unique_images"}``. Default: a
+            column of the input's own name.
+        loss_fn: "huber:1e-3" with ``space="log"`` is Chinchilla's; the default's knee is 1.345 robust
+            spreads.
         space: "log" or "raw" residuals.
         starts: starts of the variable-projection grid that are polished. Default: 8.
-        bootstrap: case-bootstrap draws for ``sd``; with 100 runs or more their percentiles are then the intervals.
+        bootstrap: case-bootstrap draws for ``sd``; with 100 runs or more their percentiles are then the
+            intervals.
             Default: 0.
         seed: of the bootstrap.
         interval_method: see :mod:`ditscale.scaling.intervals`.
@@ -377,7 +398,8 @@ def fit_surface(
         levels = len(np.unique(np.round(np.log(values), 6)))
         if levels < _MIN_LEVELS:
             raise InputError(
-                f"{name}: expected at least {_MIN_LEVELS} different values to fit a surface, got {levels} in {len(runs)} runs"
+                f"{name}: expected at least {_MIN_LEVELS} different values to fit a surface, got {levels} "
+                f"in {len(runs)} runs"
             )
     fit = fit_law(
         form,
@@ -397,9 +419,13 @@ def fit_surface(
         cost = CostLaw.measured(n, d, runs.flops) if runs.has("flops") else None
     ray = abs(float(np.corrcoef(np.log(n), np.log(d))[0, 1]))
     if ray > 0.999:
-        fit.warnings.append("not identifiable: all runs lie on one line of log N against log D; vary N at fixed compute")
+        fit.warnings.append(
+            "not identifiable: all runs lie on one line of log N against log D; vary N at fixed compute"
+        )
     if cost and cost.rms > 0.1:
-        fit.warnings.append(f"compute is {100 * cost.rms:.0f} % (rms) off k*N^p*D: allocations from this law are that rough")
+        fit.warnings.append(
+            f"compute is {100 * cost.rms:.0f} % (rms) off k*N^p*D: allocations from this law are that rough"
+        )
     result = SurfaceFit(
         fit=fit,
         cost=cost,
@@ -422,7 +448,9 @@ def _other_inputs(runs: RunTable, law: Law, columns: Mapping[str, str]) -> dict[
     others = [name for name in law.inputs if name not in ("params", "data")]
     for name in columns:
         if name not in others:
-            raise InputError(f"input: expected one of {', '.join(others) or 'none'} for law {law.name}, got {name!r}")
+            raise InputError(
+                f"input: expected one of {', '.join(others) or 'none'} for law {law.name}, got {name!r}"
+            )
     return {name: runs.column(columns.get(name, name)) for name in others}
 
 

@@ -65,7 +65,7 @@ def evaluate(expression: str, columns: Mapping[str, NDArray[Any]], rows: int) ->
             return -walk(node.operand)
         if isinstance(node, ast.Compare):
             left, result = walk(node.left), True
-            for op, right_node in zip(node.ops, node.comparators):
+            for op, right_node in zip(node.ops, node.comparators, strict=True):
                 if type(op) not in _COMPARE:
                     break
                 right = walk(right_node)
