@@ -1,7 +1,8 @@
 """How the page's figures look, and how they get from matplotlib into a file or into a page.
 
-Every colour comes from :data:`INK` or from :func:`ramp`, each with a light and a dark value. Files on disk are light; in
-a page the light values become style-sheet variables, so that the same drawing follows the reader's theme.
+Every colour comes from :data:`INK` or from :func:`ramp`, each with a light and a dark value. Files on disk
+are light; in a page the light values become style-sheet variables, so that the same drawing follows the
+reader's theme.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# name -> (light, dark). Blue and vermilion are told apart under every common colour blindness (Okabe and Ito).
+# name -> (light, dark). Blue and vermilion are told apart under every common colour blindness (Okabe and
+# Ito).
 INK: dict[str, tuple[str, str]] = {
     "ink": ("#1c2230", "#e8ebf1"),
     "muted": ("#5b6475", "#a3adbf"),
@@ -33,7 +35,7 @@ INK: dict[str, tuple[str, str]] = {
     "fitted": ("#f3f5f9", "#1d2331"),
 }
 _RAMPS = {"budget": ("viridis", (0.58, 0.06), (0.50, 0.96)), "size": ("plasma", (0.68, 0.02), (0.40, 0.95))}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10.0,
@@ -63,6 +65,8 @@ _STYLE = {
     "svg.hashsalt": "ditscale",
     "path.simplify": True,
 }
+# Inches: across a page, and for a telephone, where the same letters must stay readable.
+WIDE, NARROW = 9.6, 4.5
 LIGHT = {name: pair[0] for name, pair in INK.items()}
 _HALO = 2.2
 # Coordinates finer than a hundredth of a point.
@@ -70,7 +74,7 @@ _DECIMALS = re.compile(r"(?<=[ \"(-])\d+\.\d{3,}")
 
 
 def ramp(kind: str, count: int) -> list[tuple[str, str]]:
-    """(light, dark) colours of ``count`` rising budgets or sizes; the largest stands out most on either ground."""
+    """(light, dark) colours of ``count`` rising budgets or sizes; the largest stands out most."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -106,7 +110,8 @@ def inline_svg(figure: Figure, name: str, label: str, colours: dict[str, tuple[s
     from matplotlib.text import Text
 
     buffer = io.StringIO()
-    # A rim around text would turn its letters into paths; the page's style sheet draws it instead (ids with "halo").
+    # A rim around text would turn its letters into paths; the page's style sheet draws it instead (ids with
+    # "halo").
     rims = {text: text.get_path_effects() for text in figure.findobj(Text) if text.get_path_effects()}
     for i, text in enumerate(rims):
         text.set_gid(f"halo-{i}")
@@ -139,7 +144,7 @@ def inline_svg(figure: Figure, name: str, label: str, colours: dict[str, tuple[s
 def style() -> Iterator[None]:
     import matplotlib as mpl
 
-    ink = {
+    ink: dict[Any, Any] = {
         "text.color": LIGHT["ink"],
         "axes.labelcolor": LIGHT["muted"],
         "axes.edgecolor": LIGHT["edge"],

@@ -8,9 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ditscale.scaling.figure_law import (
+    all_sizes,
+    budget_colours,
+    draw_law,
+    law_figure,
+    law_line,
+    range_label,
+    reach,
+    size_colours,
+    size_words,
+)
 from ditscale.scaling.figure_style import (
     INK,
     LIGHT,
+    NARROW,
+    WIDE,
     canvas,
     count_axis,
     flops_axis,
@@ -26,14 +39,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Inches: across a page, and for a telephone, where the same letters must stay readable.
-_WIDE, _NARROW = 9.6, 4.5
-
 
 def colours(view: StudyView) -> dict[str, tuple[str, str]]:
     """Every colour that the study's figures use, by name: (light, dark)."""
     named = dict(INK)
-    for kind, count in (("budget", len(view.budgets)), ("size", len(_sizes(view)))):
+    for kind, count in (("budget", len(view.budgets)), ("size", len(all_sizes(view)))):
         named |= {f"{kind}-{i}": pair for i, pair in enumerate(ramp(kind, count))}
     return named
 
@@ -49,7 +59,7 @@ def draw_figures(view: StudyView, *, narrow: bool = False) -> dict[str, Figure]:
         Name ("law", "isoflop", "optima", "curves", "timesteps") -> figure; a figure without data is left out.
     """
     painters: dict[str, tuple[Callable[[StudyView], bool], Callable[[StudyView, bool], Figure]]] = {
-        "law": (lambda v: bool(v.laws and v.laws.loss and v.runs), _law_figure),
+        "law": (lambda v: bool(v.laws and v.laws.loss and v.runs), law_figure),
         "isoflop": (lambda v: len(v.fitted) >= 3 and bool(v.budgets), _isoflop_figure),
         "optima": (
             lambda v: bool(v.laws and v.laws.params and v.laws.data and v.laws.optima),
@@ -66,249 +76,12 @@ def draw_figures(view: StudyView, *, narrow: bool = False) -> dict[str, Figure]:
     return figures
 
 
-def size_words(view: StudyView) -> str:
-    return "parameters per token N" if view.size == "params_per_token" else "parameters N"
-
-
-def _sizes(view: StudyView) -> list[float]:
-    return sorted({view.size_of(c.record) for c in view.curves} | {view.size_of(r) for r in view.runs})
-
-
-def _budget_colours(view: StudyView) -> dict[float, str]:
-    return {
-        budget: pair[0] for budget, pair in zip(view.budgets, ramp("budget", len(view.budgets)), strict=True)
-    }
-
-
-def _size_colours(view: StudyView) -> dict[float, str]:
-    sizes = _sizes(view)
-    return {size: pair[0] for size, pair in zip(sizes, ramp("size", len(sizes)), strict=True)}
-
-
-def _reach(view: StudyView) -> tuple[float, float]:
-    """The budgets that figures over C show."""
-    budgets = [*view.budgets]
-    for given in (view.prediction, view.outcome):
-        if given:
-            budgets.append(float(given["budget"]))
-    target = view.study.get("target_budget")
-    if target:
-        budgets.append(float(target))
-    return min(budgets) / 1.6, max(budgets) * 1.9
-
-
-def _law_line(law: LawView, low: float, high: float) -> tuple[Any, Any, Any, Any]:
-    """Budgets, law and its ends (None without a band) between two budgets."""
-    if law.band is not None:
-        keep = (law.band.budget >= low * 0.999) & (law.band.budget <= high * 1.001)
-        if keep.sum() >= 2:
-            return law.band.budget[keep], law.band.value[keep], law.band.low[keep], law.band.high[keep]
-    budget = np.geomspace(low, high, 64)
-    return budget, law(budget), None, None
-
-
-def _draw_law(ax: Axes, view: StudyView, law: LawView, *, band_label: bool = False) -> None:
-    """The law: solid where it was fitted, dashed beyond, on its band; the fitted range as a pale ground."""
-    assert view.laws is not None
-    low, high = _reach(view)
-    budget, value, least, most = _law_line(law, low, high)
-    if least is not None:
-        ax.fill_between(budget, least, most, color=LIGHT["law"], alpha=0.16, linewidth=0, zorder=1.5)
-    ends = view.laws.fitted_range or (min(view.budgets), max(view.budgets))
-    ax.axvspan(*ends, color=LIGHT["fitted"], zorder=0, linewidth=0)
-    inside = np.geomspace(*ends, 40)
-    on_line = np.exp(np.interp(np.log(inside), np.log(budget), np.log(value)))
-    ax.plot(budget, value, color=LIGHT["law"], linewidth=1.3, linestyle=(0, (4, 2.6)), zorder=2.4)
-    ax.plot(inside, on_line, color=LIGHT["law"], linewidth=1.9, zorder=2.5)
-    ax.set_xlim(low, high)
-
-
-def _range_label(ax: Axes, view: StudyView) -> None:
-    assert view.laws is not None
-    ends = view.laws.fitted_range or (min(view.budgets), max(view.budgets))
-    ax.annotate(
-        "fitted range",
-        (math.sqrt(ends[0] * ends[1]), 0.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 6),
-        textcoords="offset points",
-        ha="center",
-        color=LIGHT["muted"],
-        fontsize=8.5,
-    )
-
-
-# The law, the prediction and what came
-
-
-def _law_figure(view: StudyView, narrow: bool) -> Figure:
-    assert view.laws is not None and view.laws.loss is not None
-    figure, ax = canvas(*((_NARROW, 4.3) if narrow else (_WIDE, 5.0)))
-    law = view.laws.loss
-    low, high = _reach(view)
-    tint = _budget_colours(view)
-    for run in view.fitted:
-        ax.plot(
-            run["flops"],
-            run["loss"],
-            "o",
-            ms=4.2,
-            mfc=tint[float(run["budget"])],
-            mec="none",
-            alpha=0.55,
-            zorder=2,
-        )
-    _draw_law(ax, view, law)
-    for best in view.laws.optima:
-        ax.plot(
-            best.budget,
-            best.loss,
-            "D",
-            ms=6.2,
-            mfc=tint.get(best.budget, LIGHT["law"]),
-            mec=LIGHT["card"],
-            mew=1.0,
-            zorder=4,
-        )
-    budget, value, least, _ = _law_line(law, low, high)
-    losses = [float(run["loss"]) for run in view.runs] + list(np.atleast_1d(value))
-    if least is not None:
-        losses += list(least)
-    bottom, top = min(losses), max(float(run["loss"]) for run in view.runs)
-    # Far off its optimum a run says nothing about the law; the worst of them may leave the picture.
-    top = min(top, 2.2 * max(best.loss for best in view.laws.optima)) if view.laws.optima else top
-    if view.prediction:
-        bottom = min(bottom, float(view.prediction["interval_95"][0]))
-    flops_axis(ax)
-    loss_axis(ax, bottom * (bottom / top) ** 0.06, top * (top / bottom) ** 0.05)
-    _range_label(ax, view)
-    _law_legend(ax, view, law, narrow)
-    if view.prediction:
-        _draw_prediction(ax, view, size=8.5)
-        if not narrow:
-            _zoom(ax, view)
-    return figure
-
-
-def _law_legend(ax: Axes, view: StudyView, law: LawView, narrow: bool) -> None:
-    """Labels beside what they name, in the empty upper left of a falling curve's start."""
-    assert view.laws is not None
-    best = view.laws.optima
-    if best:
-        first = [run for run in view.fitted if float(run["budget"]) == best[0].budget]
-        worst = max((float(run["loss"]) for run in first), default=best[0].loss)
-        ax.annotate(
-            "dots: runs" if narrow else "every dot a run, every column a budget",
-            (best[0].budget, min(worst, ax.get_ylim()[1] * 0.99)),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            color=LIGHT["muted"],
-        )
-    budget, value, least, most = _law_line(law, *_reach(view))
-    at = math.exp(0.62 * math.log(budget[-1]) + 0.38 * math.log(max(view.budgets)))
-    height = float(np.interp(math.log(at), np.log(budget), value if least is None else least))
-    words = "the law, extrapolated" if least is None else "the law and its 95 % band\nfor a new run"
-    words = words.replace(" and its", "\nand its") if narrow else words
-    halo(
-        ax.annotate(
-            words,
-            (at, height),
-            xytext=(-10, -12),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=LIGHT["law"],
-            fontsize=9,
-            linespacing=1.3,
-        )
-    )
-
-
-def _draw_prediction(
-    ax: Axes, view: StudyView, *, size: float, x: float | None = None, spread: float = 1.0
-) -> None:
-    """The prediction with its interval, and the measured point where there is one."""
-    assert view.prediction is not None
-    at = float(view.prediction["budget"]) if x is None else x
-    value, (low, high) = float(view.prediction["loss"]), map(float, view.prediction["interval_95"])
-    ax.errorbar(
-        at / spread,
-        value,
-        yerr=[[value - low], [high - value]],
-        fmt="o",
-        ms=size,
-        mfc=LIGHT["card"],
-        mec=LIGHT["law"],
-        mew=1.8,
-        ecolor=LIGHT["law"],
-        elinewidth=1.8,
-        capsize=4.5,
-        capthick=1.8,
-        zorder=5,
-    )
-    if view.outcome:
-        ax.plot(
-            at * spread,
-            float(view.outcome["measured_loss"]),
-            "*",
-            ms=1.75 * size,
-            mfc=LIGHT["measured"],
-            mec=LIGHT["card"],
-            mew=0.8,
-            zorder=6,
-        )
-
-
-def _zoom(ax: Axes, view: StudyView) -> None:
-    """The comparison on a scale at which it can be seen, in the corner that a falling law leaves empty."""
-    assert view.prediction is not None
-    value, (low, high) = float(view.prediction["loss"]), map(float, view.prediction["interval_95"])
-    zoom = ax.inset_axes((0.655, 0.50, 0.335, 0.44))
-    zoom.set_facecolor(LIGHT["card"])
-    zoom.patch.set_alpha(0.94)
-    for side in ("top", "right"):
-        zoom.spines[side].set_visible(True)
-    zoom.set_xlim(0, 1)
-    ends = [low, high] + ([float(view.outcome["measured_loss"])] if view.outcome else [])
-    room = 0.16 * (max(ends) - min(ends))
-    zoom.set_ylim(min(ends) - room, max(ends) + room)
-    zoom.set_xticks([])
-    zoom.grid(axis="x", visible=False)
-    zoom.tick_params(labelsize=8)
-    zoom.locator_params(axis="y", nbins=5)
-    zoom.set_title("the same, closer", fontsize=8.5, fontweight="normal", color=LIGHT["muted"], pad=5)
-    zoom.axhspan(low, high, color=LIGHT["law"], alpha=0.10, linewidth=0)
-    _draw_prediction(zoom, view, size=9.5, x=0.2, spread=1.0 if not view.outcome else 1.25)
-    words = {"textcoords": "offset points", "va": "center", "fontsize": 8.8, "linespacing": 1.35}
-    note = f"predicted {value:.4f}"
-    measured = float(view.outcome["measured_loss"]) if view.outcome else None
-    # Two labels at one height would lie on each other: push them apart by what the picture can spare.
-    apart = 0.0
-    if measured is not None:
-        gap = (measured - value) / (zoom.get_ylim()[1] - zoom.get_ylim()[0])
-        apart = max(0.0, 0.16 - abs(gap)) * 62 * (1 if gap >= 0 else -1)
-    zoom.annotate(note, (0.30, value), xytext=(7, -apart), color=LIGHT["law"], **words)
-    if measured is not None:
-        zoom.annotate(
-            f"measured {measured:.4f}",
-            (0.30, measured),
-            xytext=(7, apart),
-            color=LIGHT["measured"],
-            weight="bold",
-            **words,
-        )
-    else:
-        zoom.annotate("not measured yet", (0.30, value), xytext=(7, -15), color=LIGHT["muted"], **words)
-
-
 # isoFLOP curves
 
 
 def _isoflop_figure(view: StudyView, narrow: bool) -> Figure:
-    figure, ax = canvas(*((_NARROW, 4.4) if narrow else (_WIDE, 5.2)))
-    tint = _budget_colours(view)
+    figure, ax = canvas(*((NARROW, 4.4) if narrow else (WIDE, 5.2)))
+    tint = budget_colours(view)
     optima = {best.budget: best for best in view.laws.optima} if view.laws else {}
     heights: list[float] = []
     for budget in view.budgets:
@@ -382,16 +155,16 @@ def _isoflop_figure(view: StudyView, narrow: bool) -> Figure:
 
 def _optima_figure(view: StudyView, narrow: bool) -> Figure:
     assert view.laws is not None and view.laws.params is not None and view.laws.data is not None
-    figure, panels = canvas(_NARROW, 7.2, nrows=2) if narrow else canvas(_WIDE, 4.5, ncols=2)
+    figure, panels = canvas(NARROW, 7.2, nrows=2) if narrow else canvas(WIDE, 4.5, ncols=2)
     unit = view.laws.data_unit
     target = view.predicted or view.prediction
     rows: Sequence[tuple[Any, LawView, str, str, str, str]] = (
         (panels[0], view.laws.params, "N", "params", size_words(view), "Best size at a budget"),
         (panels[1], view.laws.data, "D", "data", f"training {unit} D", f"Best number of {unit} at a budget"),
     )
-    tint = _budget_colours(view)
+    tint = budget_colours(view)
     for ax, law, letter, key, label, title in rows:
-        _draw_law(ax, view, law)
+        draw_law(ax, view, law)
         for best in view.laws.optima:
             value, ends = getattr(best, key), getattr(best, f"{key}_interval")
             colour = tint.get(best.budget, LIGHT["law"])
@@ -450,7 +223,7 @@ def _optima_figure(view: StudyView, narrow: bool) -> Figure:
             linespacing=1.45,
         )
         ax.set_title(title)
-        _range_label(ax, view)
+        range_label(ax, view)
     return figure
 
 
@@ -458,8 +231,8 @@ def _optima_figure(view: StudyView, narrow: bool) -> Figure:
 
 
 def _curves_figure(view: StudyView, narrow: bool) -> Figure:
-    figure, ax = canvas(*((_NARROW, 4.6) if narrow else (_WIDE, 5.2)))
-    tint = _size_colours(view)
+    figure, ax = canvas(*((NARROW, 4.6) if narrow else (WIDE, 5.2)))
+    tint = size_colours(view)
     # Small models first, so that the long runs of large ones lie on top.
     for curve in sorted(view.curves, key=lambda c: view.size_of(c.record)):
         x, y = _thinned(curve)
@@ -490,7 +263,7 @@ def _curves_figure(view: StudyView, narrow: bool) -> Figure:
     first = [float(c.flops[0]) for c in view.curves]
     ax.set_xlim(float(np.percentile(first, 50)), max(float(c.flops[-1]) for c in view.curves) * 1.9)
     if view.laws and view.laws.loss and view.budgets:
-        budget, value, *_ = _law_line(view.laws.loss, *_reach(view))
+        budget, value, *_ = law_line(view.laws.loss, *reach(view))
         ax.plot(budget, value, color=LIGHT["ink"], linewidth=1.1, linestyle=(0, (1.2, 2.4)), zorder=3)
         halo(
             ax.annotate(
@@ -556,8 +329,8 @@ def _timestep_runs(view: StudyView) -> list[dict[str, Any]]:
 
 
 def _timesteps_figure(view: StudyView, narrow: bool) -> Figure:
-    figure, ax = canvas(*((_NARROW, 4.0) if narrow else (_WIDE, 4.4)))
-    tint = _budget_colours(view)
+    figure, ax = canvas(*((NARROW, 4.0) if narrow else (WIDE, 4.4)))
+    tint = budget_colours(view)
     values: list[float] = []
     labels: list[tuple[float, float, str]] = []
     for run in _timestep_runs(view):

@@ -31,7 +31,7 @@ class Band:
 
 @dataclass(frozen=True)
 class LawView:
-    """``floor + coefficient * C ** exponent``, its parameters' 95 % intervals, and its band where one was saved."""
+    """``floor + coefficient * C ** exponent``, its parameters' 95 % intervals, and its saved band if any."""
 
     coefficient: float
     exponent: float
@@ -45,7 +45,7 @@ class LawView:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The minimum of one budget's isoFLOP curve, and the curve as a polynomial in ``log(params / centre)``."""
+    """The minimum of one budget's isoFLOP curve; the curve is a polynomial in ``log(params / centre)``."""
 
     budget: float
     params: float
@@ -59,7 +59,7 @@ class Optimum:
 
     def curve(self, params: Array) -> Array:
         """The fitted loss at other sizes."""
-        value = np.polyval(self.coefficients or [math.nan], np.log(params / self.centre))
+        value = np.asarray(np.polyval(self.coefficients or [math.nan], np.log(params / self.centre)))
         at_minimum = np.polyval(self.coefficients or [math.nan], math.log(self.params / self.centre))
         # A curve may have been fitted to the logarithm of the loss; its height at the minimum tells.
         return value if abs(at_minimum - self.loss) <= 1e-6 * self.loss else np.exp(value)
@@ -95,7 +95,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's training log: [n] each. ``record`` is the finished record, or the plan of a run that still trains."""
+    """A run's training log, [n] each; ``record`` is its finished record, or its plan while it trains."""
 
     record: dict[str, Any]
     flops: Array
@@ -160,7 +160,8 @@ def read_study(folder: str | Path) -> StudyView:
     """Read a study's folder, finished or not.
 
     Raises:
-        InputError: no study's folder, or a damaged study, law, prediction, outcome or run record: each by its name.
+        InputError: no study's folder, or a damaged study, law, prediction, outcome or run record: each by
+            its name.
     """
     folder = Path(folder)
     if not (folder / "study.json").is_file():
@@ -169,7 +170,7 @@ def read_study(folder: str | Path) -> StudyView:
     raw_laws = _read_if_there(folder / "laws.json")
     notes: list[str] = []
     records = _records(folder)
-    size = str((raw_laws or {}).get("size") or _default_size(records))
+    size = str((raw_laws or {}).get("size") or _default_size(records, study))
     grid = [row for row in study.get("grid", []) if isinstance(row, dict)]
     planned_budgets = {row.get("run_id"): row.get("budget") for row in grid}
     for record in records:
@@ -186,6 +187,7 @@ def read_study(folder: str | Path) -> StudyView:
         )
     )
     prediction = _read_numbers(folder / "prediction.json", "loss", "budget")
+    planned = [*grid, {**prediction, "role": "prediction"}] if prediction else grid
     outcome = _read_numbers(folder / "outcome.json", "predicted_loss", "measured_loss")
     if outcome:
         # Worked out again: a page must not repeat a claim that its own numbers contradict.
@@ -199,7 +201,7 @@ def read_study(folder: str | Path) -> StudyView:
         runs=done,
         diverged=[r for r in records if r["loss"] is None],
         planned=len(grid),
-        curves=_curves(folder, records, grid, notes),
+        curves=_curves(folder, records, planned, notes),
         samples=_samples(folder, done, size, notes),
         laws=laws_view(raw_laws, folder / "laws.json") if raw_laws else None,
         prediction=prediction,
@@ -299,12 +301,10 @@ def _positive(value: Any) -> bool:
     )
 
 
-def _default_size(records: list[dict[str, Any]]) -> str:
-    return (
-        "params_per_token"
-        if records and all(_positive(r.get("params_per_token")) for r in records)
-        else "params"
-    )
+def _default_size(records: list[dict[str, Any]], study: dict[str, Any]) -> str:
+    if not records:
+        return str((study.get("prior") or {}).get("of") or "params")
+    return "params_per_token" if all(_positive(r.get("params_per_token")) for r in records) else "params"
 
 
 def _curves(

@@ -1,7 +1,8 @@
 """A study folder for tests of the page: designed and fitted by the real code, its runs made up.
 
-Only the training is synthetic: losses come from a known surface with seeded noise. ``study.json``, ``laws.json`` and
-``prediction.json`` come from the functions that write them in earnest, so the page meets its real input.
+Only the training is synthetic: losses come from a known surface with seeded noise. ``study.json``,
+``laws.json`` and ``prediction.json`` come from the functions that write them in earnest, so the page meets
+its real input.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def rewind(finished: Path, folder: Path, stage: str) -> Path:
     Args:
         finished: what :func:`write_study` wrote.
         folder: the copy; must not be there.
-        stage: "designed" (nothing trained), "running" (a third of the runs, one of them half-way), "laws" (fitted, not
-            predicted), "prediction" (its run half-way) or "outcome" (all of it).
+        stage: "designed" (nothing trained), "running" (a third of the runs, one of them half-way), "laws"
+            (fitted, not predicted), "prediction" (its run half-way) or "outcome" (all of it).
 
     Returns:
         ``folder``.
@@ -147,7 +148,7 @@ def study_config() -> Any:
 
 
 class _Truth:
-    """The surface ``FLOOR + A N^-ALPHA + B D^-BETA``, its optimum on the study's prior law at the middle budget."""
+    """``FLOOR + A N^-ALPHA + B D^-BETA``, its optimum on the study's prior law at the middle budget."""
 
     def __init__(self, study: Any, rng: np.random.Generator, noise: float) -> None:
         self.study, self.rng, self.noise = study, rng, noise
