@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         layernorm_modulate as layernorm_modulate,
     )
     from ditscale.kernels.attn.op import attention as attention
+    from ditscale.kernels.attn.op import attention_qkv as attention_qkv
     from ditscale.kernels.gelu.op import bias_gelu as bias_gelu
     from ditscale.kernels.rotary.op import qk_norm_rope as qk_norm_rope
 
 _HOME = {
     "attention": "attn",
+    "attention_qkv": "attn",
     "bias_gelu": "gelu",
     "gate_residual": "adaln",
     "gate_residual_layernorm_modulate": "adaln",
@@ -33,6 +35,7 @@ _HOME = {
 }
 __all__ = [
     "attention",
+    "attention_qkv",
     "bias_gelu",
     "gate_residual",
     "gate_residual_layernorm_modulate",

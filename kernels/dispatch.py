@@ -24,7 +24,7 @@ BACKENDS: Final[dict[str, tuple[str, ...]]] = {
     "gate_residual_layernorm_modulate": ("cpu", "cuda"),
     "bias_gelu": ("cpu", "cuda"),
     "qk_norm_rope": (),
-    "attention": ("sdpa",),
+    "attention": ("cpu", "sdpa"),
 }
 _KNOWN: Final = ("cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers")
 

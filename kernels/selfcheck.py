@@ -51,6 +51,8 @@ def _inputs(op: str, shape: tuple[int, int, int], device: str) -> Tensors:
         return (rows[0], rows[1], mods[2], mods[0], mods[1])
     if op == "bias_gelu":
         return (rows[0], mods[0][0])
+    if op == "attention":
+        return tuple(_numbers((B, T, 3, D), 1, device).unsqueeze(1).unbind(3))  # one head; parts of one projection
     raise ValueError(f"no self-check for {op}")
 
 

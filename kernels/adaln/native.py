@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ditscale.kernels.adaln import cost
 
 
 _ops = torch.ops.ditscale
-layernorm_modulate_fwd = _ops.layernorm_modulate_fwd.default
-layernorm_modulate_bwd = _ops.layernorm_modulate_bwd.default
-gate_residual_fwd = _ops.gate_residual_fwd.default
-gate_residual_bwd = _ops.gate_residual_bwd.default
-gate_residual_layernorm_modulate_fwd = _ops.gate_residual_layernorm_modulate_fwd.default
-gate_residual_layernorm_modulate_bwd = _ops.gate_residual_layernorm_modulate_bwd.default
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -89,3 +88,16 @@ FAKES = {
 }
 for _name, _fake in FAKES.items():
     torch.library.register_fake(f"ditscale::{_name}", _fake)
+
+
+def _forward_flops(name: str) -> Callable[..., int]:
+    return lambda x_shape, *_, **__: getattr(cost, f"{name}_flops_forward")(*x_shape)
+
+
+def _backward_flops(name: str) -> Callable[..., int]:
+    return lambda dy_shape, *_, **__: getattr(cost, f"{name}_flops_backward")(*dy_shape)
+
+
+for _name in ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate"):
+    register_flop_formula(getattr(_ops, f"{_name}_fwd"))(_forward_flops(_name))
+    register_flop_formula(getattr(_ops, f"{_name}_bwd"))(_backward_flops(_name))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -14,20 +12,25 @@ from ditscale.errors import InputError
 from ditscale.kernels import dispatch
 from ditscale.kernels.adaln import reference
 from ditscale.kernels.dispatch import Backend
+from ditscale.kernels.library import missing_reason
 
 Norm = Literal["layer", "rms"]
 
 
-def _implementation(backend: str) -> ModuleType:
-    name = "triton_kernels" if backend == "triton" else "native"
-    return importlib.import_module(f"ditscale.kernels.adaln.{name}")
+if missing_reason("cpu") is None:
+    from ditscale.kernels.adaln import native as _native  # noqa: F401 (shapes and FLOPs of the loaded operators)
+
+
+def _ops(backend: str) -> Any:
+    """The operators of a backend; both namespaces have the same names and schemas."""
+    return torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
 
 
 class _LayernormModulate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        impl: ModuleType,
+        backend: str,
         x: Tensor,
         shift: Tensor,
         scale: Tensor,
@@ -36,30 +39,30 @@ class _LayernormModulate(torch.autograd.Function):
         rms: bool,
         save_stats: bool,
     ) -> Tensor:
-        y, stats = impl.layernorm_modulate_fwd(x, shift, scale, eps, scale_base, rms, save_stats)
+        y, stats = _ops(backend).layernorm_modulate_fwd(x, shift, scale, eps, scale_base, rms, save_stats)
         ctx.save_for_backward(x, scale, stats)
-        ctx.impl, ctx.options = impl, (eps, scale_base, rms)
+        ctx.backend, ctx.options = backend, (eps, scale_base, rms)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, stats = ctx.saved_tensors
-        dx, dshift, dscale = ctx.impl.layernorm_modulate_bwd(dy, x, scale, stats, *ctx.options)
+        dx, dshift, dscale = _ops(ctx.backend).layernorm_modulate_bwd(dy, x, scale, stats, *ctx.options)
         return None, dx, dshift, dscale, None, None, None, None
 
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, impl: ModuleType, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    def forward(ctx: Any, backend: str, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(branch, gate)
-        ctx.impl = impl
-        return impl.gate_residual_fwd(x, branch, gate)  # type: ignore[no-any-return]
+        ctx.backend = backend
+        return _ops(backend).gate_residual_fwd(x, branch, gate)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        dbranch, dgate = ctx.impl.gate_residual_bwd(dout, *ctx.saved_tensors)
+        dbranch, dgate = _ops(ctx.backend).gate_residual_bwd(dout, *ctx.saved_tensors)
         return None, dout, dbranch, dgate
 
 
@@ -67,7 +70,7 @@ class _GateResidualLayernormModulate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        impl: ModuleType,
+        backend: str,
         x: Tensor,
         branch: Tensor,
         gate: Tensor,
@@ -78,11 +81,11 @@ class _GateResidualLayernormModulate(torch.autograd.Function):
         rms: bool,
         save_stats: bool,
     ) -> tuple[Tensor, Tensor]:
-        x_new, y, stats = impl.gate_residual_layernorm_modulate_fwd(
+        x_new, y, stats = _ops(backend).gate_residual_layernorm_modulate_fwd(
             x, branch, gate, shift, scale, eps, scale_base, rms, save_stats
         )
         ctx.save_for_backward(x_new, branch, gate, scale, stats)
-        ctx.impl, ctx.options = impl, (eps, scale_base, rms)
+        ctx.backend, ctx.options = backend, (eps, scale_base, rms)
         ctx.set_materialize_grads(False)
         return x_new, y
 
@@ -93,9 +96,9 @@ class _GateResidualLayernormModulate(torch.autograd.Function):
         if dy is None:  # only the residual stream was used
             if dx_new is None:
                 return (None,) * 10
-            dbranch, dgate = ctx.impl.gate_residual_bwd(dx_new, branch, gate)
+            dbranch, dgate = _ops(ctx.backend).gate_residual_bwd(dx_new, branch, gate)
             return None, dx_new, dbranch, dgate, None, None, None, None, None, None
-        dx, dbranch, dgate, dshift, dscale = ctx.impl.gate_residual_layernorm_modulate_bwd(
+        dx, dbranch, dgate, dshift, dscale = _ops(ctx.backend).gate_residual_layernorm_modulate_bwd(
             dy, dx_new, x_new, branch, gate, scale, stats, *ctx.options
         )
         return None, dx, dbranch, dgate, dshift, dscale, None, None, None, None
@@ -118,39 +121,42 @@ def _like_x(name: str, t: Tensor, x: Tensor) -> Tensor:
 
 
 def _modulations(x: Tensor, names: tuple[str, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Check shift, scale and gate and bring those of one call to one rank and dtype; views where nothing differs."""
+    """Check shift, scale and gate and bring those of one call to one rank and dtype; as they are where nothing differs."""
     B, T, D = x.shape
-    rank = given[0].dim()
-    dtype = given[0].dtype
-    alike = dtype == x.dtype or dtype == torch.float32
-    out = given
-    for i, (name, m) in enumerate(zip(names, given, strict=True)):
-        dims = m.dim()
-        shape = m.shape
-        if dims == 3 and shape[1] == 1 and T != 1:  # [B, 1, D] is what some models keep
-            out = (*out[:i], m.squeeze(1), *out[i + 1 :])
-            m, dims, shape = out[i], 2, out[i].shape
-        if (
-            not (dims == 2 and shape[0] == B and shape[1] == D)
-            and not (dims == 1 and shape[0] == D)
-            and not (dims == 3 and shape[0] == B and shape[1] == T and shape[2] == D)
-        ):
-            raise InputError(
-                f"{name}: expected [{D}], [{B}, {D}] or [{B}, {T}, {D}] to go with x [B, T, D], got {list(shape)}"
-            )
+    shape, dtype, device = given[0].shape, given[0].dtype, x.device
+    if (shape == (B, D) or shape == (D,) or shape == (B, T, D)) and (dtype == x.dtype or dtype == torch.float32):
+        for m in given:
+            if m.shape != shape or m.dtype != dtype or m.device != device:
+                break
+        else:
+            return given
+    return _brought_together(x, names, given)
+
+
+def _brought_together(x: Tensor, names: tuple[str, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    B, T, D = x.shape
+    out: list[Tensor] = []
+    rank, same_dtype = 0, given[0].dtype == x.dtype or given[0].dtype == torch.float32
+    for name, m in zip(names, given, strict=True):
+        dispatch.check_float(name, m)
+        if m.dim() == 3 and m.shape[1] == 1 and T != 1:  # [B, 1, D] is what some models keep
+            m = m.squeeze(1)
+        if m.shape != (D,) and m.shape != (B, D) and m.shape != (B, T, D):
+            raise InputError(f"{name}: expected [{D}], [{B}, {D}] or [{B}, {T}, {D}] beside x, got {list(m.shape)}")
         if m.device != x.device:
             raise InputError(f"{name}: expected a tensor on {x.device} as x, got one on {m.device}")
-        alike = alike and m.dtype == dtype
-        rank = max(rank, dims) if i else dims
-    if not alike:
-        for name, m in zip(names, out, strict=True):
-            dispatch.check_float(name, m)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        out = tuple(m.to(wide) for m in out)
-    if any(m.dim() != rank for m in out):
-        shape = (B, D) if rank == 2 else (B, T, D)
-        out = tuple((m.unsqueeze(1) if rank == 3 and m.dim() == 2 else m).expand(shape) for m in out)
-    return out
+        same_dtype = same_dtype and m.dtype == given[0].dtype
+        rank = max(rank, m.dim())
+        out.append(m)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for i, m in enumerate(out):
+        if not same_dtype:
+            m = m.to(wide)
+        if m.dim() < rank:
+            m = m.unsqueeze(1) if rank == 3 and m.dim() == 2 else m
+            m = m.expand((B, D) if rank == 2 else (B, T, D))
+        out[i] = m
+    return tuple(out)
 
 
 def _affine(
@@ -177,7 +183,11 @@ def _affine(
 
 
 def _wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # noqa: SIM110 (a generator costs more than the loop, and a frame of its own under torch.compile)
+            if t.requires_grad:
+                return True
+    return False
 
 
 def _rms(norm: str) -> bool:
@@ -234,10 +244,9 @@ def layernorm_modulate(
     chosen = dispatch.choose("layernorm_modulate", backend, x)
     if chosen == "reference":
         return reference.layernorm_modulate_ref(x, shift, scale, eps=eps, scale_base=base, rms=rms)
-    impl = _implementation(chosen)
     if _wants_grad(x, shift, scale):
-        return _LayernormModulate.apply(impl, x, shift, scale, eps, base, rms, not recompute_stats)  # type: ignore[no-any-return]
-    return impl.layernorm_modulate_fwd(x, shift, scale, eps, base, rms, False)[0]  # type: ignore[no-any-return]
+        return _LayernormModulate.apply(chosen, x, shift, scale, eps, base, rms, not recompute_stats)  # type: ignore[no-any-return]
+    return _ops(chosen).layernorm_modulate_fwd(x, shift, scale, eps, base, rms, False)[0]  # type: ignore[no-any-return]
 
 
 def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -264,10 +273,9 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: Backend =
     chosen = dispatch.choose("gate_residual", backend, x)
     if chosen == "reference":
         return reference.gate_residual_ref(x, branch, gate)
-    impl = _implementation(chosen)
     if _wants_grad(x, branch, gate):
-        return _GateResidual.apply(impl, x, branch, gate)  # type: ignore[no-any-return]
-    return impl.gate_residual_fwd(x, branch, gate)  # type: ignore[no-any-return]
+        return _GateResidual.apply(chosen, x, branch, gate)  # type: ignore[no-any-return]
+    return _ops(chosen).gate_residual_fwd(x, branch, gate)  # type: ignore[no-any-return]
 
 
 def gate_residual_layernorm_modulate(
@@ -312,11 +320,10 @@ def gate_residual_layernorm_modulate(
         return reference.gate_residual_layernorm_modulate_ref(
             x, branch, gate, shift, scale, eps=eps, scale_base=base, rms=rms
         )
-    impl = _implementation(chosen)
     if _wants_grad(x, branch, gate, shift, scale):
         return _GateResidualLayernormModulate.apply(  # type: ignore[no-any-return]
-            impl, x, branch, gate, shift, scale, eps, base, rms, not recompute_stats
+            chosen, x, branch, gate, shift, scale, eps, base, rms, not recompute_stats
         )
-    return impl.gate_residual_layernorm_modulate_fwd(  # type: ignore[no-any-return]
+    return _ops(chosen).gate_residual_layernorm_modulate_fwd(  # type: ignore[no-any-return]
         x, branch, gate, shift, scale, eps, base, rms, False
     )[:2]

@@ -1,6 +1,8 @@
 """FLOPs and bytes of attention: integers in, integers out, no torch.
 
-FLOP = one addition or one multiplication; a multiply-add is 2. The two matrix products; the softmax apart.
+FLOP = one addition or one multiplication; a multiply-add is 2. What is called model FLOPs are the matrix products that the
+mathematics needs, as the ledger of a model counts them; the softmax apart. Kernels make the scores a second time in the
+backward pass instead of keeping them: only ``attention_flops_backward_hardware`` counts that.
 """
 
 from __future__ import annotations
@@ -12,7 +14,12 @@ def attention_flops_forward(B: int, H: int, T_q: int, T_k: int, K: int) -> int:
 
 
 def attention_flops_backward(B: int, H: int, T_q: int, T_k: int, K: int) -> int:
-    """Scores again, dp, dv, dq, dk: 5 matrix products."""
+    """Gradients of weights, values, queries and keys: 4 matrix products."""
+    return 8 * B * H * T_q * T_k * K
+
+
+def attention_flops_backward_hardware(B: int, H: int, T_q: int, T_k: int, K: int) -> int:
+    """The same and the scores again: 5 matrix products."""
     return 10 * B * H * T_q * T_k * K
 
 
@@ -21,6 +28,16 @@ def attention_softmax_flops_forward(B: int, H: int, T_q: int, T_k: int) -> int:
     return 5 * B * H * T_q * T_k
 
 
-def attention_bytes_forward(B: int, H: int, T_q: int, T_k: int, K: int, size: int) -> int:
-    """Read q, k, v, write the output; the log-sum-exp of each row in float32."""
-    return 2 * B * H * (T_q + T_k) * K * size + 4 * B * H * T_q
+def attention_bytes_forward(B: int, H: int, T_q: int, T_k: int, K: int, size: int, save_stats: bool = True) -> int:
+    """Read q, k, v, write the output; for backward, two float32 numbers a row."""
+    return 2 * B * H * (T_q + T_k) * K * size + (8 * B * H * T_q if save_stats else 0)
+
+
+def attention_bytes_backward(B: int, H: int, T_q: int, T_k: int, K: int, size: int) -> int:
+    """Read q, k, v, the output, its gradient and the statistics; write three gradients."""
+    return 4 * B * H * (T_q + T_k) * K * size + 8 * B * H * T_q
+
+
+def attention_bytes_saved(B: int, H: int, T_q: int, K: int, size: int) -> int:
+    """Kept for backward besides the inputs: the output and the statistics."""
+    return B * H * T_q * (K * size + 8)

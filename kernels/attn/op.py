@@ -1,17 +1,110 @@
-"""The public ``attention``: checks and choice of a backend."""
+"""The public ``attention`` and ``attention_qkv``: checks, choice of a backend and autograd."""
 
 from __future__ import annotations
 
-from typing import Literal
+import importlib
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ditscale.errors import InputError
 from ditscale.kernels import dispatch
-from ditscale.kernels.attn import reference
+from ditscale.kernels.attn import choice, reference
 
 AttentionBackend = Literal["auto", "reference", "cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers"]
+
+
+def _implementation(backend: str) -> ModuleType:
+    name = "triton_kernels" if backend == "triton" else "native"
+    return importlib.import_module(f"ditscale.kernels.attn.{name}")
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, impl: ModuleType, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float
+    ) -> Tensor:
+        out, stats = impl.attention_fwd(q, k, v, lengths, scale, True)
+        ctx.save_for_backward(q, k, v, out, stats, lengths)
+        ctx.impl, ctx.scale = impl, scale
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, stats, lengths = ctx.saved_tensors
+        dq, dk, dv = ctx.impl.attention_bwd(dout, q, k, v, out, stats, lengths, ctx.scale)
+        return None, dq, dk, dv, None, None
+
+
+class _AttentionQkv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, impl: ModuleType, qkv: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+        out, stats = impl.attention_qkv_fwd(qkv, lengths, scale, True)
+        ctx.save_for_backward(qkv, out, stats, lengths)
+        ctx.impl, ctx.scale = impl, scale
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, stats, lengths = ctx.saved_tensors
+        return None, ctx.impl.attention_qkv_bwd(dout, qkv, out, stats, lengths, ctx.scale), None, None
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        dispatch.check_float(name, t)
+        if t.dim() != 4 or t.shape[3] < 1:
+            raise InputError(f"{name}: expected [B, H, T, K] with K >= 1, got shape {list(t.shape)}")
+        if t.dtype != q.dtype or t.device != q.device:
+            raise InputError(f"{name}: expected {q.dtype} on {q.device} as q, got {t.dtype} on {t.device}")
+    B, H, _, K = q.shape
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != K:
+        raise InputError(
+            f"k, v: expected [B, H, S, K] to go with q {list(q.shape)}, got {list(k.shape)} and {list(v.shape)}"
+        )
+    if k.shape[1] != H and (k.shape[1] < 1 or H % k.shape[1]):
+        raise InputError(f"k: expected a number of heads that divides the {H} of q, got {k.shape[1]}")
+
+
+def _check_lengths(lengths: Tensor | None, B: int, device: torch.device) -> Tensor | None:
+    if lengths is None:
+        return None
+    if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise InputError(f"lengths: expected {B} integers, one a sample, got {list(lengths.shape)} {lengths.dtype}")
+    return lengths.to(device=device, dtype=torch.int64).contiguous()
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the dtype that it gives to matrix products, as torch's own attention does."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _choose(backend: str, x: Tensor, T: int, K: int) -> str:
+    chosen = dispatch.choose("attention", backend, x)
+    if chosen == "cpu" and backend == "auto" and not choice.cpu_pays(T, K):
+        return "sdpa"
+    return chosen
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+    grouped = k.shape[1] != q.shape[1]
+    if lengths is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    valid = torch.arange(k.shape[2], device=q.device) < lengths.view(-1, 1, 1, 1)
+    empty = (lengths == 0).view(-1, 1, 1, 1)
+    # Rows without a key would be NaN: they look at every key and are set to zero afterwards.
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid | empty, scale=scale, enable_gqa=grouped)
+    return torch.where(empty, torch.zeros((), dtype=out.dtype, device=out.device), out)
 
 
 def attention(
@@ -23,41 +116,83 @@ def attention(
     lengths: Tensor | None = None,
     backend: AttentionBackend = "auto",
 ) -> Tensor:
-    """Attention of every query to every key, not causal.
+    """Attention of every query to every key, not causal: ``softmax(scale q k^T) v``.
 
     Args:
-        q: [B, H, T, K]; k, v: [B, H, S, K]; strided views welcome.
+        q: [B, H, T, K], float32, bfloat16 or float16 (float64: "reference" and "sdpa"). Any strides; only a last dimension
+            that is not contiguous is copied.
+        k, v: [B, H_kv, S, K] of the same dtype. H_kv divides H: head h of q looks at head h // (H / H_kv) of k.
         scale: factor of the scores. Default: 1 / sqrt(K).
-        lengths: [B] integers, how many keys of each sample count; a sample with 0 gives zeros. Default: all.
-        backend: "auto", "sdpa" (PyTorch's scaled_dot_product_attention) or "reference". Default: "auto", which is sdpa.
+        lengths: [B] integers from 0 to S: how many keys of each sample count. Those beyond are never read; a sample with 0
+            gives zeros, and gradients of zero. Default: all.
+        backend: "auto", "cpu" (C++, CPU tensors), "sdpa" (PyTorch's scaled_dot_product_attention) or "reference". Default:
+            "auto": on CPU tensors "cpu" (for one or two queries "sdpa", see choice.py), else "sdpa".
 
     Returns:
-        [B, H, T, K], the dtype of q.
+        [B, H, T, K], the dtype of q; from "cpu" a view of memory laid out [B, T, H, K], so that
+        ``out.transpose(1, 2).reshape(B, T, H * K)`` copies nothing.
 
     Raises:
-        InputError: a shape is not as above.
+        InputError: a shape, dtype or device is not as above.
         BackendUnavailable: the backend was named and cannot run here (says why).
 
-    Source: arXiv:1706.03762, section 3.2.1.
+    Numerics ("cpu"): float32 throughout, one rounding at the end; the softmax runs online over blocks of 64 keys; its
+    exponential has a relative error below 1e-7. All sums in an order fixed by the shape: two runs are equal to the bit, for
+    any number of threads. A row with a NaN in its scores is NaN; a row whose every score is -infinity is zero. Second
+    derivatives, forward mode and torch.func transforms: the reference.
+    Cost: ``ditscale.kernels.attn.cost.attention_*``.
+    Source: arXiv:1706.03762, section 3.2.1; online softmax arXiv:1805.02867; backward arXiv:2205.14135, appendix B.
     """
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        dispatch.check_float(name, t)
-        if t.dim() != 4:
-            raise InputError(f"{name}: expected [B, H, T, K], got shape {list(t.shape)}")
-    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
-        raise InputError(
-            f"k, v: expected [B, H, S, K] to go with q {list(q.shape)}, got {list(k.shape)} and {list(v.shape)}"
-        )
-    if lengths is not None and (lengths.shape != (q.shape[0],) or lengths.is_floating_point()):
-        raise InputError(f"lengths: expected {q.shape[0]} integers, one a sample, got {list(lengths.shape)} {lengths.dtype}")
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    chosen = dispatch.choose("attention", backend, q)
+    q, k, v = _autocast(q, k, v)
+    _check_heads(q, k, v)
+    lengths = _check_lengths(lengths, q.shape[0], q.device)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    chosen = _choose(backend, q, q.shape[2], q.shape[3])
     if chosen == "reference":
         return reference.attention_ref(q, k, v, scale=scale, lengths=lengths)
-    if lengths is None:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    valid = torch.arange(k.shape[2], device=q.device) < lengths.view(-1, 1, 1, 1)
-    empty = (lengths == 0).view(-1, 1, 1, 1)
-    # Rows without a key would be NaN: they look at every key and are set to zero afterwards.
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid | empty, scale=scale)
-    return torch.where(empty, torch.zeros((), dtype=out.dtype, device=out.device), out)
+    if chosen == "sdpa":
+        return _sdpa(q, k, v, lengths, scale)
+    impl = _implementation(chosen)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(impl, q, k, v, lengths, scale)  # type: ignore[no-any-return]
+    return impl.attention_fwd(q, k, v, lengths, scale, False)[0]  # type: ignore[no-any-return]
+
+
+def attention_qkv(
+    qkv: Tensor, *, scale: float | None = None, lengths: Tensor | None = None, backend: AttentionBackend = "auto"
+) -> Tensor:
+    """Self-attention straight from one projection to the next: ``attention`` of the three parts of ``qkv``.
+
+    The gradient is one tensor of the shape of ``qkv``: autograd has no three parts to put together again.
+
+    Args:
+        qkv: [B, T, 3, H, K], as a linear layer of width 3 H K gives it, seen through ``view``; strides and dtypes as q of
+            ``attention``.
+        scale, lengths, backend: as ``attention``.
+
+    Returns:
+        [B, T, H * K], the dtype of qkv, contiguous from "cpu".
+
+    Raises:
+        InputError, BackendUnavailable: as ``attention``.
+
+    Numerics and cost: as ``attention``, to the bit.
+    """
+    (qkv,) = _autocast(qkv)
+    dispatch.check_float("qkv", qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] < 1:
+        raise InputError(f"qkv: expected [B, T, 3, H, K] with K >= 1, got shape {list(qkv.shape)}")
+    lengths = _check_lengths(lengths, qkv.shape[0], qkv.device)
+    scale = qkv.shape[4] ** -0.5 if scale is None else float(scale)
+    chosen = _choose(backend, qkv, qkv.shape[1], qkv.shape[4])
+    if chosen in ("reference", "sdpa"):
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if chosen == "reference":
+            out = reference.attention_ref(q, k, v, scale=scale, lengths=lengths)
+        else:
+            out = _sdpa(q, k, v, lengths, scale)
+        return out.transpose(1, 2).flatten(2)
+    impl = _implementation(chosen)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return _AttentionQkv.apply(impl, qkv, lengths, scale)  # type: ignore[no-any-return]
+    return impl.attention_qkv_fwd(qkv, lengths, scale, False)[0]  # type: ignore[no-any-return]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-bias_gelu_fwd = torch.ops.ditscale.bias_gelu_fwd.default
-bias_gelu_bwd = torch.ops.ditscale.bias_gelu_bwd.default
+from ditscale.kernels.gelu import cost
+
 
 
 def fake_bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
@@ -21,3 +24,13 @@ def fake_bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Ten
 
 torch.library.register_fake("ditscale::bias_gelu_fwd", fake_bias_gelu_fwd)
 torch.library.register_fake("ditscale::bias_gelu_bwd", fake_bias_gelu_bwd)
+
+
+@register_flop_formula(torch.ops.ditscale.bias_gelu_fwd)
+def _forward_flops(x_shape: torch.Size, *_: object, **__: object) -> int:
+    return cost.bias_gelu_flops_forward(math.prod(x_shape[:-1]), x_shape[-1])
+
+
+@register_flop_formula(torch.ops.ditscale.bias_gelu_bwd)
+def _backward_flops(dy_shape: torch.Size, *_: object, **__: object) -> int:
+    return cost.bias_gelu_flops_backward(math.prod(dy_shape[:-1]), dy_shape[-1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,24 +12,28 @@ from ditscale.errors import InputError
 from ditscale.kernels import dispatch
 from ditscale.kernels.dispatch import Backend
 from ditscale.kernels.gelu import reference
+from ditscale.kernels.library import missing_reason
 
 
-def _implementation(backend: str) -> ModuleType:
-    name = "triton_kernels" if backend == "triton" else "native"
-    return importlib.import_module(f"ditscale.kernels.gelu.{name}")
+if missing_reason("cpu") is None:
+    from ditscale.kernels.gelu import native as _native  # noqa: F401 (shapes and FLOPs of the loaded operators)
+
+
+def _ops(backend: str) -> Any:
+    return torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
 
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, impl: ModuleType, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, backend: str, x: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, bias)
-        ctx.impl = impl
-        return impl.bias_gelu_fwd(x, bias)  # type: ignore[no-any-return]
+        ctx.backend = backend
+        return _ops(backend).bias_gelu_fwd(x, bias)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dbias = ctx.impl.bias_gelu_bwd(dy, *ctx.saved_tensors)
+        dx, dbias = _ops(ctx.backend).bias_gelu_bwd(dy, *ctx.saved_tensors)
         return None, dx, dbias
 
 
@@ -67,7 +69,6 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
     chosen = dispatch.choose("bias_gelu", backend, x)
     if chosen == "reference":
         return reference.bias_gelu_ref(x, bias)
-    impl = _implementation(chosen)
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
-        return _BiasGelu.apply(impl, x, bias)  # type: ignore[no-any-return]
-    return impl.bias_gelu_fwd(x, bias)  # type: ignore[no-any-return]
+        return _BiasGelu.apply(chosen, x, bias)  # type: ignore[no-any-return]
+    return _ops(chosen).bias_gelu_fwd(x, bias)  # type: ignore[no-any-return]

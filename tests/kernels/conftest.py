@@ -23,3 +23,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     if name == "cpu" and library.missing_reason("cpu"):
         pytest.skip(str(library.missing_reason("cpu")))
     return name
+
+
+@pytest.fixture
+def native() -> None:
+    """The compiled CPU library, for tests that are about it."""
+    reason = library.missing_reason("cpu")
+    if reason:
+        pytest.skip(reason)
