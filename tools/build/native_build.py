@@ -32,11 +32,15 @@ LINK_FLAGS = ["-shared", "-Wl,-s"]
 X86_UNITS: dict[str, list[str]] = {
     "cpu/adaln_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "cpu/adaln_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx2"],
+    "cpu/attention_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "cpu/attention_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx2"],
 }
 CPU_UNITS: dict[str, list[str]] = {
     **(X86_UNITS if platform.machine() in ("x86_64", "AMD64") else {}),  # the slow ones first
     "cpu/adaln.cpp": [],
     "cpu/adaln_portable.cpp": [],
+    "cpu/attention.cpp": [],
+    "cpu/attention_portable.cpp": [],
     "bindings/schemas.cpp": [],
     "cpu/isa.cpp": [],
 }
