@@ -1,10 +1,10 @@
-"""One engine for every law: batched Levenberg-Marquardt with certificates, over all starts and replicates at
-once.
-Why not scipy: its L-BFGS-B stops when the objective changes by less than ``ftol * max(|f|, 1)``. A sum of
-    Huber losses
-with a knee of 1e-3 is about 1e-3, so that test is absolute, stops early, and reports success. Here a fit has
-converged only when the Newton decrement (how much lower the objective could still go) is negligible against
-the objective itself. Everything is relative, so sums, means and units give the same parameters.
+"""One engine for every law: batched Levenberg-Marquardt with certificates, all starts and replicates at once.
+
+Why not scipy: its L-BFGS-B stops when the objective changes by less than ``ftol * max(|f|, 1)``. A sum
+of Huber losses with a knee of 1e-3 is about 1e-3, so that test is absolute, stops early, and reports success.
+Here a fit has converged only when the Newton decrement (how much lower the objective could still go) is
+negligible against the objective itself. Everything is relative, so sums, means and units give the same
+parameters.
 """
 
 from __future__ import annotations

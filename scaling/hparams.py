@@ -1,10 +1,10 @@
-"""Hyper-parameter laws: where the best learning rate and batch lie, how flat the loss is there, and how both
-move with N and D.
-Runs come in cells: one cell is one (N, D) trained with several learning rates and batches. A quadratic in
-    (log lr, log batch)
-gives each cell's optimum with its covariance; the optima are then regressed on log N and log D, weighted by
-what is known of them. Intervals resample whole cells, because runs of a cell share their size, data and luck
-(row bootstraps understate: facts of the Step Law refit in docs/fitting.md).
+"""Hyper-parameter laws: the best learning rate and batch, how flat the loss is there, how both move.
+
+Runs come in cells: one cell is one (N, D) trained with several learning rates and batches.
+A quadratic in (log lr, log batch) gives each cell's optimum with its covariance; the optima are then
+regressed on log N and log D, weighted by what is known of them. Intervals resample whole cells, because runs
+of a cell share their size, data and luck (row bootstraps understate: facts of the Step Law refit in
+docs/fitting.md).
 """
 
 from __future__ import annotations
@@ -251,7 +251,8 @@ def _cell(n: Array, d: Array, rates: Array, batches: Array | None, loss: Array) 
     dof = len(y) - design.shape[1]
 
     def place(c: Array) -> tuple[Array, Array]:
-        hessian: Array = np.diag(2.0 * c[1 + dims : 1 + 2 * dims])
+        hessian = np.zeros((dims, dims))
+        np.fill_diagonal(hessian, 2.0 * c[1 + dims : 1 + 2 * dims])
         if dims == 2:
             hessian[0, 1] = hessian[1, 0] = c[5]
         minimum: Array = -np.linalg.solve(hessian, c[1 : 1 + dims])

@@ -1,10 +1,9 @@
-"""The isoFLOP method (Chinchilla's approach 2): at every budget a curve of loss against size, its minimum,
-then lines.
-It needs no form for the surface, and pays for that: its vertex is biased where the curve is lopsided, and the
-    bias grows
-with the width of the grid and drifts with its centre (arXiv:2603.22339). So every result carries bracket and
-curvature checks, warns of grids that invite the bias, and stands beside the surface fit with a flag where the
-two disagree.
+"""The isoFLOP method (Chinchilla's approach 2): loss against size at every budget, minima, lines.
+
+It needs no form for the surface, and pays for that: its vertex is biased where the curve is
+lopsided, and the bias grows with the width of the grid and drifts with its centre (arXiv:2603.22339). So
+every result carries bracket and curvature checks, warns of grids that invite the bias, and stands beside the
+surface fit with a flag where the two disagree.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The laws: small classes that predict, differentiate and say where they come from.
 
 A law works on named positive inputs (``params``, ``data``, ``flops``, ...) and named parameters (``A``,
-``alpha``, ...). For
-a fit it turns itself into a model on centred logarithms: coefficients are taken at the middle of the data
-    instead of at
-one parameter and one image, which removes most of the correlation between a coefficient and its exponent.
+``alpha``, ...). For a fit it turns itself into a model on centred logarithms: coefficients are taken at the
+middle of the data instead of at one parameter and one image, which removes most of the correlation between a
+coefficient and its exponent.
 
 Most laws are sums of power terms, possibly raised to a power, plus a floor:
 ``y = E + (sum_k c_k * prod_j x_j^-e_kj)^k``. :class:`TermLaw` is that family; the others stand in
@@ -222,8 +221,7 @@ class TermModel:
     """:class:`TermLaw` on centred logarithms: ``floor + exp(k * logsumexp_k((b_k + sign * sum e x) / k))``.
 
     Internal parameters: ``b`` (the logarithm of each term to the outer power, at the centre), exponents times
-        the outer
-    power, floor, outer power. With an outer power of 1 that is the plain sum of terms.
+    the outer power, floor, outer power. With an outer power of 1 that is the plain sum of terms.
     """
 
     def __init__(self, law: TermLaw, logs: Mapping[str, Array], centre: Mapping[str, float]) -> None:

@@ -1,9 +1,6 @@
 """Laws beyond the plain surface: mixtures of experts, repeated data, Farseer, hyper-parameters.
 
-The first ones are sums of power terms again (``TermLaw``); Farseer and repeated data have models of their
-own, with
-derivatives by central differences: they have seven to nine parameters, and are fitted to hundreds of runs at
-    most.
+The first ones are sums of power terms again (``TermLaw``); Farseer and repeated data have their own models.
 """
 
 from __future__ import annotations
@@ -187,25 +184,24 @@ class Farseer(Law):
 
     def export(self, theta: Array, centre: Mapping[str, float]) -> dict[str, Array]:
         """See :meth:`Law.export`."""
-        # D is not centred: its slope depends on N, so another unit of D would change the form of the second
-        # term.
-        n0 = centre.get("params", np.log(1e9)) - np.log(1e9)
-        a1, b1, a, a2, b2, b, a3, b3, g = (theta[:, i] for i in range(9))
-        scale = {"a1": a1 * np.exp(-a * n0), "a2": a2 * np.exp(-b * n0), "a3": a3 * np.exp(-g * n0)}
-        return {**scale, "b1": b1, "a": a, "b2": b2, "b": b, "b3": b3, "g": g}
+        # D is not centred: its slope depends on N, so another unit of D would change the second term's form.
+        n0 = _billions(centre)
+        out = {}
+        for k, (slope, level, power) in enumerate(_FARSEER_GROUPS):
+            s, c, e = (theta[:, 3 * k + i] for i in range(3))
+            e = np.where(np.abs(e) < 1e-12, 1e-12, e)
+            out.update({slope: s / e * np.exp(-e * n0), level: c - s / e, power: e})
+        return {name: out[name] for name in self.names}
 
     def bring_in(self, params: Mapping[str, Any], centre: Mapping[str, float]) -> Array:
         """See :meth:`Law.bring_in`."""
-        n0 = centre.get("params", np.log(1e9)) - np.log(1e9)
-        v = {k: np.atleast_1d(np.asarray(params[k], dtype=float)) for k in self.names}
-        return np.stack(
-            [
-                v["a1"] * np.exp(v["a"] * n0), v["b1"], v["a"],
-                v["a2"] * np.exp(v["b"] * n0), v["b2"], v["b"],
-                v["a3"] * np.exp(v["g"] * n0), v["b3"], v["g"],
-            ],
-            axis=1,
-        )  # fmt: skip
+        n0 = _billions(centre)
+        columns = []
+        for slope, level, power in _FARSEER_GROUPS:
+            s, c, e = (np.atleast_1d(np.asarray(params[k], dtype=float)) for k in (slope, level, power))
+            here = s * np.exp(e * n0)
+            columns += [here * e, c + here, e]
+        return np.stack(columns, axis=1)
 
     def starts(
         self,
@@ -215,27 +211,34 @@ class Farseer(Law):
         count: int,
         centre: Mapping[str, float],
     ) -> Array:
-        """From the plain surface's starts: the floor and N-term become exp(a3 N^g + b3) to second order, B
-        and beta constant.
-        """
+        """The plain surface's starts: its N-term and floor to second order, B and beta constant in N."""
         base = SURFACE.starts(logs, target, weights, max(2, count // 4), centre)
-        out = []
         d0 = centre["data"] - np.log(1e9)
+        out = []
         for a_log, b_log, alpha, beta, floor in base:
             a_term = float(np.exp(a_log))
             share = a_term / (a_term + floor)
-            g = -alpha * max(1.0 - share, 0.05)
-            a3 = -alpha * share / g
-            b3 = np.log(a_term + floor) - a3
-            for power in (0.15, -0.15):
-                for tilt in (0.05, -0.05):
-                    b1 = np.log(max(beta, 1e-3)) - tilt
-                    b2 = b_log + np.exp(b1 + tilt) * d0 - tilt
-                    out.append([tilt, b1, power, tilt, b2, power, a3, b3, g])
+            first = [-alpha * share, np.log(a_term + floor), -alpha * max(1.0 - share, 0.05)]
+            slope = max(beta, 1e-3)
+            for p, q in ((0.15, 0.15), (0.15, -0.15), (-0.15, 0.15), (-0.15, -0.15)):
+                out.append([0.0, np.log(slope), p, 0.0, b_log + slope * d0, q, *first])
         return np.array(out[:count])
 
 
-class _FarseerModel(NumericModel):
+# Names of (slope, level, power) in the three exp(slope * N^power + level), in the order of the law's names.
+_FARSEER_GROUPS = (("a1", "b1", "a"), ("a2", "b2", "b"), ("a3", "b3", "g"))
+
+
+def _billions(centre: Mapping[str, float]) -> float:
+    return centre.get("params", float(np.log(1e9))) - float(np.log(1e9))
+
+
+class _FarseerModel:
+    """``exp(u3) + exp(u2 - exp(u1) d)`` with ``u = slope * (e^(power n) - 1)/power + level``.
+
+    n is the centred log N and d is log(D/1e9). That is Farseer's ``slope' N^power + level'`` in a form that stays bounded as the power goes to 0.
+    """
+
     def __init__(self, logs: Mapping[str, Array], centre: Mapping[str, float]) -> None:
         self._n = np.asarray(logs["params"], dtype=float) - centre.get("params", np.log(1e9))
         self._d = np.asarray(logs["data"], dtype=float) - np.log(1e9)
@@ -244,12 +247,36 @@ class _FarseerModel(NumericModel):
             self.lower[i], self.upper[i] = -3.0, 3.0
 
     def value(self, theta: Array) -> Array:
-        a1, b1, a, a2, b2, b, a3, b3, g = (theta[:, i, None] for i in range(9))
+        """Predictions [S, n]."""
+        first, second, _, _ = self._terms(theta)
+        return first + second
+
+    def value_and_jacobian(self, theta: Array) -> tuple[Array, Array]:
+        """Predictions [S, n] and derivatives [S, p, n]."""
+        first, second, slope, shapes = self._terms(theta)
+        columns = []
         with np.errstate(all="ignore"):
-            slope = np.exp(a1 * np.exp(a * self._n) + b1)
-            return np.exp(a3 * np.exp(g * self._n) + b3) + np.exp(
-                a2 * np.exp(b * self._n) + b2 - slope * self._d
-            )
+            outer = (-self._d * second * slope, second, first)
+            for k in range(3):
+                s, e = theta[:, 3 * k, None], theta[:, 3 * k + 2, None]
+                x = e * self._n
+                # d/de of (e^(e n) - 1)/e, by its series where the quotient would cancel.
+                exact = (self._n * np.exp(x) - shapes[k]) / np.where(np.abs(e) < 1e-6, 1.0, e)
+                bend = np.where(np.abs(x) < 1e-4, self._n**2 * (0.5 + x / 3.0), exact)
+                columns += [outer[k] * shapes[k], outer[k], outer[k] * s * bend]
+        return first + second, np.stack(columns, axis=1)
+
+    def _terms(self, theta: Array) -> tuple[Array, Array, Array, list[Array]]:
+        shapes, exponents = [], []
+        with np.errstate(all="ignore"):
+            for k in range(3):
+                s, c, e = (theta[:, 3 * k + i, None] for i in range(3))
+                small = np.abs(e) < 1e-9
+                shape = np.where(small, self._n, np.expm1(e * self._n) / np.where(small, 1.0, e))
+                shapes.append(shape)
+                exponents.append(s * shape + c)
+            slope = np.exp(exponents[0])
+            return np.exp(exponents[2]), np.exp(exponents[1] - slope * self._d), slope, shapes
 
 
 REPETITION = Repetition()

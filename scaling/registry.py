@@ -175,6 +175,21 @@ class PublishedLaw:
         }
 
 
+def video_flops_per_token(params: float, context: float, width: float) -> float:
+    """Training FLOPs of one token of Yin et al.'s video DiT: ``(3/4) N (7 + context/width)``.
+
+    With N = 16 L D² (self-attention 4 D², cross-attention 4 D², feed-forward 8 D²) that is
+    84 L D² + 12 L context D: forward and backward, attention in both directions; text keys and values, modulation
+    and embeddings left out.
+
+    Args:
+        params: N of the blocks.
+        context: tokens that attention sees.
+        width: D.
+    """
+    return 0.75 * params * (7.0 + context / width)
+
+
 def published(name: str) -> PublishedLaw:
     """A published law by its name.
 
