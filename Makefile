@@ -5,10 +5,12 @@ OUT ?= demo
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tools/build -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test lint bench coverage-table clean
+.PHONY: help demo test test-slow test-installed lint clean
 help:
 	@echo "make demo    a scaling law on embedded images, and a prediction that is then tested (about 10 minutes)"
 	@echo "make test    the test suite"
+	@echo "make test-slow       the slow tests too"
+	@echo "make test-installed  the built wheel, in an environment of its own"
 	@echo "make lint    format, lint and type checks"
 	@echo "make clean   remove what the build leaves"
 
@@ -24,6 +26,13 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -P -m pytest
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -P -m pytest -m "slow or not slow"
+
+# The wheel in an environment of its own, run from elsewhere: what a user gets, not what a checkout has.
+test-installed: $(VENV)/.ready
+	sh tools/test_installed.sh $(BIN)/python
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

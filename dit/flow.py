@@ -17,6 +17,9 @@ from ditscale.errors import InputError
 
 # The model's sines and cosines were made for times from 0 to 1000.
 TIME_SCALE = 1000.0
+PREDICTIONS = ("velocity", "clean")
+# Where the velocity follows from a predicted image, times below this divide by it instead.
+_LEAST_TIME = 0.05
 SAMPLERS = ("euler", "heun")
 
 
@@ -33,10 +36,31 @@ class RectifiedFlow:
 
     Args:
         time_mean, time_std: of the logit-normal times. Default: 0 and 1.
+        prediction: what the network's output stands for: the "velocity" itself, or the "clean" image, from which the
+            velocity follows as ``(x_t - x_0) / max(t, 0.05)``. The loss is that of the velocity either way. Noise
+            fills all dimensions of a patch and images do not, so a network that is narrow beside its patches can
+            say the one and not the other (Li & He, arXiv:2511.13720). Default: "velocity".
+
+    Raises:
+        InputError: an unknown prediction.
     """
 
     time_mean: float = 0.0
     time_std: float = 1.0
+    prediction: str = "velocity"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise InputError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+
+    def velocity(
+        self, model: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None, *, drop: Tensor | None = None
+    ) -> Tensor:
+        """The model's velocity at x_t [B, C, S, S] and t [B]: [B, C, S, S] float32."""
+        out = model(x_t, t * TIME_SCALE, y, drop=drop)[:, : x_t.shape[1]].float()
+        if self.prediction == "velocity":
+            return out
+        return (x_t - out) / t.clamp(min=_LEAST_TIME).view(-1, 1, 1, 1)
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
         """``count`` logit-normal times, stratified over the batch: [count] float32 in (0, 1).
@@ -65,8 +89,8 @@ class RectifiedFlow:
     ) -> Tensor:
         """Mean squared error of the predicted velocity of each sample: [B] float32."""
         x_t, velocity = self.noise(x_0, eps, t)
-        predicted = model(x_t, t * TIME_SCALE, y, drop=drop)
-        return (predicted.float() - velocity.float()).square().mean(dim=(1, 2, 3))
+        predicted = self.velocity(model, x_t, t, y, drop=drop)
+        return (predicted - velocity.float()).square().mean(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -110,6 +134,7 @@ def draw_samples(
     noise: Tensor,
     y: Tensor | None = None,
     *,
+    flow: RectifiedFlow | None = None,
     steps: int = 25,
     sampler: str = "heun",
     guidance: float = 1.0,
@@ -119,9 +144,10 @@ def draw_samples(
     """Follow the flow from noise to images.
 
     Args:
-        model: called as ``model(x, t, y, drop=...)``; predicts the velocity in its first C channels.
+        model: called as ``model(x, t, y, drop=...)``; its first C channels are the prediction.
         noise: [B, C, S, S] standard normal.
         y: the condition as the model takes it, or None.
+        flow: the objective that the model was trained with. Default: ``RectifiedFlow()``.
         steps: intervals of time, at least 1. Default: 25.
         sampler: "euler" (one evaluation a step) or "heun" (two; the last step one). Default: "heun".
         guidance: classifier-free guidance weight w in ``v_none + w (v_y - v_none)``; 1 means none and costs half.
@@ -144,17 +170,18 @@ def draw_samples(
     if not shift > 0:
         raise InputError(f"shift: expected a positive number, got {shift}")
 
+    flow = flow or RectifiedFlow()
     was_training = model.training
     model.eval()
     x = noise.float()
-    channels, count = noise.shape[1], len(noise)
+    count = len(noise)
     drop = torch.arange(2 * count, device=noise.device) >= count
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        t_B = (t * TIME_SCALE).to(noise.device).expand(count)
+        t_B = t.to(noise.device).expand(count)
         if guidance == 1.0:
-            return model(x, t_B, y)[:, :channels].float()
-        both = model(torch.cat([x, x]), torch.cat([t_B, t_B]), torch.cat([y, y]), drop=drop)[:, :channels].float()
+            return flow.velocity(model, x, t_B, y)
+        both = flow.velocity(model, torch.cat([x, x]), torch.cat([t_B, t_B]), torch.cat([y, y]), drop=drop)
         return torch.lerp(both[count:], both[:count], guidance)
 
     times = torch.linspace(1.0, 0.0, steps + 1)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from ditscale.dit.checkpoint import (
     write_json,
 )
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.data import EmojiScenes, ImageBatch, ImageStream, to_float
+from ditscale.dit.data import EmojiScenes, ImageBatch, ImageFolder, ImageStream, to_float
 from ditscale.dit.flops import count
 from ditscale.dit.flow import RectifiedFlow, ValidationSet
 from ditscale.dit.model import DiT
@@ -57,7 +57,10 @@ class TrainConfig:
 
     Args:
         model: the DiT.
-        data: the images: "emoji_scenes", the embedded endless captioned scenes. Default: "emoji_scenes".
+        data: the images: "emoji_scenes", the embedded endless captioned scenes, or the path of a folder of images.
+            Default: "emoji_scenes".
+        prediction: what the network's output stands for, "velocity" or "clean"; see :class:`RectifiedFlow`. The loss is
+            the velocity's either way. Default: "velocity".
         batch: images a step. Default: 16.
         images: images in the whole run, rounded down to whole batches. Give this or ``flops``.
         flops: training FLOPs to spend by the ledger (convention ``matmul``), rounded down to whole batches.
@@ -79,6 +82,7 @@ class TrainConfig:
 
     model: DiTConfig
     data: str = "emoji_scenes"
+    prediction: str = "velocity"
     batch: int = 16
     images: int | None = None
     flops: int | None = None
@@ -100,6 +104,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.images is None) == (self.flops is None):
             raise InputError(f"images, flops: expected exactly one of them, got {self.images!r} and {self.flops!r}")
+        _ = self.flow  # checks the prediction's name
         for field in ("batch", "evaluation_images", "evaluation_times"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -129,6 +134,11 @@ class TrainConfig:
         """Optimizer steps of the whole run."""
         images = self.images if self.images is not None else int(self.flops) // self.flops_per_image
         return int(images) // self.batch
+
+    @property
+    def flow(self) -> RectifiedFlow:
+        """The objective."""
+        return RectifiedFlow(prediction=self.prediction)
 
     @property
     def schedule(self) -> Schedule:
@@ -238,7 +248,7 @@ class _Run:
         self.config, self.folder, self.say = config, folder, say
         torch.manual_seed(_seed(config.seed, "weights"))
         self.model = DiT(config.model)
-        self.flow = RectifiedFlow()
+        self.flow = config.flow
         self.stream = open_stream(config, "train")
         self.read = _Reader(self.stream, config.model, config.batch)
         groups = parameter_groups(self.model, lr=config.lr, weight_decay=config.weight_decay)
@@ -392,6 +402,7 @@ class _Run:
             "ema_share": config.ema_share,
             "seed": config.seed,
             "objective": OBJECTIVE,
+            "prediction": config.prediction,
             "loss_kind": LOSS_KIND,
             "loss_window": "final",
             "loss": None,
@@ -423,7 +434,7 @@ class _Run:
 def validation_set(config: TrainConfig) -> ValidationSet:
     """The fixed validation set of a run: images that share no base image with training, with fixed noise."""
     x_0, y = batch_tensors(open_stream(config, "validation").batch(0, config.evaluation_images), config.model)
-    times = RectifiedFlow().validation_times(config.evaluation_times)
+    times = config.flow.validation_times(config.evaluation_times)
     return ValidationSet(x_0, y, times, seed=_seed(config.evaluation_seed, "validation noise"))
 
 
@@ -434,7 +445,8 @@ def save_weights(path: Path, model: DiT) -> None:
     from ditscale.dit.checkpoint import write_atomically
 
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    header = {"config": json.dumps(model.config.to_dict()), "ditscale": ditscale.__version__}
+    # One entry: the order of several is left to chance, and equal weights should be equal files.
+    header = {"ditscale": json.dumps({"version": ditscale.__version__, "config": model.config.to_dict()})}
     write_atomically(path, safetensors.torch.save(tensors, metadata=header))
 
 
@@ -448,7 +460,7 @@ def load_weights(path: str | Path) -> DiT:
 
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            config = DiTConfig.from_dict(json.loads((file.metadata() or {})["config"]))
+            config = DiTConfig.from_dict(json.loads((file.metadata() or {})["ditscale"])["config"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         model = DiT(config)
         missing, unexpected = model.load_state_dict(tensors, strict=False)
@@ -460,14 +472,12 @@ def load_weights(path: str | Path) -> DiT:
     return model
 
 
-def open_stream(config: TrainConfig, split: str) -> ImageStream:
+def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> ImageStream:
     """The images of a run: training images by its seed, or validation images by its evaluation seed.
 
     Raises:
         InputError: no such data, or it does not fit the model.
     """
-    if config.data != "emoji_scenes":
-        raise InputError(f"data: expected 'emoji_scenes', got {config.data!r}")
     model = config.model
     if model.latent_factor != 1 or model.in_channels != 3:
         raise InputError(
@@ -475,7 +485,13 @@ def open_stream(config: TrainConfig, split: str) -> ImageStream:
             f"got latent_factor {model.latent_factor}, in_channels {model.in_channels}"
         )
     seed = config.seed if split == "train" else config.evaluation_seed
-    stream = EmojiScenes(split, model.image_size, seed)
+    stream: ImageStream
+    if config.data == "emoji_scenes":
+        stream = EmojiScenes(split, model.image_size, seed)
+    elif Path(config.data).is_dir():
+        stream = ImageFolder(config.data, model.image_size, seed=seed, split=split)
+    else:
+        raise InputError(f"data: expected 'emoji_scenes' or a folder of images, got {config.data!r}")
     if model.condition == "caption" and model.vocabulary_size != len(stream.vocabulary):
         raise InputError(
             f"model.vocabulary_size: expected {len(stream.vocabulary)}, the words of {stream.name}, got {model.vocabulary_size}"
@@ -490,6 +506,8 @@ def open_stream(config: TrainConfig, split: str) -> ImageStream:
 def batch_tensors(batch: ImageBatch, model: DiTConfig) -> tuple[Tensor, Tensor | None]:
     """A batch as the model takes it: images [B, 3, S, S] float32 in [-1, 1], and words [B, K], labels [B] or None."""
     condition = {"none": None, "class": batch.labels, "caption": batch.tokens}[model.condition]
+    if model.condition == "class" and (batch.labels < 0).any():
+        raise InputError("model.condition: expected data in which every image has a class, got an image without one")
     return torch.from_numpy(to_float(batch.images)), None if condition is None else torch.from_numpy(condition)
 
 

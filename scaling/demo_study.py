@@ -5,33 +5,34 @@ from __future__ import annotations
 from ditscale.scaling.study import StudyConfig
 
 # What these numbers rest on stands in docs/demo.md.
-_IMAGE_SIZE = 16
+_IMAGE_SIZE = 32
 
 
 def demo_study(*, quick: bool = False) -> StudyConfig:
     """The demo's study; ``quick`` is the same study at a hundredth of the compute, for tests."""
     from ditscale.dit.data import emoji_vocabulary
 
-    budgets = (6e10, 2e11, 6e11, 2e12) if not quick else (1e10, 3e10, 1e11)
+    budgets = (3e10, 1e11, 3e11, 1e12) if not quick else (3e9, 1e10, 3e10)
     return StudyConfig(
         name="emoji scenes, quick" if quick else "emoji scenes",
         budgets=tuple(int(b) for b in budgets),
         target=int(budgets[-1] * 10),
         sizes=6 if not quick else 4,
-        span=10.0,
-        prior_coefficient=0.02,
-        prior_exponent=0.55,
-        head_width=8 if not quick else 4,
+        span=6.0,
+        prior_coefficient=0.36,
+        prior_exponent=0.47,
+        widths=(8, 12, 16, 20, 24, 28, 32, 40, 48),
+        head_width=8,
         depth=3,
         model={
             "image_size": _IMAGE_SIZE,
             "latent_factor": 1,
             "in_channels": 3,
-            "patch": 2,
+            "patch": 8,
             "condition": "caption",
             "vocabulary_size": len(emoji_vocabulary()),
             "learn_sigma": False,
             "mup_base_width": 64,
         },
-        training={"batch": 8, "lr": 6e-3},
+        training={"batch": 16, "lr": 5e-3, "prediction": "clean"},
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -42,7 +43,9 @@ class StudyConfig:
         span: largest over smallest parameter count at a budget. Default: 8.
         prior_coefficient, prior_exponent: the prior law of the best per-token parameter count,
             ``coefficient * C ** exponent``, around which the sizes stand.
-        head_width: width of a head; model widths are multiples of it. Default: 16.
+        widths: model widths to choose from, rising; from the last on they go on in steps of its distance to the one
+            before. Default: multiples of ``head_width``.
+        head_width: width of a head, as near as a divisor of the model's width allows. Default: 16.
         depth: blocks of every model, or None for one block per ``aspect`` of width. Default: None.
         aspect: width over depth where ``depth`` is None. Default: 64.
         model: fields of :class:`DiTConfig` that all sizes share.
@@ -62,6 +65,7 @@ class StudyConfig:
     span: float = 8.0
     prior_coefficient: float
     prior_exponent: float
+    widths: tuple[int, ...] = ()
     head_width: int = 16
     depth: int | None = None
     aspect: float = 64.0
@@ -79,10 +83,14 @@ class StudyConfig:
         if not _is_number(self.target) or self.target <= budgets[-1]:
             raise InputError(f"target: expected more FLOPs than the largest budget {budgets[-1]:.4g}, got {self.target!r}")
         object.__setattr__(self, "target", int(self.target))
-        for name, least in (("sizes", 4), ("head_width", 4), ("workers", 1), ("threads", 1), ("seed", 0)):
+        for name, least in (("sizes", 4), ("head_width", 1), ("workers", 1), ("threads", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        widths = tuple(self.widths)
+        if len(widths) == 1 or any(not isinstance(w, int) or w < 1 for w in widths) or list(widths) != sorted(set(widths)):
+            raise InputError(f"widths: expected at least 2 whole numbers, rising, or none, got {list(widths)!r}")
+        object.__setattr__(self, "widths", widths)
         for name, above in (("span", 1.0), ("prior_coefficient", 0.0), ("prior_exponent", 0.0), ("aspect", 0.0)):
             value = getattr(self, name)
             if not _is_number(value) or value <= above:
@@ -105,12 +113,16 @@ class StudyConfig:
     def size(self, width: int) -> DiTConfig:
         """The model of a width, with its depth and heads by the study's rule."""
         depth = self.depth if self.depth is not None else max(1, round(width / self.aspect))
-        return DiTConfig.from_dict({**self.model, "width": width, "depth": depth, "heads": width // self.head_width})
+        divisors = (h for h in range(1, width + 1) if width % h == 0)
+        heads = min(divisors, key=lambda h: (abs(math.log(width / h / self.head_width)), h))
+        return DiTConfig.from_dict({**self.model, "width": width, "depth": depth, "heads": heads})
 
     def ladder(self, most_params: float) -> list[DiTConfig]:
         """Every model of the study's family up to ``most_params`` per-token parameters, by rising size."""
-        models = []
-        for width in range(self.head_width, 1 << 16, self.head_width):
+        given = self.widths or (self.head_width, 2 * self.head_width)
+        beyond = itertools.count(given[-1] + given[-1] - given[-2], given[-1] - given[-2])
+        models: list[DiTConfig] = []
+        for width in itertools.chain(given, beyond):
             model = self.size(width)
             if count(model).params.per_token > most_params and models:
                 break
@@ -183,22 +195,23 @@ def design(config: StudyConfig) -> list[PlannedRun]:
     for budget in config.budgets:
         centre = config.optimum(budget)
         half = math.sqrt(config.span)
-        ladder = config.ladder(centre * half * 1.5)
+        ladder = config.ladder(centre * half * 2.0)
         sizes = [count(model).params.per_token for model in ladder]
         wanted = [centre * half ** (2 * i / (config.sizes - 1) - 1) for i in range(config.sizes)]
-        picked = sorted({_nearest(sizes, n) for n in wanted})
+        picked: list[int] = []
+        for n in wanted:
+            left = [i for i in range(len(sizes)) if i not in picked]
+            if left:
+                picked.append(min(left, key=lambda i: abs(math.log(sizes[i] / n))))
+        picked.sort()
         below = sum(sizes[i] < centre for i in picked)
         if len(picked) < config.sizes or below in (0, len(picked)):
             raise InputError(
                 f"budgets: expected {config.sizes} different sizes around {centre:.3g} parameters at {budget:.4g} FLOPs, "
-                f"got widths {[ladder[i].width for i in picked]}; a smaller head_width, a larger span or budget helps"
+                f"got widths {[ladder[i].width for i in picked]}; more widths, a larger span or budget helps"
             )
         grid += [plan_run(config, ladder[i], budget, "fit") for i in picked]
     return grid
-
-
-def _nearest(sizes: Sequence[int], wanted: float) -> int:
-    return min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i] / wanted)))
 
 
 def _is_number(value: Any) -> bool:

@@ -1,0 +1,190 @@
+"""Training: it learns, its record is true, and no interruption changes a bit of the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ditscale.dit import DiTConfig
+from ditscale.dit.checkpoint import load_checkpoint, read_metrics
+from ditscale.dit.data import emoji_vocabulary
+from ditscale.dit.flops import count
+from ditscale.dit.training import Stopped, TrainConfig, check_record, load_weights, train
+from ditscale.errors import InputError
+
+
+def tiny(**changes):
+    model = DiTConfig(
+        image_size=16, latent_factor=1, in_channels=3, patch=4, width=16, depth=1, heads=2, frequency_width=16,
+        condition="caption", vocabulary_size=len(emoji_vocabulary()), caption_width=8, learn_sigma=False,
+        mup_base_width=16,
+    )  # fmt: skip
+    return TrainConfig(**{"model": model, "batch": 4, "images": 48, "evaluation_images": 8, "lr": 1e-2, **changes})
+
+
+def result(record):
+    """What must not depend on how often a run was stopped."""
+    return {k: v for k, v in record.items() if "second" not in k and not k.endswith("_at")}
+
+
+def weights_of(folder):
+    return (folder / "weights.safetensors").read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_loss_falls_and_the_record_is_true(tmp_path):
+    config = tiny(images=800)
+    record = train(config, tmp_path / "run")
+    untrained = train(tiny(images=4, lr=1e-9), tmp_path / "short")
+    assert record["loss"] < 0.8 * untrained["loss"]
+    assert record["steps"] == 200 and record["images"] == 800 and record["tokens"] == 800 * 16
+    assert record["flops"] == 800 * count(config.model).train
+    assert record["params"] == sum(p.numel() for p in load_weights(tmp_path / "run/weights.safetensors").parameters())
+    assert record["loss"] == pytest.approx(sum(record["loss_by_timestep"]) / 8)
+    assert check_record(tmp_path / "run/run.json", config) == json.loads(json.dumps(record))
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert rows[-1]["images"] == 800 and rows[-1]["flops"] == record["flops"]
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_a_flop_budget_buys_whole_batches(tmp_path):
+    per_image = count(tiny().model).train
+    config = tiny(images=None, flops=11 * per_image)
+    assert config.steps == 2
+    with pytest.raises(InputError, match="flops: expected enough for one batch"):
+        tiny(images=None, flops=3 * per_image)
+
+
+def stop_after(steps):
+    seen = []
+    return lambda: seen.append(1) or len(seen) == steps
+
+
+def test_stopping_and_going_on_changes_no_bit(tmp_path):
+    config = tiny()
+    whole = train(config, tmp_path / "whole")
+    for steps in (3, 5, 1):
+        with pytest.raises(Stopped):
+            train(config, tmp_path / "parts", should_stop=stop_after(steps))
+    parts = train(config, tmp_path / "parts")
+    assert result(parts) == result(whole)
+    assert weights_of(tmp_path / "parts") == weights_of(tmp_path / "whole")
+    assert (tmp_path / "parts/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "header"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    config = tiny()
+    whole = train(config, tmp_path / "whole")
+    for steps in (3, 4):
+        with pytest.raises(Stopped):
+            train(config, tmp_path / "run", should_stop=stop_after(steps))
+    newest = max((tmp_path / "run").glob("checkpoint-*.safetensors"))
+    if damage == "header":
+        newest.with_suffix(".json").write_text('{"step": 7, "sha')
+    else:
+        data = bytearray(newest.read_bytes())
+        data[len(data) // 2] ^= 1
+        newest.write_bytes(data[:-10] if damage == "truncated" else data)
+    checkpoint, complaints = load_checkpoint(tmp_path / "run")
+    assert checkpoint is not None and checkpoint.step == 3 and "damaged" in complaints[0]
+    said = []
+    assert result(train(config, tmp_path / "run", say=said.append)) == result(whole)
+    assert any("falling back" in sentence for sentence in said)
+
+
+def test_kill_at_any_moment_loses_nothing(tmp_path):
+    config = tiny(images=400)
+    whole = train(config, tmp_path / "whole")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    program = (
+        "import json, sys, torch; torch.set_num_threads(1)\n"
+        "from ditscale.dit.training import TrainConfig, train\n"
+        "config = TrainConfig.from_dict(json.load(open(sys.argv[1])))\n"
+        "print('ready', flush=True)\n"
+        "train(config, sys.argv[2], checkpoint_seconds=0.02)\n"
+    )
+    run = tmp_path / "run"
+    for delay in (0.05, 0.15, 0.3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "config.json"), str(run)], stdout=subprocess.PIPE, text=True
+        )
+        process.stdout.readline()
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    # What a kill in the middle of a line and of a file leaves behind.
+    run.mkdir(exist_ok=True)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9')
+    (run / ".checkpoint-000000009.safetensors.1.tmp").write_bytes(b"half")
+    assert result(train(config, run)) == result(whole)
+    assert (run / "metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = train(tiny(), tmp_path)
+    assert train(tiny(), tmp_path, progress=lambda *_: pytest.fail("trained again")) == json.loads(json.dumps(first))
+
+
+def test_a_corrupt_record_is_said_and_mended(tmp_path):
+    first = train(tiny(), tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    said = []
+    assert result(train(tiny(), tmp_path, say=said.append)) == result(first)
+    assert "run.json" in said[0]
+
+
+def test_foreign_folders_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="thesis.tex"):
+        train(tiny(), tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    train(tiny(), tmp_path / "run")
+    with pytest.raises(InputError, match="another run"):
+        train(tiny(lr=5e-3), tmp_path / "run")
+
+
+def test_a_diverged_run_is_recorded_as_such(tmp_path):
+    said = []
+    record = train(tiny(lr=1e30, clip=1e30), tmp_path, say=said.append)
+    assert record["status"] == "diverged" and record["loss"] is None and "seed 0" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"images": None}, "images, flops"),
+        ({"flops": 10**9}, "images, flops"),
+        ({"batch": 0}, "batch"),
+        ({"lr": -1.0}, "lr"),
+        ({"ema_share": 2.0}, "ema_share"),
+        ({"images": 3}, "images"),
+    ],
+)
+def test_bad_settings_are_named(change, named):
+    with pytest.raises(InputError, match=named):
+        tiny(**change)
+
+
+def test_data_that_does_not_fit_the_model_is_named(tmp_path):
+    with pytest.raises(InputError, match="data: expected 'emoji_scenes' or a folder"):
+        train(tiny(data=str(tmp_path / "nowhere")), tmp_path / "a")
+    wrong = tiny().model.replace(vocabulary_size=12)
+    with pytest.raises(InputError, match="vocabulary_size"):
+        train(tiny(model=wrong), tmp_path / "b")

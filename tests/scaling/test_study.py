@@ -1,0 +1,175 @@
+"""Studies: the design, the folder, and a whole study that is killed on the way and ends as if it had not been."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ditscale.dit.data import emoji_vocabulary
+from ditscale.dit.flops import count
+from ditscale.errors import InputError
+from ditscale.scaling.demo_study import demo_study
+from ditscale.scaling.study import Study, StudyConfig, design
+
+
+def small(**changes):
+    """A study of seconds: tiny pictures' worth of compute, all the stages."""
+    settings = {
+        "name": "small",
+        "budgets": (2_000_000_000, 6_000_000_000, 18_000_000_000),
+        "target": 60_000_000_000,
+        "sizes": 4,
+        "span": 12.0,
+        "prior_coefficient": 0.35,
+        "prior_exponent": 0.43,
+        "head_width": 8,
+        "widths": (8, 12, 16, 20, 24, 32),
+        "depth": 1,
+        "model": {
+            "image_size": 16, "latent_factor": 1, "in_channels": 3, "patch": 4, "condition": "caption",
+            "vocabulary_size": len(emoji_vocabulary()), "caption_width": 16, "learn_sigma": False,
+            "frequency_width": 32, "mup_base_width": 32,
+        },
+        "training": {"batch": 4, "lr": 5e-3, "evaluation_images": 16},
+    }  # fmt: skip
+    return StudyConfig(**{**settings, **changes})
+
+
+def test_every_budget_is_spent_around_the_prior():
+    config = small()
+    grid = design(config)
+    assert len(grid) == 12
+    for budget in config.budgets:
+        runs = [run for run in grid if run.budget == budget]
+        sizes = [run.params_per_token for run in runs]
+        assert len(set(sizes)) == 4 and min(sizes) < config.optimum(budget) < max(sizes)
+        for run in runs:
+            # Whole batches: under the budget by less than one.
+            step = 4 * count(config.size(run.training["model"]["width"])).train
+            assert 0 <= budget - run.flops < step
+            assert run.steps * 4 == run.images
+
+
+def test_the_demo_s_design_keeps_its_promises():
+    config = demo_study()
+    grid = design(config)
+    assert len(config.budgets) >= 4 and config.budgets[-1] >= 30 * config.budgets[0]
+    assert config.target >= 10 * config.budgets[-1]
+    centres = []
+    for budget in config.budgets:
+        sizes = [run.params_per_token for run in grid if run.budget == budget]
+        assert len(sizes) >= 5
+        centres.append((min(sizes) * max(sizes)) ** 0.5 / config.optimum(budget))
+    # Around the common prior at every budget: a grid that drifts bends the exponent.
+    assert max(centres) / min(centres) < 1.5
+    assert {run.training["seed"] for run in grid} == {0}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"budgets": (1e9, 2e9)}, "budgets"),
+        ({"budgets": (1e9, -2e9, 3e9)}, "budgets"),
+        ({"budgets": (3e9, 2e9, 1e9)}, "budgets"),
+        ({"target": 1e9}, "target"),
+        ({"sizes": 3}, "sizes"),
+        ({"span": 0.5}, "span"),
+        ({"widths": (16, 8)}, "widths"),
+        ({"workers": 0}, "workers"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_impossible_studies_are_named(change, named):
+    with pytest.raises(InputError, match=named):
+        small(**change)
+
+
+def test_a_budget_too_small_for_its_models_is_named():
+    with pytest.raises(InputError, match="budgets: expected enough for 20 steps"):
+        design(small(budgets=(10**8, 6 * 10**9, 18 * 10**9), prior_exponent=0.2, prior_coefficient=40.0))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        Study.create(tmp_path, small())
+    Study.create(tmp_path / "study", small())
+    with pytest.raises(InputError, match="another study"):
+        Study.create(tmp_path / "study", small(seed=1))
+    assert Study.create(tmp_path / "study", small()).config == small()
+    (tmp_path / "study/study.json").write_text('{"grid": 3}')
+    with pytest.raises(InputError, match=r"study\.json"):
+        Study(tmp_path / "study")
+
+
+def test_toml_reads_back(tmp_path):
+    text = "\n".join(
+        f"{key} = {json.dumps(value)}" for key, value in dataclasses.asdict(small()).items()
+        if not isinstance(value, dict) and value is not None
+    )  # fmt: skip
+    for table in ("model", "training"):
+        text += f"\n[{table}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in getattr(small(), table).items())
+    (tmp_path / "study.toml").write_text(text)
+    assert StudyConfig.from_toml(tmp_path / "study.toml") == small()
+    (tmp_path / "study.toml").write_text(text + "\nepochs = 3\n")
+    with pytest.raises(InputError):
+        StudyConfig.from_toml(tmp_path / "study.toml")
+    (tmp_path / "study.toml").write_text("epochs = 3\n" + text)
+    with pytest.raises(InputError, match="epochs"):
+        StudyConfig.from_toml(tmp_path / "study.toml")
+
+
+PROGRAM = """
+import json, sys
+from ditscale.scaling.study import Study
+from ditscale.scaling.conduct import conduct
+if __name__ == "__main__":
+    print("ready", flush=True)
+    conduct(Study(sys.argv[1]), show=lambda stage, progress=None: None, say=lambda sentence: print(sentence, flush=True))
+"""
+
+
+def conduct_in_a_process(folder, program):
+    return subprocess.Popen([sys.executable, str(program), str(folder)], stdout=subprocess.PIPE, text=True)
+
+
+def timeless(value):
+    """A record without what clocks and hashes of clocks put into it."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if "second" not in k and not k.endswith("_at")}
+    return value
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
+    program = tmp_path / "conduct.py"
+    program.write_text(PROGRAM)
+    results = []
+    for name, delays in (("whole", ()), ("killed", (5.0, 9.0))):
+        folder = tmp_path / name
+        Study.create(folder, small())
+        for delay in delays:
+            process = conduct_in_a_process(folder, program)
+            process.stdout.readline()
+            time.sleep(delay)
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+        process = conduct_in_a_process(folder, program)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        content = {p.parent.name: timeless(json.loads(p.read_text())) for p in folder.glob("runs/*/run.json")}
+        content |= {n: timeless(json.loads((folder / f"{n}.json").read_text())) for n in ("laws", "prediction", "outcome")}
+        weights = {p.parent.name: p.read_bytes() for p in folder.glob("runs/*/weights.safetensors")}
+        results.append((content, weights))
+        assert (folder / "report.html").exists() and (folder / "runs.csv").exists()
+        prediction = json.loads((folder / "prediction.json").read_text())
+        record = json.loads((folder / "runs" / prediction["run_id"] / "run.json").read_text())
+        assert prediction["made_at"] <= record["started_at"]
+    assert results[0] == results[1]
