@@ -34,7 +34,7 @@ INK: dict[str, tuple[str, str]] = {
     "measured": ("#c8480b", "#ff9257"),
     "fitted": ("#f3f5f9", "#1d2331"),
 }
-_RAMPS = {"budget": ("viridis", (0.58, 0.06), (0.50, 0.96)), "size": ("plasma", (0.68, 0.02), (0.40, 0.95))}
+_RAMPS = {"budget": ("viridis", (0.54, 0.06), (0.50, 0.96)), "size": ("plasma", (0.62, 0.02), (0.44, 0.95))}
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],

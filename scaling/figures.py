@@ -72,7 +72,11 @@ def draw_figures(view: StudyView, *, narrow: bool = False) -> dict[str, Figure]:
     with style():
         for name, (has_data, paint) in painters.items():
             if has_data(view):
-                figures[name] = paint(view, narrow)
+                figure = paint(view, narrow)
+                # Laid out once: each of the files that a figure is saved to would do it again.
+                figure.draw_without_rendering()
+                figure.set_layout_engine("none")
+                figures[name] = figure
     return figures
 
 

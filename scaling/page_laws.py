@@ -70,8 +70,8 @@ def laws_table(view: StudyView) -> str:
         f'<h3>The laws</h3><div class="scroll"><table class="plain"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="small muted">Published: exponents of {_PUBLISHED_NAME}, on text to image, '
-        "10¹⁷ to 6 × 10¹⁸ FLOPs. Its D counts tokens, its C is 6ND, and its loss law has no floor, which makes "
-        "a loss exponent smaller: read it as a neighbour, not as a target.</p>"
+        "10¹⁷ to 6 × 10¹⁸ FLOPs. Its D counts tokens, its C is 6ND, and its loss law has no floor, which "
+        "makes a loss exponent smaller: read it as a neighbour, not as a target.</p>"
         + (f'<h3>What the fit warns of</h3><ul class="notes">{warnings}</ul>' if warnings else "")
         + _scoreboard(view)
     )

@@ -119,6 +119,12 @@ def rewind(finished: Path, folder: Path, stage: str) -> Path:
     return folder
 
 
+def shared_study(tmp_path_factory: Any) -> Path:
+    """A finished study, written once for all test files of a session; to be copied, not changed."""
+    folder = Path(tmp_path_factory.getbasetemp()) / "page-study"
+    return folder if (folder / "outcome.json").exists() else write_study(folder)
+
+
 def study_config() -> Any:
     """A study much like the demo's, its own so that the demo may change."""
     from ditscale.dit.data import emoji_vocabulary
