@@ -480,7 +480,9 @@ def _bootstrap(
         coefficients = y @ c.solver.T
         place, bend = c.minimum(coefficients)
         place = np.where((bend > 0) & (np.abs(place) < np.ptp(c.x)), place, np.nan)
-        value = np.array([np.polyval(k, p) for k, p in zip(coefficients, place, strict=True)])
+        value = np.zeros(draws)
+        for column in coefficients.T:  # Horner's rule, every draw at its own minimum
+            value = value * place + column
         loss = value if space == "log" else np.log(np.maximum(value, 1e-300))
         columns.append((c.middle + place, np.log(c.data_at(place)), loss))
     x = np.log(levels[used])

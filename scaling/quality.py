@@ -113,7 +113,7 @@ def fit_quality(
     if not (np.isfinite(seed_noise) and seed_noise >= 0):
         raise InputError(f"seed-noise: expected a number of at least 0, got {seed_noise!r}")
     power = fit_power(flops, value, floor=floor)
-    power.fit.least_noise = float(seed_noise)
+    power.fit.assume_noise(seed_noise)
     if samples is not None and samples < 10_000:
         power.warnings.append(
             f"{samples} samples: FID from few samples is biased upwards, and unequally between models"

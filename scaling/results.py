@@ -17,7 +17,7 @@ from ditscale.scaling.engine import Array
 from ditscale.scaling.intervals import Components, Interval, Quantity
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.laws import Law
-from ditscale.scaling.losses import Loss, parse_loss, robust_sigma
+from ditscale.scaling.losses import Loss, robust_sigma
 from ditscale.scaling.more_laws import law_by_name
 
 # A saved fit carries its points up to this many, so that intervals can be made from the file alone.
@@ -190,6 +190,11 @@ class LawFit:
     @cached_property
     def _parts(self) -> dict[str, Components]:
         return {}
+
+    def assume_noise(self, least: float) -> None:
+        """Let no interval of a new observation be narrower than this spread of one (see ``least_noise``)."""
+        self.least_noise = float(least)
+        self._parts.clear()
 
     @property
     def components(self) -> Components:
@@ -418,6 +423,7 @@ class LawFit:
         few = self.n <= _SAVED_POINTS
         return {
             "theta": self.theta.tolist(),
+            "loss": dataclasses.asdict(self.loss),
             "centre": self.centre,
             "floor": self.law.floor if isinstance(getattr(self.law, "floor", None), float) else None,
             "interval_method": self.interval_method,
@@ -443,7 +449,7 @@ class LawFit:
                 raise InputError(
                     "law: expected a fit saved with its points, got one of too many points; fit it again"
                 )
-            loss = parse_loss(record["loss_used"])
+            loss = Loss(**saved["loss"])
             return cls(
                 law=law,
                 theta=np.array(saved["theta"], dtype=float),

@@ -1,4 +1,6 @@
-"""What the tests of scaling laws share: the public tables (where they are) and simulated studies with a known truth."""
+"""What the tests of scaling laws share: the public tables (where they are) and simulated studies with a
+known truth.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def lawdata(name: str) -> Path:
     folder = Path(os.environ.get("DITSCALE_LAWDATA", beside))
     path = folder / name
     if not path.is_file():
-        pytest.skip(f"{name} is not there: set DITSCALE_LAWDATA to the folder of the public scaling-law tables")
+        pytest.skip(
+            f"{name} is not there: set DITSCALE_LAWDATA to the folder of the public scaling-law tables"
+        )
     return path
 
 
@@ -60,7 +64,9 @@ def study(
     cost: float = 6.0,
     **columns: Any,
 ) -> RunTable:
-    """An isoFLOP study whose truth is known; ``drift`` moves the grid's centre by that log factor a budget."""
+    """An isoFLOP study whose truth is known; ``drift`` moves the grid's centre by that log factor a
+    budget.
+    """
     rng = np.random.default_rng(seed)
     records = []
     for i, budget in enumerate(np.geomspace(1e17, 1e19, 5) if budgets is None else budgets):
@@ -68,6 +74,10 @@ def study(
         centre = optimum(surface, budget, cost)[0] * off_centre * np.exp(drift * i)
         for n in centre * np.geomspace(1 / width, width, sizes):
             d = budget / (cost * n)
-            loss = float(SURFACE.predict(surface, params=n, data=d)) * np.exp(shared + noise * rng.standard_normal())
-            records.append({"params": n, "tokens": d, "flops": budget, "loss": loss, "budget": budget, **columns})
+            loss = float(SURFACE.predict(surface, params=n, data=d)) * np.exp(
+                shared + noise * rng.standard_normal()
+            )
+            records.append(
+                {"params": n, "tokens": d, "flops": budget, "loss": loss, "budget": budget, **columns}
+            )
     return RunTable.from_records(records)

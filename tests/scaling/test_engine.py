@@ -11,7 +11,8 @@ from ditscale.scaling.engine import minimise
 from ditscale.scaling.laws import SURFACE
 from ditscale.scaling.losses import Loss, parse_loss
 
-# Found by three solvers that agree to 1e-12 (facts of the public table); each row is the optimum of another loss.
+# Found by three solvers that agree to 1e-12 (facts of the public table); each row is the optimum of another
+# loss.
 EPOCH_OPTIMA = {
     ("huber:1e-3", "log"): (0.001018274017801, 477.826, 2143.417, 1.817218, 0.3473105, 0.3671724),
     ("huber:1e-3", "raw"): (0.002896243196, 455.097, 2405.22, 1.820080, 0.344303, 0.372967),
@@ -77,7 +78,8 @@ def test_published_row_is_the_least_absolute_deviation_fit(loss: str) -> None:
 @pytest.mark.parametrize(
     ("row", "objective"),
     [
-        # Besiroglu's printed row, Hoffmann's TeX source, Hoffmann's printed row: rounding costs a factor of 3.
+        # Besiroglu's printed row, Hoffmann's TeX source, Hoffmann's printed row: rounding costs a factor of
+        # 3.
         ((482.01, 2085.43, 1.8172, 0.3478, 0.3658), 0.00102284277),
         ((406.401018, 410.722827, 1.69337368, 0.33917084, 0.2849083), 0.0012311626),
         ((406.4, 410.7, 1.69, 0.34, 0.28), 0.00412100914),
@@ -174,7 +176,9 @@ def test_units_and_row_order_change_nothing() -> None:
     assert millions["A"] == pytest.approx(1000 * base.params["A"] / 1e6 ** base.params["alpha"], rel=1e-6)
 
 
-@pytest.mark.parametrize("text", ["huber:1e-3", "huber:auto", "l1", "mse", "student-t:4:auto", "envelope:10:0.01"])
+@pytest.mark.parametrize(
+    "text", ["huber:1e-3", "huber:auto", "l1", "mse", "student-t:4:auto", "envelope:10:0.01"]
+)
 def test_losses_are_what_their_derivatives_say(text: str) -> None:
     loss = parse_loss(text)
     if loss.needs_scale:

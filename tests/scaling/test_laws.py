@@ -1,4 +1,6 @@
-"""Laws: formula, gradients, both ways between public and internal parameters, recovery from their own data."""
+"""Laws: formula, gradients, both ways between public and internal parameters, recovery from their own
+data.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,25 @@ TRUTHS: dict[str, dict[str, float]] = {
     "kaplan": {"A": 8.8e13**0.8, "B": 5.4e13, "alpha": 0.8, "k": 0.095},
     "moe": {"A": 200.0, "G": 300.0, "B": 600.0, "alpha": 0.32, "gamma": 0.6, "beta": 0.33, "E": 1.5},
     "moe-density": {"A": 300.0, "B": 600.0, "alpha": 0.32, "delta": 0.2, "beta": 0.33, "E": 1.5},
-    "repetition": {"A": 521.0, "B": 1488.0, "alpha": 0.353, "beta": 0.353, "E": 1.87, "R_D": 15.39, "R_N": 5.31},
+    "repetition": {
+        "A": 521.0,
+        "B": 1488.0,
+        "alpha": 0.353,
+        "beta": 0.353,
+        "E": 1.87,
+        "R_D": 15.39,
+        "R_N": 5.31,
+    },
     "farseer": {
-        **{"a1": -0.1, "b1": -1.2, "a": 0.12, "a2": 0.2, "b2": 0.1, "b": 0.1, "a3": 0.4, "b3": 0.3, "g": -0.2}
+        "a1": -0.1,
+        "b1": -1.2,
+        "a": 0.12,
+        "a2": 0.2,
+        "b2": 0.1,
+        "b": 0.1,
+        "a3": 0.4,
+        "b3": 0.3,
+        "g": -0.2,
     },
     "power": {"coefficient": 2.3943, "exponent": -0.0273},
     "power-floor": {"coefficient": 30.0, "exponent": -0.266, "floor": 1.444},

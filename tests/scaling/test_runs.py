@@ -1,0 +1,196 @@
+"""Run tables: every format in, every mistake named by row and column, nothing pooled by accident."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ditscale.errors import InputError
+from ditscale.scaling import RunTable
+from ditscale.scaling.readers import MAX_ROWS
+from ditscale.scaling.runs import cluster_budgets
+
+ROWS = [
+    {"params": 1e6 * (i + 1), "images": 1e5 / (i + 1), "flops": 6e11, "loss": 1.0 / (i + 1), "lr": 1e-3}
+    for i in range(4)
+]
+
+
+def _csv(folder: Path, text: str) -> Path:
+    path = folder / "runs.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _as_csv(delimiter: str = ",") -> str:
+    lines = [delimiter.join(ROWS[0])] + [delimiter.join(str(v) for v in r.values()) for r in ROWS]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    "kind", ["csv", "tsv", "semicolon", "jsonl", "json", "columns", "parquet", "wandb", "study"]
+)
+def test_formats(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "runs.txt"
+    if kind in ("csv", "tsv", "semicolon"):
+        path.write_text(_as_csv({"csv": ",", "tsv": "\t", "semicolon": ";"}[kind]))
+    elif kind == "jsonl":
+        path = tmp_path / "runs.jsonl"
+        path.write_text("\n".join(json.dumps(r) for r in ROWS) + "\n\n")
+    elif kind == "json":
+        path = tmp_path / "runs.json"
+        path.write_text(json.dumps({"runs": ROWS}))
+    elif kind == "columns":
+        path = tmp_path / "runs.json"
+        path.write_text(json.dumps({k: [r[k] for r in ROWS] for k in ROWS[0]}))
+    elif kind == "parquet":
+        path = tmp_path / "runs.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif kind == "wandb":
+        path = tmp_path / "export.json"
+        wrapped = [
+            {
+                "name": f"run-{i}",
+                "config": {"params": {"value": r["params"], "desc": None}, "images": {"value": r["images"]}},
+                "summary": {"flops": r["flops"], "loss": r["loss"], "lr": r["lr"]},
+            }
+            for i, r in enumerate(ROWS)
+        ]
+        path.write_text(json.dumps(wrapped))
+    else:
+        path = tmp_path / "study"
+        extra = [{"role": "prediction", "loss": 0.1}, {"role": "fit", "status": "diverged", "loss": 9.0}]
+        for i, record in enumerate([*ROWS, *extra]):
+            (path / "runs" / f"r{i}").mkdir(parents=True)
+            record = {"role": "fit", "status": "finished", **record}
+            (path / "runs" / f"r{i}" / "run.json").write_text(json.dumps(record))
+    table = RunTable.read(path)
+    assert len(table) == 4
+    assert table.data_unit == "images"
+    assert table.params.tolist() == [1e6, 2e6, 3e6, 4e6]
+    assert table.loss[1] == 0.5
+
+
+MISTAKES = {
+    "empty": ("", "expected a table with a header line, got an empty file"),
+    "header only": ("params,images,loss\n", "expected at least one row below the header"),
+    "no csv": ("just some words\nand more\n", "expected a CSV table of several columns"),
+    "numbers for a header": ("1,2,3\n4,5,6\n", "expected a header line with column names"),
+    "duplicate columns": ("params,loss,loss\n1,2,3\n", "every column name once, got 'loss' twice"),
+    "ragged": ("params,images,loss\n1,2,3\n4,5\n", "expected 3 cells in line 3"),
+    "text in numbers": (
+        "params,images,loss\n1,2,3\n4,5,low\n",
+        r"loss: expected a number in row 3 .* got " "'low'",
+    ),
+    "negative": (
+        "params,images,loss\n1,2,3\n4,5,-6\n",
+        "loss: expected a positive number in row 3 .* got -6",
+    ),
+    "nan": ("params,images,loss\n1,nan,3\n", "images: expected a positive number in row 2 .* got nan"),
+    "empty cell": ("params,images,loss\n1,,3\n2,5,3\n", "images: expected a positive number in row 2"),
+    "empty cell among text": ("params,images,loss\n1,2,x\n2,5,\n", "loss: expected a number in row 2"),
+    "infinite": ("params,images,loss\n1,2,inf\n", "got inf"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(tmp_path: Path, name: str) -> None:
+    text, message = MISTAKES[name]
+    with pytest.raises(InputError, match=message) as caught:
+        RunTable.read(_csv(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_binary_missing_and_huge_files(tmp_path: Path) -> None:
+    binary = tmp_path / "x.csv"
+    binary.write_bytes(b"\x00\x01\x02" * 50)
+    with pytest.raises(InputError, match="got binary data"):
+        RunTable.read(binary)
+    latin = tmp_path / "y.csv"
+    latin.write_bytes("params,größe\n1,2\n".encode("latin-1"))
+    with pytest.raises(InputError, match="no UTF-8"):
+        RunTable.read(latin)
+    with pytest.raises(InputError, match="expected a file or a study folder, got nothing there"):
+        RunTable.read(tmp_path / "none.csv")
+    with pytest.raises(InputError, match=r"expected a study folder with runs/\*/run.json"):
+        RunTable.read(tmp_path)
+    many = _csv(tmp_path, "params,images,loss\n" + "1,2,3\n" * (MAX_ROWS + 1))
+    with pytest.raises(InputError, match="expected at most 200,000 rows"):
+        RunTable.read(many)
+    broken = tmp_path / "z.jsonl"
+    broken.write_text('{"loss": 1}\n{"loss": \n')
+    with pytest.raises(InputError, match="expected a JSON object in line 2"):
+        RunTable.read(broken)
+    fake = tmp_path / "z.parquet"
+    fake.write_text("not parquet")
+    with pytest.raises(InputError, match="expected a Parquet file"):
+        RunTable.read(fake)
+
+
+def test_unlike_runs_are_not_pooled() -> None:
+    rows = [{**r, "lr_schedule": "linear" if i else "cosine"} for i, r in enumerate(ROWS)]
+    with pytest.raises(InputError, match="lr_schedule: expected one value .* got 'cosine' and 'linear'"):
+        RunTable.from_records(rows)
+    assert len(RunTable.from_records(rows, pool=True)) == 4
+    assert len(RunTable.from_records(rows, where="lr_schedule == 'linear'")) == 3
+
+
+def test_roles() -> None:
+    both = [{**r, "tokens": r["images"] * 64} for r in ROWS]
+    assert RunTable.from_records(both).data_unit == "images"
+    named = RunTable.from_records(both, tokens="tokens")
+    assert named.data_unit == "tokens" and named.data[0] == 64e5
+    with pytest.raises(InputError, match="got both images and tokens"):
+        RunTable.from_records(both, tokens="tokens", images="images")
+    with pytest.raises(
+        InputError, match=r"params: expected a column of table, got 'size' \(columns: " "params, images"
+    ):
+        RunTable.from_records(ROWS, params="size")
+    bare = RunTable.from_records([{"params": 1, "loss": 1}])
+    with pytest.raises(InputError, match="expected a column of images or tokens"):
+        _ = bare.data
+    derived = RunTable.from_records(ROWS, tokens_from_6nd=True)
+    assert derived.data_unit == "tokens" and derived.data[0] == 6e11 / 6e6
+
+
+def test_where() -> None:
+    table = RunTable.from_columns(
+        {"Model Size": np.arange(1.0, 6.0), "kind": list("aabbb"), "loss": np.ones(5)}
+    )
+    assert len(table.where("`Model Size` > 2 and kind == 'b'")) == 3
+    assert len(table.where("not (kind == 'a') or `Model Size` * 2 <= 2")) == 4
+    assert len(table.where("1 < `Model Size` <= 3")) == 2
+    for bad in (
+        "__import__('os')",
+        "loss.real > 0",
+        "kind >",
+        "size > 3",
+        "loss + 1",
+        "loss > 'x'",
+        "[1] == loss",
+        "",
+    ):
+        with pytest.raises(InputError, match="where: "):
+            table.where(bad)
+    with pytest.raises(InputError, match="to hold for at least one of 5 rows"):
+        table.where("loss > 2")
+
+
+def test_budgets_from_measured_compute() -> None:
+    flops = np.array([1.0e17, 1.1e17, 0.97e17, 3.1e17, 2.9e17, 1e18])
+    groups = cluster_budgets(flops)
+    assert len(np.unique(groups)) == 3
+    assert groups[0] == groups[2] == pytest.approx(np.exp(np.log(flops[:3]).mean()))
+
+
+def test_drop_highest_is_noted() -> None:
+    table = RunTable.from_records(ROWS, drop_highest=1)
+    assert table.loss.max() == 0.5
+    assert table.notes == ("dropped the 1 highest losses",)
+    with pytest.raises(InputError, match="drop-highest: expected 0 to 3"):
+        RunTable.from_records(ROWS, drop_highest=4)

@@ -1,0 +1,147 @@
+"""The loss surface: exact recovery, honest words about what the runs cannot determine, and the budget's
+split.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from law_helpers import CHINCHILLA, optimum, study
+
+from ditscale.errors import InputError
+from ditscale.scaling import RunTable, fit_surface
+from ditscale.scaling.laws import SURFACE
+from ditscale.scaling.surface import SurfaceFit
+
+
+@pytest.mark.parametrize(
+    "design",
+    [
+        {},
+        {"width": 16.0},  # wide
+        {"off_centre": 3.0},
+        {"drift": 0.25},  # drifts by a factor of 2.7 over the study
+        {"off_centre": 0.2, "width": 8.0, "drift": -0.3},
+    ],
+    ids=["centred", "wide", "off-centre", "drifting", "all"],
+)
+def test_noise_free_designs_are_recovered(design: dict[str, float]) -> None:
+    fit = fit_surface(study(**design))
+    assert fit.converged
+    for name, value in CHINCHILLA.items():
+        assert fit.params[name] == pytest.approx(value, rel=1e-8)
+    # D_opt at 1e24 to 1e-4 %: the bias of the parabola is of the order of 1 to 6 % on these grids.
+    assert fit.optimum(1e24)["data"].value == pytest.approx(optimum(CHINCHILLA, 1e24)[1], rel=1e-6)
+    assert fit.params["a"] == pytest.approx(0.451613, abs=1e-6)
+    assert fit.params["b"] == pytest.approx(0.548387, abs=1e-6)
+    assert fit.optimum(1e24)["data"].value == pytest.approx(4.035835e12, rel=1e-6)
+
+
+def test_the_design_of_variable_projection_is_recovered() -> None:
+    # The README of vpnls: 8 budgets 1e17..1e22 of 16 points each, recovered to 1e-6 % (arXiv:2603.22339).
+    fit = fit_surface(study(budgets=np.geomspace(1e17, 1e22, 8), sizes=16, width=16.0))
+    for name, value in CHINCHILLA.items():
+        assert fit.params[name] == pytest.approx(value, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    "law", ["surface", "surface-tied", "surface-floorless", "skaling", "kaplan", "farseer"]
+)
+def test_every_law_says_whether_it_converged(law: str) -> None:
+    fit = fit_surface(study(noise=0.005), law=law)
+    assert set(fit.intervals) >= {"a", "b"}
+    assert fit.converged or any("not converged" in w for w in fit.warnings)
+    best = fit.optimum(1e20)
+    assert best["params"].low < best["params"].value < best["params"].high
+
+
+def test_search_finds_the_closed_form() -> None:
+    fit = fit_surface(study(noise=0.003))
+    theta = np.repeat(fit.fit.theta[None, :], 5, axis=0) * (1 + 0.01 * np.arange(5)[:, None])
+    closed = fit.log_optimum(theta, 1e21)[0]
+    assert fit.cost is not None
+    searched = fit._search(theta, np.log(1e21 / fit.cost.coefficient), fit.cost.exponent)
+    assert np.allclose(closed, searched, atol=1e-5)
+
+
+def test_cost_is_measured_not_six() -> None:
+    # A share of the compute that does not grow with N, as in small DiTs: C = 50 N^0.9 D.
+    rng = np.random.default_rng(0)
+    n, d = 10 ** rng.uniform(6, 8, 40), 10 ** rng.uniform(6, 8, 40)
+    loss = SURFACE.predict(CHINCHILLA, params=n, data=d)
+    table = RunTable.from_columns({"params": n, "images": d, "flops": 50 * n**0.9 * d, "loss": loss})
+    fit = fit_surface(table)
+    assert fit.data_unit == "images"
+    assert fit.cost is not None and fit.cost.source == "measured"
+    assert fit.cost.coefficient == pytest.approx(50, rel=1e-9)
+    assert fit.cost.exponent == pytest.approx(0.9, rel=1e-9)
+    best = fit.optimum(1e15)
+    nn = best["params"].value * np.exp(np.linspace(-0.5, 0.5, 2001))
+    along = SURFACE.predict(CHINCHILLA, params=nn, data=1e15 / (50 * nn**0.9))
+    assert best["params"].value == pytest.approx(nn[np.argmin(along)], rel=1e-3)
+    assert best["loss"].value == pytest.approx(along.min(), rel=1e-9)
+
+
+def test_runs_on_one_ray_are_not_identifiable() -> None:
+    n = np.geomspace(1e7, 1e9, 12)
+    table = RunTable.from_columns(
+        {
+            "params": n,
+            "tokens": 20 * n,
+            "flops": 120 * n**2,
+            "loss": SURFACE.predict(CHINCHILLA, params=n, data=20 * n),
+        }
+    )
+    fit = fit_surface(table)
+    assert any("one line of log N against log D" in w for w in fit.warnings)
+
+
+def test_too_few_sizes_is_an_error() -> None:
+    table = study()
+    two = np.isin(np.argsort(np.argsort(table.params)) % 7, [0, 1])
+    few = table.take(np.flatnonzero(two)[:2])
+    with pytest.raises(InputError, match="params: expected at least 3 different values"):
+        fit_surface(few)
+
+
+def test_a_term_that_the_data_do_not_show_is_said_to_be_at_its_bound() -> None:
+    rng = np.random.default_rng(1)
+    n, d = 10 ** rng.uniform(7, 9, 40), 10 ** rng.uniform(9, 11, 40)
+    loss = 40.0 / n**0.2 * np.exp(0.01 * rng.standard_normal(40))  # no floor, no D
+    fit = fit_surface(RunTable.from_columns({"params": n, "tokens": d, "flops": 6 * n * d, "loss": loss}))
+    assert any("bound" in w or "not identifiable" in w for w in fit.warnings)
+
+
+def test_saved_and_read_back_without_a_new_fit() -> None:
+    fit = fit_surface(study(noise=0.005, shock=0.003))
+    record = json.loads(json.dumps(fit.to_json(), allow_nan=False))
+    again = SurfaceFit.from_json(record)
+    assert again.params == fit.params
+    assert again.optimum(1e21)["loss"] == fit.optimum(1e21)["loss"]
+    with pytest.raises(InputError, match="expected a fit saved by ditscale"):
+        SurfaceFit.from_json({"law": "surface"})
+
+
+def test_repeated_data_through_an_extra_column() -> None:
+    table = study(noise=0.001)
+    columns = {**table.columns, "seen": np.asarray(table.data) / 4}
+    fit = fit_surface(RunTable.from_columns(columns), law="repetition", inputs={"unique": "seen"}, starts=2)
+    assert "R_D" in fit.params and not fit.allocates
+    with pytest.raises(InputError, match="no split of compute alone"):
+        fit.optimum(1e20)
+    with pytest.raises(InputError, match="input: expected one of unique"):
+        fit_surface(table, law="repetition", inputs={"uniq": "seen"})
+
+
+def test_prediction_intervals_nest() -> None:
+    fit = fit_surface(study(noise=0.005))
+    p = fit.predict(params=1e9, tokens=1e11)
+    assert p.new_run[0] < p.interval[0] < p.value < p.interval[1] < p.new_run[1]
+    assert p.beyond["data"] > 1
+    many = fit.predict(params=np.array([1e8, 1e9]), tokens=np.array([1e10, 1e11]))
+    assert many.value[1] == pytest.approx(p.value)
+    assert many.interval[0][1] == pytest.approx(p.interval[0])
+    with pytest.raises(InputError, match="this law counts tokens"):
+        fit.predict(params=1e9, images=1e9)
