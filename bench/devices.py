@@ -1,0 +1,214 @@
+"""What a measurement ran on: device, caches, threads, versions, commit, clocks; and published peaks, each with its source."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ditscale
+
+# Published memory bandwidth, bytes/s, and its source. Peak FLOP/s stand in ditscale.scaling.gpus. Nothing here decides a
+# share of a roof: those are taken against ceilings measured in the same run (ceilings.py).
+BANDWIDTH_PEAKS: dict[str, tuple[float, str]] = {
+    "a100": (2.039e12, "NVIDIA A100 80GB SXM data sheet: 2,039 GB/s"),
+    "h100": (3.35e12, "NVIDIA H100 SXM5 data sheet: 3.35 TB/s"),
+    "h100-pcie": (2.0e12, "NVIDIA H100 PCIe data sheet: 2 TB/s"),
+    "h200": (4.8e12, "NVIDIA H200 SXM data sheet: 4.8 TB/s"),
+    "b200": (8.0e12, "NVIDIA HGX B200 data sheet: 8 TB/s per GPU"),
+    "rtx4090": (1.008e12, "NVIDIA GeForce RTX 4090 specifications: 1,008 GB/s"),
+    "mi300x": (5.3e12, "AMD Instinct MI300X data sheet: 5.3 TB/s"),
+}
+PEERS = ("liger-kernel", "quack-kernels", "apex", "flash-attn", "xformers", "transformer-engine")
+_GPU_STATE = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_throttle_reasons.active"
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions that a speed depends on; peers only where they are installed."""
+    import numpy
+    import scipy
+    import torch
+
+    found: dict[str, str | None] = {
+        "ditscale": ditscale.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+        "triton": version_of("triton"),
+        "compiler": _first_line(["g++", "--version"]),
+        **{name: version_of(name) for name in PEERS},
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@functools.cache
+def commit() -> dict[str, Any]:
+    """The checkout's commit and whether files differ from it; of an installed package, its version and dirty None."""
+    here = Path(__file__).resolve().parent
+    name = _first_line(["git", "-C", str(here), "rev-parse", "HEAD"])
+    if name is None:
+        return {"commit": f"installed {ditscale.__version__}", "dirty": None}
+    # Rows that are being written must not make the measured code count as changed.
+    rest = ["--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results", ":(top,exclude)README.md"]
+    return {"commit": name, "dirty": bool(_output(["git", "-C", str(here), "status", *rest]))}
+
+
+def processor() -> str:
+    """The processor's name with its family and model: virtual machines often hide the product's name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+    def field(name: str) -> str:
+        found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.M)
+        return found[1].strip() if found else "?"
+
+    return f"{field('model name')} (family {field('cpu family')}, model {field('model')})"
+
+
+@functools.cache
+def cache_bytes() -> dict[str, int]:
+    """Sizes of the data caches of core 0 as the system states them, by level; empty where it states none."""
+    sizes: dict[str, int] = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            if (folder / "type").read_text().strip() == "Instruction":
+                continue
+            number, unit = re.match(r"(\d+)([KMG]?)", (folder / "size").read_text().strip()).groups()  # type: ignore[union-attr]
+            level = (folder / "level").read_text().strip()
+        except (OSError, AttributeError):
+            continue
+        sizes[f"L{level}"] = int(number) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[unit]
+    return sizes
+
+
+def last_level_cache(device: str) -> int:
+    """Bytes of the last cache before memory: of the GPU's L2, or of the processor; 32 MiB where none is stated."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+    return max(cache_bytes().values(), default=32 << 20)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Facts that stand in every row measured on ``device`` ("cpu" or "cuda")."""
+    import torch
+
+    from ditscale.kernels.library import cpu_isa
+
+    facts: dict[str, Any] = {
+        "type": device,
+        "name": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "places": os.environ.get("OMP_PLACES") if os.environ.get("OMP_PROC_BIND", "").lower() == "true" else None,
+        "instruction_set": cpu_isa(),
+        "cache_bytes": cache_bytes(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+    if device == "cuda":
+        p = torch.cuda.get_device_properties(torch.cuda.current_device())
+        facts |= {
+            "name": p.name,
+            "processor": processor(),
+            "capability": f"sm_{p.major}{p.minor}",
+            "memory_bytes": p.total_memory,
+            "cache_bytes": {"L2": p.L2_cache_size},
+            "multiprocessors": p.multi_processor_count,
+            "driver": _nvidia_smi("driver_version"),
+        }
+    return facts
+
+
+def state(device: str) -> dict[str, Any]:
+    """Clock, load, power and temperature now; what the system does not tell is left out."""
+    found: dict[str, Any] = {"load_average": round(os.getloadavg()[0], 2)}
+    if device == "cuda":
+        values = (_nvidia_smi(_GPU_STATE) or "").split(", ")
+        names = _GPU_STATE.split(",")
+        return found | (dict(zip(names, values, strict=True)) if len(values) == len(names) else {})
+    try:
+        clocks = [float(c) for c in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.M)]
+        found["clock_mhz"] = round(max(clocks)) if clocks else None
+    except OSError:
+        pass
+    for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*/temp"))[:1]:
+        try:
+            found["temperature_c"] = int(zone.read_text()) / 1000
+        except (OSError, ValueError):
+            pass
+    return found
+
+
+def pin(threads: int | None) -> int:
+    """Use ``threads`` threads on as many cores and no others; returns how many. Default: all cores this process may use.
+
+    Raises:
+        InputError: fewer than one, or more than there are cores.
+    """
+    import torch
+
+    from ditscale.errors import InputError
+
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    count = len(usable) if threads is None else threads
+    if not 1 <= count <= len(usable):
+        raise InputError(f"--threads: expected 1 to {len(usable)}, the cores this process may use, got {count}")
+    if hasattr(os, "sched_setaffinity") and count < len(usable):
+        os.sched_setaffinity(0, set(usable[:count]))
+    torch.set_num_threads(count)
+    return count
+
+
+def gpu_key(name: str) -> str | None:
+    """The name of a GPU in the tables of peaks, from what its driver calls it; None where it is not in them."""
+    low = name.lower().replace(" ", "").replace("-", "")
+    if "h100" in low and "pcie" in low:
+        return "h100-pcie"
+    keys = [key for key in BANDWIDTH_PEAKS if key != "h100-pcie" and key in low]
+    return keys[0] if keys else None
+
+
+def slug(facts: dict[str, Any]) -> str:
+    """A file name for a device's results, such as ``amd-epyc-family-26-model-2-2-threads``."""
+    threads = f" {facts['threads']} threads" if facts["type"] == "cpu" else ""
+    return re.sub(r"[^a-z0-9]+", "-", f"{facts['name']}{threads}".lower()).strip("-")
+
+
+def _nvidia_smi(query: str) -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    return _first_line(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _first_line(command: list[str]) -> str | None:
+    text = (_output(command) or "").strip()
+    return text.splitlines()[0] if text else None

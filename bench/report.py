@@ -1,0 +1,188 @@
+"""Rows as tables: the one in the README, and the one of every case with those where we lose first. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ditscale.bench.rows import Row, measured
+from ditscale.errors import InputError
+
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+NOT_MEASURED = "GPU speed is not yet measured: none of the committed rows comes from a GPU."
+_PASS = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward", "step": "", "call": ""}
+_OP = {
+    "layernorm_modulate": "LayerNorm + modulate",
+    "gate_residual": "gate x branch + residual",
+    "gate_residual_layernorm_modulate": "gate + residual + LayerNorm + modulate",
+    "bias_gelu": "bias + GELU",
+    "qk_norm_rope": "QK norm + RoPE",
+    "attention": "attention",
+    "dit_block": "DiT block",
+    "training_step": "training step",
+}
+Table = tuple[list[str], list[list[str]]]
+
+
+def best_of_ours(rows: Iterable[Row]) -> Row | None:
+    """The row of what ``backend="auto"`` takes; where that was not measured, the first of ours."""
+    ours = [r for r in rows if r["provider"].startswith("ours")]
+    return next((r for r in ours if r.get("auto")), ours[0] if ours else None)
+
+
+def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """(device name, case) -> provider -> row, of measured rows, in the order in which they came."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in measured(rows):
+        if row["suite"] != "ceiling":
+            found.setdefault((row["device"]["name"], row["case"]), {})[row["provider"]] = row
+    return found
+
+
+def ratio(ours: Row, other: str) -> float | None:
+    """How many times faster than another provider of the same case, the median within rounds."""
+    over = ours.get("speedup_over", {}).get(other)
+    return None if over is None else float(over["median"])
+
+
+def lost(providers: dict[str, Row]) -> list[str]:
+    """Providers that beat ours beyond the spread: the 80th percentile of the ratio is below 1. Copies are no rivals."""
+    ours = best_of_ours(providers.values())
+    if ours is None:
+        return []
+    over = ours.get("speedup_over", {})
+    found = [name for name, r in over.items() if name not in ("copy", "layer_norm") and r["p80"] < 1.0]
+    for name, row in providers.items():  # peers that are no baseline: by medians, beyond both spreads
+        if name not in over and not name.startswith("ours") and name not in ("copy", "layer_norm"):
+            if row["time_ms_p80"] < ours["time_ms_p20"]:
+                found.append(name)
+    return found
+
+
+def table_cells(rows: Iterable[Row]) -> Table:
+    """Every measured case as cells, those where we lose first; then what was not measured, with the reason."""
+    rows = list(rows)
+    head = ["case", "ours ms", "eager ms", "compile ms", "over eager", "over compile", "of roof", "of copy", "faster than us"]
+    body = []
+    grouped = sorted(by_case(rows).items(), key=lambda item: (not lost(item[1]), item[0][0]))
+    for (_, case), providers in grouped:
+        ours = best_of_ours(providers.values())
+        if ours is None:
+            continue
+        cells = [case, _ms(ours), *(_ms(providers.get(p)) for p in ("eager", "compile"))]
+        cells += [_times(ratio(ours, p)) for p in ("eager", "compile")]
+        cells += [_percent(ours.get("roof_share")), _percent(_copy_share(ours))]
+        body.append([*cells, ", ".join(lost(providers)) or "none"])
+    for row in rows:
+        if row["status"] != "measured":
+            body.append([f"{row['case']} ({row['provider']})", row["status"], str(row["reason"]), *[""] * 6])
+    return head, body
+
+
+def full_table(rows: Iterable[Row]) -> str:
+    """:func:`table_cells` as Markdown."""
+    return _markdown(*table_cells(rows))
+
+
+def readme_block(rows: Iterable[Row]) -> str:
+    """What stands between the README's markers: a table of the CPU, one of each GPU, and a plain word where there is none."""
+    rows = list(rows)
+    parts = []
+    for kind in ("cpu", "cuda"):
+        chosen = [r for r in rows if r["device"]["type"] == kind]
+        for name in dict.fromkeys(r["device"]["name"] for r in measured(chosen)):
+            parts.append(_device_block([r for r in chosen if r["device"]["name"] == name]))
+    if not parts:
+        parts.append("CPU speed is not yet measured: there are no committed rows.")
+    if not measured(r for r in rows if r["device"]["type"] == "cuda"):
+        parts.append(NOT_MEASURED)
+    return "\n\n".join(parts)
+
+
+def _device_block(rows: Sequence[Row]) -> str:
+    first = measured(rows)[0]
+    device = first["device"]
+    head = ["", "shape", "eager ms", "compile ms", "ours ms", "over eager", "over compile"]
+    body = []
+    for (_, _), providers in by_case(rows).items():
+        ours = best_of_ours(providers.values())
+        if ours is None or ours["suite"] not in ("adaln", "block", "step", "attention") or "eager" not in providers:
+            continue
+        cells = [_title(ours), _shape(ours), *(_ms(providers.get(p)) for p in ("eager", "compile")), _ms(ours)]
+        body.append([*cells, *(_times(ratio(ours, p)) for p in ("eager", "compile"))])
+    threads = f", {device['threads']} threads" if device["type"] == "cpu" else ""
+    dates = sorted({r["measured_at"][:10] for r in measured(rows)})
+    losses = [p for p in by_case(rows).values() if lost(p)]
+    noisy = max((r.get("noise") or 0.0 for r in measured(rows)), default=0.0)
+    commits = sorted({str(r["commit"])[:10] + ("+" if r.get("dirty") else "") for r in measured(rows)})
+    note = (
+        f"{device['name']}{threads}, {first['versions'].get('torch')} torch, commit {', '.join(commits)}, {' to '.join(dates)}. "
+        f"Medians of interleaved rounds, speed-ups the medians of ratios within rounds; the calibration loop spread by at most "
+        f"{100 * noisy:.0f} %. Cases where something else measured faster than ours: {len(losses)}."
+    )
+    return _markdown(head, body) + "\n\n" + note
+
+
+def _title(row: Row) -> str:
+    parts = [_OP.get(row["op"], row["op"]), _PASS.get(row["passes"], row["passes"])]
+    if row["cache"] == "resident" and row["suite"] == "adaln":
+        parts.append("in cache")
+    if row["dtype"] != "float32":
+        parts.append(row["dtype"])
+    return ", ".join(part for part in parts if part)
+
+
+def _shape(row: Row) -> str:
+    sizes = " ".join(f"{k}={v}" for k, v in row["shape"].items() if k != "C")
+    return f"{row['label']}: {sizes}" if row.get("label") else sizes
+
+
+def insert(path: str | Path, text: str) -> None:
+    """Put ``text`` between the markers of a file.
+
+    Raises:
+        InputError: the file or its two markers are not there.
+    """
+    path = Path(path)
+    try:
+        before = path.read_text()
+    except OSError as error:
+        raise InputError(f"{path}: expected a file to write the table into, got {error.strerror}") from error
+    between(before, str(path))
+    pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.S)
+    path.write_text(pattern.sub(lambda _: f"{START}\n{text}\n{END}", before, count=1))
+
+
+def between(text: str, name: str) -> str:
+    """What stands between the markers.
+
+    Raises:
+        InputError: there is not exactly one pair of them.
+    """
+    found = re.findall(f"{re.escape(START)}\n?(.*?)\n?{re.escape(END)}", text, re.S)
+    if len(found) != 1:
+        raise InputError(f"{name}: expected one pair of {START} and {END}, got {len(found)}")
+    return str(found[0])
+
+
+def _copy_share(ours: Row) -> float | None:
+    return ratio(ours, "copy")
+
+
+def _ms(row: Row | None) -> str:
+    return "" if row is None else f"{row['time_ms']:.3g}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _percent(value: Any) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in body)])

@@ -1,0 +1,264 @@
+"""Runs cases: check, then time, then one row a provider. The only place that knows the order of things."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ditscale.bench import ceilings, devices
+from ditscale.bench.cases import ADALN_OPS, Case, cases
+from ditscale.bench.correctness import Verdict, judge
+from ditscale.bench.rows import SCHEMA, Row
+from ditscale.bench.subjects import Candidate, Results, Subject
+from ditscale.bench.timing import MachineTooNoisy, Protocol, Timing, calibrate, measure, measure_host
+from ditscale.errors import BackendUnavailable, InputError
+
+SUITES = ("adaln", "attention", "block", "step", "flops", "fit")
+# What speed-ups are said over, where it was measured.
+BASELINES = ("eager", "compile", "copy", "sdpa", "layer_norm", "scipy", "torch")
+
+
+@dataclass
+class Session:
+    """One run of the benchmarks on one device.
+
+    Args:
+        device: "cpu" or "cuda".
+        protocol: how everything is timed.
+        allow_noise: measure on a noisy machine too; every row then says so.
+        against: if not empty, only these providers, ours, and plain PyTorch, against which everything is checked.
+        tiny: the cases of tests and dry runs.
+        deadline: ``time.monotonic()`` after which cases are skipped.
+        say: takes lines for a person.
+    """
+
+    device: str
+    protocol: Protocol
+    allow_noise: bool = False
+    against: tuple[str, ...] = ()
+    tiny: bool = False
+    deadline: float = float("inf")
+    say: Callable[[str], None] = print
+    roof: ceilings.Roof | None = None
+    common: Row = field(default_factory=dict)
+
+    def start(self) -> list[Row]:
+        """Calibrate and measure the ceilings; returns the ceilings' rows.
+
+        Raises:
+            MachineTooNoisy: and noise was not allowed.
+        """
+        spread = self._quiet(self.protocol)
+        self.common = {
+            "schema": SCHEMA,
+            "device": devices.machine(self.device),
+            "versions": devices.versions(),
+            **devices.commit(),
+        }
+        found = ceilings.measure_ceilings(self.device, self.protocol, tiny=self.tiny)
+        self.roof = ceilings.Roof(found)
+        rows = []
+        for c in found:
+            name = "/".join(str(part) for part in (c["op"], c["dtype"], c["size"], c["where"]) if part)
+            unit = "bytes_per_second" if c["op"] == "copy" else "flops_per_second"
+            row = self._row("ceiling", name, c["op"], "torch", "measured")
+            rows.append(row | {"dtype": c["dtype"], unit: c["value"], "noise": spread, **_times(c["timing"])})
+        return rows
+
+    def _quiet(self, protocol: Protocol) -> float:
+        try:
+            return calibrate(self.device, protocol)
+        except MachineTooNoisy:
+            if not self.allow_noise:
+                raise
+            return calibrate(self.device, Protocol(rounds=protocol.rounds, noise_limit=float("inf"), patience_seconds=0.0))
+
+    def _row(self, suite: str, case: str, op: str, provider: str, status: str, reason: str | None = None) -> Row:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        head = {"suite": suite, "case": case, "op": op, "provider": provider, "status": status, "reason": reason}
+        return head | {"measured_at": now} | self.common
+
+    def wants(self, provider: str, yardstick: str) -> bool:
+        """Whether a provider is asked for."""
+        return not self.against or provider in (*self.against, yardstick) or provider.startswith("ours")
+
+    def suite(self, name: str, *, only: Sequence[Case] | None = None) -> Iterator[Row]:
+        """All rows of a suite, case by case."""
+        if name == "fit":
+            from ditscale.bench.fits import fit_rows
+
+            yield from fit_rows(self)
+            return
+        if name == "flops":
+            from ditscale.bench.counts import count_rows
+
+            yield from count_rows(self)
+            return
+        if name == "adaln" and only is None:
+            yield from self.host_rows()
+        for case in cases(name, self.device, tiny=self.tiny) if only is None else only:
+            yield from self.case(case)
+
+    def host_rows(self) -> Iterator[Row]:
+        """What a call costs the host, apart from any work."""
+        from ditscale.bench.operators import host_calls
+
+        for op in (*ADALN_OPS, "bias_gelu"):
+            timings = measure_host(host_calls(op, self.device), protocol=self.protocol)
+            for provider, timing in timings.items():
+                yield self.measured_row("host", f"{op}/host", op, provider, timing, timings)
+
+    def case(self, case: Case) -> Iterator[Row]:
+        """Check and time one case; a row for every provider, whatever became of it."""
+        if time.monotonic() > self.deadline:
+            yield self._case_row(case, "all", "skipped", "the time was up")
+            return
+        started = time.monotonic()
+        try:
+            subject = _subject(case, self.device, self.protocol)
+        except BackendUnavailable as error:
+            yield self._case_row(case, "all", "unavailable", str(error))
+            return
+        except Exception as error:  # one case that cannot be set up must not cost the others
+            yield self._case_row(case, "all", "failed", _one_line(error))
+            return
+        exact = subject.exact()
+        plain: Results | None = None
+        ready: dict[str, Candidate] = {}
+        verdicts: dict[str, Verdict] = {}
+        for name, build in subject.build.items():
+            if not self.wants(name, subject.yardstick):
+                continue
+            try:
+                candidate = build()
+                results = candidate.results()
+            except BackendUnavailable as error:
+                yield self._case_row(case, name, "unavailable", str(error))
+                continue
+            except Exception as error:  # whatever a peer or a compiler throws belongs in its row, not in the way of others
+                yield self._case_row(case, name, "failed", _one_line(error))
+                continue
+            plain = results if name == subject.yardstick else plain
+            if plain is None:
+                raise InputError(f"{case.id}: expected {subject.yardstick} to run here, and it did not")
+            verdicts[name] = judge(results, exact, plain)
+            del results
+            if verdicts[name].reason:
+                yield self._case_row(case, name, "wrong", verdicts[name].reason) | _errors(verdicts[name])
+            else:
+                ready[name] = candidate
+        plain = None
+        exact.clear()
+        yield from self._time(case, subject, ready, verdicts, started)
+
+    def _time(
+        self, case: Case, subject: Subject, ready: dict[str, Candidate], verdicts: dict[str, Verdict], started: float
+    ) -> Iterator[Row]:
+        work = case.work()
+        calls = {name: candidate.call for name, candidate in ready.items()}
+        if subject.copies:
+            total = sum(w.bytes_moved for w in work)
+            calls["copy"] = ceilings.copy_call(total, subject.sets, self.device)
+        noise = self._quiet(self.protocol)
+        before = devices.state(self.device)
+        timings = measure(calls, sets=subject.sets, device=self.device, protocol=self.protocol)
+        after = devices.state(self.device)
+        for name, timing in timings.items():
+            row = self.measured_row(case.suite, case.id, case.op, name, timing, timings)
+            row |= {
+                "passes": case.passes,
+                "dtype": case.dtype,
+                "shape": case.shape,
+                "cache": case.cache,
+                "label": case.label,
+                "sets": subject.sets,
+                "noise": noise,
+                "state": {"before": before, "after": after},
+                "case_seconds": round(time.monotonic() - started, 1),
+            }
+            row |= self._against_roof(case, timing)
+            if name in ready:
+                row |= {"auto": ready[name].auto, "note": ready[name].note or None, **_errors(verdicts[name])}
+            yield row
+
+    def _against_roof(self, case: Case, timing: Timing) -> Row:
+        work = case.work()
+        if not work or self.roof is None:
+            return {}
+        roof_ms, bound = self.roof.ms(work, case.dtype)
+        seconds = timing.median_ms / 1e3
+        bytes_moved, flops = sum(w.bytes_moved for w in work), sum(w.matmul_flops or w.flops for w in work)
+        row: Row = {
+            "bytes_moved": bytes_moved,
+            "flops": flops,
+            "bandwidth_gbps": bytes_moved / seconds / 1e9,
+            "flops_per_second": flops / seconds,
+            "roof_ms": roof_ms,
+            "roof_bound": bound,
+            "roof_share": roof_ms / timing.median_ms,
+        }
+        if case.suite == "step":
+            row |= {"images_per_second": case.shape["B"] / seconds} | self._mfu(case, seconds)
+        return row
+
+    def _mfu(self, case: Case, seconds: float) -> Row:
+        """Training FLOPs by the ledger (convention matmul) over the published peak; on a CPU over the measured one."""
+        from ditscale.bench.cases import model_config
+        from ditscale.dit.flops import count
+        from ditscale.scaling.gpus import PEAKS
+
+        train = count(model_config(case), batch=case.shape["B"]).train
+        key = devices.gpu_key(self.common["device"]["name"]) if self.device == "cuda" else None
+        assert self.roof is not None
+        if key in PEAKS and case.dtype != "float32":
+            peak, source = PEAKS[key]
+        else:
+            peak, source = self.roof.flop_rate[case.dtype], "measured matrix product of the same run"
+        return {"train_flops": train, "mfu": train / seconds / peak, "mfu_peak": peak, "mfu_peak_source": source}
+
+    def measured_row(
+        self, suite: str, case: str, op: str, provider: str, timing: Timing, timings: dict[str, Timing]
+    ) -> Row:
+        """A row with a time and its ratios to the baselines of the same rounds."""
+        over = {name: timing.speedup_over(timings[name]) for name in BASELINES if name in timings and name != provider}
+        return self._row(suite, case, op, provider, "measured") | _times(timing) | {"speedup_over": over}
+
+    def _case_row(self, case: Case, provider: str, status: str, reason: str | None) -> Row:
+        more = {"passes": case.passes, "dtype": case.dtype, "shape": case.shape, "cache": case.cache, "label": case.label}
+        return self._row(case.suite, case.id, case.op, provider, status, reason) | more
+
+
+def _subject(case: Case, device: str, protocol: Protocol) -> Subject:
+    if case.suite == "block":
+        from ditscale.bench.models import block_subject
+
+        return block_subject(case, device)
+    if case.suite == "step":
+        from ditscale.bench.models import step_subject
+
+        return step_subject(case, device)
+    from ditscale.bench.operators import operator_subject
+
+    return operator_subject(case, device, protocol.most_sets)
+
+
+def _times(timing: Timing) -> Row:
+    return {
+        "time_ms": timing.median_ms,
+        "time_ms_p20": timing.percentile_ms(20),
+        "time_ms_p80": timing.percentile_ms(80),
+        "samples": len(timing.samples_ms),
+        "calls_per_sample": timing.calls_per_sample,
+        "timer": timing.timer,
+    }
+
+
+def _errors(verdict: Verdict) -> Row:
+    return {"error": verdict.error, "plain_error": verdict.plain_error}
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
