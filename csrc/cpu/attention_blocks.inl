@@ -137,6 +137,8 @@ DS_INLINE void multiply(
   }
 }
 
+constexpr float LOG2_E = 1.44269504088896341f;
+
 struct Rows {
   float* data;
   int64_t step;
@@ -161,7 +163,8 @@ __attribute__((noinline)) void scores(
   });
 }
 
-// The same scores made weights at once: p = 2^(s - top) * weight.
+// The same scores made weights at once: p = 2^(s log2(e) - top) * weight. One multiply-add: the product is not rounded, and
+// what `top` was rounded by is in every weight of a row and in their sum.
 __attribute__((noinline)) void weights(
     Rows k, const float* qt, int64_t keys, int64_t vectors, int64_t K, const float* top, const float* weight, float* p) {
   for_tiles<TILE_VECTORS>(keys, 0, vectors, [&](auto m_count, auto n_count, int64_t row, int64_t v) {
@@ -170,7 +173,9 @@ __attribute__((noinline)) void weights(
     multiply<1>(acc, k.data + row * k.step, k.step, 1, qt + v * W, QUERIES, K);
     for (int n = 0; n < N; ++n) {
       const vf t = get_at<vf>(top + (v + n) * W), w = get_at<vf>(weight + (v + n) * W);
-      for (int m = 0; m < M; ++m) put_at(p + (row + m) * QUERIES + (v + n) * W, exp2_of(acc[m][n] - t) * w);
+      for (int m = 0; m < M; ++m) {
+        put_at(p + (row + m) * QUERIES + (v + n) * W, exp2_of(acc[m][n] * splat(LOG2_E) - t) * w);
+      }
     }
   });
 }
@@ -238,7 +243,7 @@ __attribute__((noinline)) void key_sums(
   if constexpr (PART < W) key_sums_in<vpart, 1>(p, rows, keys, queries, whole, width, fresh, out);
 }
 
-// The scores of a block become weights 2^(s - top), and their sums join those so far, shrunk by `factor`.
+// The scores of a block become weights 2^(s log2(e) - top), and their sums join those so far, shrunk by `factor`.
 DS_INLINE void soften(float* s, int64_t keys, int64_t vectors, const float* top, const float* factor, float* sum) {
   constexpr int N = 2;
   int64_t v = 0;
@@ -249,7 +254,7 @@ DS_INLINE void soften(float* s, int64_t keys, int64_t vectors, const float* top,
     float* row = s + at;
     for (int64_t key = 0; key < keys; ++key, row += QUERIES) {
       for (int n = 0; n < M; ++n) {
-        const vf p = exp2_of(get_at<vf>(row + n * W) - t[n]);
+        const vf p = exp2_of(get_at<vf>(row + n * W) * splat(LOG2_E) - t[n]);
         put_at(row + n * W, p);
         total[n] += p;
       }
@@ -396,8 +401,6 @@ struct Arena {
   }
 };
 
-constexpr float LOG2_E = 1.44269504088896341f;
-
 DS_INLINE int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
@@ -423,35 +426,32 @@ void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t block, float*
   float* out_room = arena.take(width * QUERIES);
   float* k_room = arena.take(width * KEYS);
   float* v_room = arena.take(width * KEYS);
-  float *top = arena.take(QUERIES), *sum = arena.take(QUERIES), *factor = arena.take(QUERIES), *old = arena.take(QUERIES);
+  float *top = arena.take(QUERIES), *sum = arena.take(QUERIES), *factor = arena.take(QUERIES), *shift = arena.take(QUERIES);
 
-  to_columns(read_rows<T>(a.q, b, h, q0, queries, K, q_room), queries, lanes, width, a.scale * LOG2_E, qt);
+  to_columns(read_rows<T>(a.q, b, h, q0, queries, K, q_room), queries, lanes, width, a.scale, qt);
   const float none = -__builtin_inff();
   for (int64_t i = 0; i < lanes; i += W) {
     put_at(top + i, splat(none));
-    put_at(old + i, splat(none));
+    put_at(shift + i, splat(none));
     put_at(sum + i, vf{});
-    put_at(factor + i, vf{});
   }
   for (int64_t k0 = 0; k0 < span.keys; k0 += KEYS) {
     const int64_t keys = least(KEYS, span.keys - k0), at = span.first_key + k0;
     scores(read_rows<T>(a.k, b, h_kv, at, keys, K, k_room), qt, keys, vectors, K, s, top);
     for (int64_t i = 0; i < lanes; i += W) {
       // A row without a score above -infinity keeps weights of zero instead of 2^(infinity - infinity).
-      const vf most = get_at<vf>(top + i), safe = pick(most == splat(none), vf{}, most);
-      put_at(top + i, safe);
-      put_at(factor + i, exp2_of(get_at<vf>(old + i) - safe));
-      put_at(old + i, most);
+      const vf most = get_at<vf>(top + i), next = pick(most == splat(none), vf{}, most * splat(LOG2_E));
+      put_at(factor + i, exp2_of(get_at<vf>(shift + i) - next));
+      put_at(shift + i, next);
     }
-    soften(s, keys, vectors, top, factor, sum);
+    soften(s, keys, vectors, shift, factor, sum);
     weighted_sums(
         read_rows<T>(a.v, b, h_kv, at, keys, K, v_room), s, keys, vectors, K, k0 > 0 ? factor : nullptr, ot);
-    for (int64_t i = 0; i < lanes; i += W) put_at(top + i, get_at<vf>(old + i));
   }
   for (int64_t i = 0; i < lanes; i += W) {
-    const vf total = get_at<vf>(sum + i), most = get_at<vf>(top + i);
+    const vf total = get_at<vf>(sum + i), last = get_at<vf>(shift + i);
     put_at(sum + i, pick(total == vf{}, vf{}, splat(1.f) / total));
-    put_at(top + i, pick(most == splat(none), vf{}, most));
+    put_at(shift + i, pick(last == splat(none), vf{}, last));
   }
   if (span.keys == 0) __builtin_memset(ot, 0, sizeof(float) * width * QUERIES);
   // The rows that pad the width are never written by weighted_sums.
@@ -462,7 +462,7 @@ void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t block, float*
   if (a.row_max != nullptr) {
     const int64_t at = (b * a.H + h) * a.T + q0;
     for (int64_t i = 0; i < queries; ++i) {
-      a.row_max[at + i] = top[i];
+      a.row_max[at + i] = shift[i];
       a.row_weight[at + i] = sum[i];
     }
   }
@@ -504,7 +504,7 @@ void backward(
     const Rows dout = read_rows<T>(a.dout, b, h, q0, queries, K, do_room);
     const Rows out = read_rows<T>(a.out, b, h, q0, queries, K, o_room);
     // The factor of the scores goes into dout's copy, from which the gradients of the scores are made: so it is in all.
-    to_columns(q, queries, lanes, width, a.scale * LOG2_E, qt);
+    to_columns(q, queries, lanes, width, a.scale, qt);
     to_columns(dout, queries, lanes, width, a.scale, dot);
     products(dot, out, queries, lanes, width, delta);
     const int64_t stats = (b * a.H + h) * a.T + q0;

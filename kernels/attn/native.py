@@ -9,10 +9,6 @@ from torch.utils.flop_counter import register_flop_formula
 from ditscale.kernels.attn import cost
 
 _ops = torch.ops.ditscale
-attention_fwd = _ops.attention_fwd.default
-attention_bwd = _ops.attention_bwd.default
-attention_qkv_fwd = _ops.attention_qkv_fwd.default
-attention_qkv_bwd = _ops.attention_qkv_bwd.default
 
 
 def _heads(like: Tensor) -> Tensor:

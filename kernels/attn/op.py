@@ -2,58 +2,84 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ditscale.errors import InputError
 from ditscale.kernels import dispatch
 from ditscale.kernels.attn import choice, reference
+from ditscale.kernels.library import missing_reason
 
 AttentionBackend = Literal["auto", "reference", "cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers"]
 
+if missing_reason("cpu") is None:
+    from ditscale.kernels.attn import native as _native  # noqa: F401 (shapes and FLOPs of the loaded operators)
 
-def _implementation(backend: str) -> ModuleType:
-    name = "triton_kernels" if backend == "triton" else "native"
-    return importlib.import_module(f"ditscale.kernels.attn.{name}")
+
+def _ops(backend: str) -> Any:
+    """The operators of a backend; both namespaces have the same names and schemas."""
+    return torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
+
+
+def _wants_graph() -> bool:
+    """True in a backward pass that will be differentiated itself (create_graph): it must be made of plain PyTorch."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _differentiable(out: Tensor, inputs: tuple[Tensor, ...], dout: Tensor) -> list[Tensor | None]:
+    used = [t for t in inputs if t.requires_grad]
+    found = iter(torch.autograd.grad(out, used, dout, create_graph=True))
+    return [next(found) if t.requires_grad else None for t in inputs]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, impl: ModuleType, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float
+        ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float
     ) -> Tensor:
-        out, stats = impl.attention_fwd(q, k, v, lengths, scale, True)
+        out, stats = _ops(backend).attention_fwd(q, k, v, lengths, scale, True)
         ctx.save_for_backward(q, k, v, out, stats, lengths)
-        ctx.impl, ctx.scale = impl, scale
+        ctx.backend, ctx.scale = backend, scale
         return out  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, stats, lengths = ctx.saved_tensors
-        dq, dk, dv = ctx.impl.attention_bwd(dout, q, k, v, out, stats, lengths, ctx.scale)
+        if _wants_graph():
+            plain = reference.attention_ref(q, k, v, scale=ctx.scale, lengths=lengths)
+            return (None, *_differentiable(plain, (q, k, v), dout), None, None)
+        dq, dk, dv = _ops(ctx.backend).attention_bwd(dout, q, k, v, out, stats, lengths, ctx.scale)
         return None, dq, dk, dv, None, None
 
 
 class _AttentionQkv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, impl: ModuleType, qkv: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
-        out, stats = impl.attention_qkv_fwd(qkv, lengths, scale, True)
+    def forward(ctx: Any, backend: str, qkv: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+        out, stats = _ops(backend).attention_qkv_fwd(qkv, lengths, scale, True)
         ctx.save_for_backward(qkv, out, stats, lengths)
-        ctx.impl, ctx.scale = impl, scale
+        ctx.backend, ctx.scale = backend, scale
         return out  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, stats, lengths = ctx.saved_tensors
-        return None, ctx.impl.attention_qkv_bwd(dout, qkv, out, stats, lengths, ctx.scale), None, None
+        if _wants_graph():
+            plain = _merged(reference.attention_ref(*_parts(qkv), scale=ctx.scale, lengths=lengths))
+            return None, *_differentiable(plain, (qkv,), dout), None, None
+        return None, _ops(ctx.backend).attention_qkv_bwd(dout, qkv, out, stats, lengths, ctx.scale), None, None
+
+
+def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
+    """[B, T, 3, H, K] as three [B, H, T, K]."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _merged(out: Tensor) -> Tensor:
+    """[B, H, T, K] as [B, T, H * K]."""
+    return out.transpose(1, 2).flatten(2)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -139,7 +165,7 @@ def attention(
     Numerics ("cpu"): float32 throughout, one rounding at the end; the softmax runs online over blocks of 64 keys; its
     exponential has a relative error below 1e-7. All sums in an order fixed by the shape: two runs are equal to the bit, for
     any number of threads. A row with a NaN in its scores is NaN; a row whose every score is -infinity is zero. Second
-    derivatives, forward mode and torch.func transforms: the reference.
+    derivatives, forward mode and torch.func transforms: the reference. Under autocast, in the dtype of autocast.
     Cost: ``ditscale.kernels.attn.cost.attention_*``.
     Source: arXiv:1706.03762, section 3.2.1; online softmax arXiv:1805.02867; backward arXiv:2205.14135, appendix B.
     """
@@ -152,10 +178,9 @@ def attention(
         return reference.attention_ref(q, k, v, scale=scale, lengths=lengths)
     if chosen == "sdpa":
         return _sdpa(q, k, v, lengths, scale)
-    impl = _implementation(chosen)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(impl, q, k, v, lengths, scale)  # type: ignore[no-any-return]
-    return impl.attention_fwd(q, k, v, lengths, scale, False)[0]  # type: ignore[no-any-return]
+        return _Attention.apply(chosen, q, k, v, lengths, scale)  # type: ignore[no-any-return]
+    return _ops(chosen).attention_fwd(q, k, v, lengths, scale, False)[0]  # type: ignore[no-any-return]
 
 
 def attention_qkv(
@@ -186,13 +211,10 @@ def attention_qkv(
     scale = qkv.shape[4] ** -0.5 if scale is None else float(scale)
     chosen = _choose(backend, qkv, qkv.shape[1], qkv.shape[4])
     if chosen in ("reference", "sdpa"):
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = _parts(qkv)
         if chosen == "reference":
-            out = reference.attention_ref(q, k, v, scale=scale, lengths=lengths)
-        else:
-            out = _sdpa(q, k, v, lengths, scale)
-        return out.transpose(1, 2).flatten(2)
-    impl = _implementation(chosen)
+            return _merged(reference.attention_ref(q, k, v, scale=scale, lengths=lengths))
+        return _merged(_sdpa(q, k, v, lengths, scale))
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return _AttentionQkv.apply(impl, qkv, lengths, scale)  # type: ignore[no-any-return]
-    return impl.attention_qkv_fwd(qkv, lengths, scale, False)[0]  # type: ignore[no-any-return]
+        return _AttentionQkv.apply(chosen, qkv, lengths, scale)  # type: ignore[no-any-return]
+    return _ops(chosen).attention_qkv_fwd(qkv, lengths, scale, False)[0]  # type: ignore[no-any-return]

@@ -9,8 +9,11 @@ from torch import Tensor
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, scale: float, lengths: Tensor | None = None) -> Tensor:
     """``softmax(scale q k^T) v`` over the first ``lengths[b]`` keys; q [B, H, T, K]; k, v [B, H_kv, S, K].
 
-    float32 inside (float64 for float64), one rounding.
+    float32 inside (float64 for float64), one rounding; under autocast too.
     """
+    if torch.is_autocast_enabled(q.device.type):  # it would make the products below half precision
+        with torch.autocast(q.device.type, enabled=False):
+            return attention_ref(q, k, v, scale=scale, lengths=lengths)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = k.to(wide), v.to(wide)
     if k.shape[1] != q.shape[1]:  # each head of keys serves a run of neighbouring heads of queries

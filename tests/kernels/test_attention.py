@@ -1,0 +1,148 @@
+"""Outputs and gradients of attention against float64, by the twice-PyTorch rule, on every backend and instruction set."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_cases import AttentionCall, check, make
+from cases import DTYPES, NAME
+
+from ditscale import kernels
+from ditscale.kernels import library
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
+
+# (B, H, T, K) and why it is here.
+SHAPES = {
+    "one-of-each": (1, 1, 1, 1),  # weight 1: the gradients of scores cancel
+    "demo": (4, 3, 64, 8),  # one block of queries and keys; half a vector of 16
+    "head-16": (2, 2, 64, 16),
+    "head-24": (2, 2, 70, 24),  # a vector and a half; a second block of 6
+    "small-model": (2, 2, 64, 32),
+    "dit-s": (1, 2, 129, 64),  # three blocks, the last of a single query and key
+    "dit-xl": (1, 2, 65, 72),
+    "head-80": (1, 1, 48, 80),
+    "head-96": (1, 1, 33, 96),
+    "head-128": (1, 1, 100, 128),
+    "odd": (2, 3, 13, 7),  # nothing aligned: widths are padded
+    "prime-blocks": (1, 2, 257, 20),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_values_and_gradients(backend, shape, dtype):
+    check([make(*shape, dtype) for _ in range(2 if shape[2] > 16 else 8)], backend)
+
+
+@dtypes
+@pytest.mark.parametrize("T,S", [(1, 70), (70, 1), (33, 200), (200, 33)])
+def test_cross_attention(backend, T, S, dtype):
+    check([make(2, 2, T, 24, dtype, S=S) for _ in range(3)], backend)
+
+
+@pytest.mark.parametrize("H,H_kv,T", [(4, 2, 40), (3, 1, 150), (8, 1, 70)])
+def test_grouped_queries(backend, H, H_kv, T):
+    # (8, 1, 70) has 16 blocks of queries for one head of keys: its sums are made in pieces.
+    check([make(1, H, T, 16, H_kv=H_kv)], backend)
+
+
+@dtypes
+def test_lengths(backend, dtype):
+    # None, one, part of a block, exactly a block, more than one block, all.
+    check([make(6, 2, 70, 24, dtype, lengths=[0, 1, 33, 64, 66, 70]) for _ in range(2)], backend)
+
+
+def test_sums_made_in_pieces(backend):
+    # Four heads, 1,030 queries: the backward pass is cut into four pieces a head, whose sums are added in their order.
+    check([make(1, 4, 1030, 8)], backend)
+
+
+@pytest.mark.parametrize("size", [1e-3, 30.0])
+def test_flat_and_peaked_weights(backend, size):
+    # 30: scores of thousands, weights of one key; exponents far below the smallest number.
+    check([make(2, 2, 70, 24, size=size) for _ in range(8)], backend)
+
+
+def test_negative_and_zero_scale(backend):
+    for scale in (-0.7, 0.0):
+        calls = [make(2, 2, 70, 16) for _ in range(6)]
+        for call in calls:
+            call.scale = scale
+        check(calls, backend)
+
+
+def restride(t: torch.Tensor, how: int) -> torch.Tensor:
+    """The same values under other strides: inside NaN, other orders of memory, a broken last dimension, expanded."""
+    if how == 0:
+        room = torch.full((*t.shape[:-1], t.shape[-1] + 3), float("nan"), dtype=t.dtype)
+        room[..., 1 : 1 + t.shape[-1]] = t
+        return room[..., 1 : 1 + t.shape[-1]]
+    if how == 1:
+        return t.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
+    if how == 2:
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if how == 3:
+        return t[:1].expand(t.shape)
+    if how == 4:
+        return t.contiguous()
+    return t
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_calls(backend, seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    B, T, S = rng.randint(1, 3), rng.choice([1, 2, 7, 16, 31, 63, 64, 65, 130]), rng.choice([None, 1, 5, 64, 97])
+    H_kv = rng.randint(1, 2)
+    H = H_kv * rng.choice([1, 1, 2])
+    K = rng.choice([1, 2, 5, 8, 15, 16, 17, 24, 40, 64, 72])
+    keys = T if S is None else S
+    lengths = [rng.randint(0, keys) for _ in range(B)] if rng.random() < 0.4 else None
+    dtype = rng.choice(DTYPES)
+    size = 10 ** rng.uniform(-2, 1)
+    how = [rng.randint(0, 6) for _ in range(4)]
+    calls = []
+    for _ in range(4):
+        call = make(B, H, T, K, dtype, S=S, H_kv=H_kv, size=size, lengths=lengths)
+        parts = [restride(t, h) for t, h in zip((call.q, call.k, call.v, call.dout), how, strict=True)]
+        calls.append(AttentionCall(*parts, call.lengths, call.scale))
+    check(calls, backend)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(2, 64, 3, 8), (1, 70, 2, 13)], ids=["demo", "odd"])
+def test_packed_is_the_same_to_the_bit(backend, shape, dtype):
+    B, T, H, K = shape
+    packed = torch.randn(B, T, 3, H, K).to(dtype).requires_grad_()
+    lengths = torch.tensor([T // 2] * B)
+    out = kernels.attention_qkv(packed, lengths=lengths, backend=backend)
+    dout = torch.randn(B, T, H * K).to(dtype)
+    (got,) = torch.autograd.grad(out, packed, dout)
+    parts = [t.detach().requires_grad_() for t in packed.permute(2, 0, 3, 1, 4)]
+    apart = kernels.attention(*parts, lengths=lengths, backend=backend)
+    assert torch.equal(out, apart.transpose(1, 2).flatten(2))
+    want = torch.autograd.grad(apart, parts, dout.view(B, T, H, K).transpose(1, 2))
+    assert torch.equal(got, torch.stack(want).permute(1, 3, 0, 2, 4))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    # The set is chosen once a process. On a processor without the one asked for the next smaller one runs.
+    if library.missing_reason("cpu"):
+        pytest.skip(str(library.missing_reason("cpu")))
+    chosen = ("dit-xl and fp32", "demo and fp32", "odd", "head-24 and bf16", "lengths and fp16", "peaked")
+    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", __file__]
+    select = " or ".join(f"({c})" for c in chosen)
+    done = subprocess.run(
+        [*command, "-k", f"cpu and ({select})"],
+        env={**os.environ, "DITSCALE_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -1,0 +1,166 @@
+"""Empty dimensions, NaN and infinity, memory layouts, equal bits, far addresses, users' mistakes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import make
+from cases import DTYPES, NAME
+
+from ditscale import kernels
+from ditscale.errors import BackendUnavailable, InputError
+
+
+@pytest.mark.parametrize("B,H,T,S", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0)])
+def test_empty(backend, B, H, T, S):
+    q = torch.randn(B, H, T, 8, requires_grad=True)
+    k, v = (torch.randn(B, H, S, 8, requires_grad=True) for _ in range(2))
+    out = kernels.attention(q, k, v, backend=backend)
+    assert out.shape == q.shape
+    assert not out.any()  # no keys: zeros
+    for g, leaf in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v), strict=True):
+        assert g.shape == leaf.shape
+        assert not g.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
+def test_nan_of_a_query_stays_in_its_row(backend, dtype):
+    call = make(2, 2, 70, 24, dtype)
+    call.q = call.q.clone()
+    call.q[1, 0, 65, 3] = float("nan")
+    got = call.run(backend)
+    hit = torch.zeros(2, 2, 70, dtype=torch.bool)
+    hit[1, 0, 65] = True
+    for name in ("out", "dq"):
+        assert torch.equal(got[name].isnan().all(-1), hit), name
+        assert torch.equal(got[name].isnan().any(-1), hit), name
+    head = torch.tensor([[False, False], [True, False]])  # every key of that head met that query
+    for name in ("dk", "dv"):
+        assert torch.equal(got[name].isnan().any(-1).any(-1), head), name
+
+
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_nan_of_a_key_or_value_reaches_every_query_of_its_head(backend, where):
+    call = make(2, 2, 70, 24)
+    setattr(call, where, getattr(call, where).clone())
+    getattr(call, where)[1, 0, 65, 3] = float("nan")
+    out = call.run(backend)["out"]
+    head = torch.tensor([[False, False], [True, False]])
+    assert torch.equal(out.isnan().any(-1).all(-1), head)
+    assert torch.equal(out.isnan().any(-1).any(-1), head)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_keys_beyond_the_lengths_are_never_read(backend, poison):
+    call = make(3, 2, 70, 24, lengths=[5, 64, 0])
+    want = call.run(backend)
+    call.k, call.v = call.k.clone(), call.v.clone()
+    for b, n in enumerate([5, 64, 0]):
+        call.k[b, :, n:] = poison
+        call.v[b, :, n:] = poison
+    got = call.run(backend)
+    for name in ("out", "dv"):
+        assert torch.equal(got[name], want[name]), name
+    if backend == "reference":
+        return  # autograd multiplies the masked gradient by the poison in dq and dk; the kernels do not
+    for name in ("dq", "dk"):
+        assert torch.equal(got[name], want[name]), name
+
+
+def test_a_row_of_minus_infinity_is_zero():
+    q, v = torch.full((1, 1, 3, 4), 1.0), torch.randn(1, 1, 5, 4)
+    k = torch.full((1, 1, 5, 4), float("-inf"))
+    assert not kernels.attention(q, k, v, backend="cpu").any()
+    k[0, 0, 2] = 0.0  # one key that counts takes all the weight
+    torch.testing.assert_close(kernels.attention(q, k, v, backend="cpu"), v[:, :, 2:3].expand(1, 1, 3, 4))
+
+
+def test_the_next_projection_reads_the_output_in_place():
+    q, k, v = torch.randn(2, 64, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    out = kernels.attention(q, k, v, backend="cpu")
+    flat = out.transpose(1, 2).reshape(2, 64, 24)
+    assert flat.data_ptr() == out.data_ptr()
+    assert flat.is_contiguous()
+
+
+def test_the_packed_gradient_is_one_tensor():
+    qkv = torch.randn(2, 64, 3, 3, 8, requires_grad=True)
+    kernels.attention_qkv(qkv, backend="cpu").sum().backward()
+    assert qkv.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
+@pytest.mark.parametrize("shape", [(4, 3, 64, 8), (1, 2, 600, 24)], ids=["heads", "pieces"])
+def test_equal_bits_from_run_to_run_and_for_any_thread_count(backend, shape, dtype):
+    call = make(*shape, dtype)
+    first = call.run(backend)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3) if backend != "reference" else (threads,):
+            torch.set_num_threads(count)
+            for name, value in call.run(backend).items():
+                assert torch.equal(value, first[name]), (name, count)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    # Blocks follow from T and S alone, so a batch of eight gives each sample the bits that it has alone.
+    call = make(8, 3, 70, 24)
+    whole = kernels.attention(call.q, call.k, call.v, backend="cpu")
+    for b in (0, 7):
+        alone = kernels.attention(*(t[b : b + 1] for t in (call.q, call.k, call.v)), backend="cpu")
+        assert torch.equal(alone[0], whole[b])
+
+
+def test_offsets_beyond_31_bits():
+    far = 2**31 + 8
+    try:
+        store = torch.empty(far + 64, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"no address space: {error}")
+    x = store.as_strided((2, 1, 4, 16), (far, 16, 16, 1))
+    x.copy_(torch.randn(2, 1, 4, 16))
+    got = kernels.attention(x, x, x, backend="cpu")
+    dense = x.clone()
+    assert torch.equal(got, kernels.attention(dense, dense, dense, backend="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(q=a["q"][0]), "q: expected [B, H, T, K]"),
+        (lambda a: a.update(k=a["k"][..., :3]), "k, v: expected [B, H, S, K]"),
+        (lambda a: a.update(v=a["v"][:, :, :3]), "k, v: expected [B, H, S, K]"),
+        (lambda a: a.update(k=a["k"][:, :2], v=a["v"][:, :2]), "k: expected a number of heads that divides"),
+        (lambda a: a.update(k=a["k"].double()), "k: expected torch.float32"),
+        (lambda a: a.update(q=a["q"].int()), "q: expected a floating-point tensor"),
+        (lambda a: a.update(lengths=torch.ones(3)), "lengths: expected 2 integers"),
+        (lambda a: a.update(lengths=torch.ones(3, dtype=torch.int64)), "lengths: expected 2 integers"),
+        (lambda a: a.update(backend="cudnn"), "backend: expected one of"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    arguments = {n: torch.randn(2, 3, 5, 8) for n in ("q", "k", "v")}
+    change(arguments)
+    with pytest.raises(InputError, match=message.replace("[", r"\[")) as caught:
+        kernels.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_of_the_packed_call_are_named():
+    with pytest.raises(InputError, match="qkv: expected"):
+        kernels.attention_qkv(torch.randn(2, 3, 5, 8))
+
+
+def test_a_length_out_of_range_is_refused():
+    q = torch.randn(2, 3, 5, 8)
+    for bad in (-1, 6):
+        with pytest.raises(RuntimeError, match="lengths: expected 0 to 5"):
+            kernels.attention(q, q, q, lengths=torch.tensor([5, bad]), backend="cpu")
+
+
+def test_a_backend_that_cannot_run_says_why():
+    q = torch.randn(1, 1, 4, 8, dtype=torch.float64)
+    with pytest.raises(BackendUnavailable, match="float64"):
+        kernels.attention(q, q, q, backend="cpu")
