@@ -23,7 +23,8 @@ class ModuleAttribution:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
+        self._root = type(model).__name__
+        self._names = {id(module): name or self._root for name, module in model.named_modules()}
         self._stack: tuple[str, ...] = ()
         self._numbers: list[int] = [0]
         self._stacks: list[tuple[str, ...]] = [()]
@@ -45,10 +46,13 @@ class ModuleAttribution:
     def parents(self) -> set[str]:
         """The names that the operation running now counts towards, ``EVERYTHING`` among them."""
         node = torch._C._current_autograd_node()
-        found = {EVERYTHING, *self._stack}
-        if node is not None:
-            found.update(self._stacks[bisect_right(self._numbers, node._sequence_nr()) - 1])
-        return found
+        made_in = () if node is None else self._stacks[bisect_right(self._numbers, node._sequence_nr()) - 1]
+        if not self._stack:
+            return {EVERYTHING, *made_in}
+        # Modules run inside the backward pass where a checkpoint repeats them: what asked for that is none of theirs.
+        first = self._stack[0]
+        around = [name for name in made_in if name == self._root or first.startswith(f"{name}.")]
+        return {EVERYTHING, *around, *self._stack}
 
     def _enter_module(self, module: nn.Module, _: object) -> None:
         self._move((*self._stack, self._names.get(id(module), type(module).__name__)))

@@ -19,18 +19,40 @@ else:  # pragma: no cover - the same reader under its older name
     import tomli as tomllib
 
 CONDITIONS = ("class", "caption", "none")
+MODULATIONS = ("adaln-zero", "adaln", "adaln-single", "none")
+CONTEXTS = ("pooled", "in-context", "cross-attention", "joint")
+ATTENTIONS = ("full", "space-time", "alternating")
 
-# Peebles & Xie, arXiv:2212.09748, table 1: depth, width, heads.
-_DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-_DIT_PATCHES = (2, 4, 8)
+# Fields whose other values are for counting only: ditscale builds and trains models with these values.
+_TRAINABLE = {
+    "modulation": "adaln-zero",
+    "context": "pooled",
+    "pooled_width": 0,
+    "guidance_embed": False,
+    "mlp": "gelu",
+    "norm": "layer",
+    "qk_norm": "none",
+    "kv_heads": None,
+    "positions": "sincos",
+    "rope": False,
+    "experts": 0,
+    "image_width": None,
+    "frames": 1,
+    "patch_frames": 1,
+    "attention": "full",
+    "token_keep": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """A diffusion transformer with adaLN-zero conditioning (Peebles & Xie, arXiv:2212.09748).
+    """A diffusion transformer: image or video, and every way of conditioning that ``ditscale.dit.flops`` can count.
+
+    The defaults are a DiT with adaLN-zero (Peebles & Xie, arXiv:2212.09748), the family that ``ditscale.dit.DiT`` builds
+    and trains; it refuses the other variants (see :meth:`need_trainable`).
 
     Args:
-        image_size: side of the square image, in pixels. Default: 256.
+        image_size: side of the square image, or height where ``image_width`` is given, in pixels. Default: 256.
         latent_factor: pixels a latent cell spans on a side; 8 for Stable Diffusion's autoencoder, 1 for a model
             that works on pixels. Default: 8.
         in_channels: channels of the model's input, 4 for latents and 3 for RGB. Default: 4.
@@ -42,12 +64,48 @@ class DiTConfig:
         condition: what the model is told besides the time: "class" (a label), "caption" (word tokens, averaged)
             or "none". Default: "class".
         num_classes: labels, where ``condition`` is "class"; one more row is kept for "no label". Default: 1000.
-        vocabulary_size: words, where ``condition`` is "caption"; word 0 is padding. Default: 0.
-        caption_width: width of the word table that a linear layer brings to D. Default: 64.
+        vocabulary_size: words, where ``condition`` is "caption"; word 0 is padding. 0, where the caption enters as
+            tokens: they are features of a frozen text encoder. Default: 0.
+        caption_width: width of the word table, or of the text encoder's features, that is brought to D. Default: 64.
         learn_sigma: predict a variance beside the mean, which doubles the output channels. Default: True.
         frequency_width: sines and cosines that encode the time; even. Default: 256.
         mup_base_width: width at which the learning rate was tuned, for the maximal update parametrisation
             (arXiv:2203.03466, for DiT arXiv:2505.15270); None for the standard parametrisation. Default: None.
+        modulation: what time (and a pooled condition) do in a block: "adaln-zero" (shift, scale and gate for each
+            branch), "adaln" (no gates), "adaln-single" (one projection for all blocks and a small table in each,
+            PixArt-alpha, arXiv:2310.00426) or "none" (the time is a token of the context). Default: "adaln-zero".
+        context: how the condition enters: "pooled" (added to the time), "in-context" (tokens in the image's sequence),
+            "cross-attention" (a third branch in each block) or "joint" (its own stream, MMDiT, arXiv:2403.03206).
+            Default: "pooled".
+        caption_tokens: tokens of a caption; 0 where it is pooled and its length does not matter. Default: 0.
+        caption_layers: 1 for a linear layer from ``caption_width`` to D, 2 for Linear, GELU, Linear. Default: 1.
+        pooled_width: width of a pooled caption vector that Linear, SiLU, Linear add to the time (SD3, Flux); 0 for none.
+            Default: 0.
+        guidance_embed: the guidance scale is embedded like the time and added to it (Flux-dev). Default: False.
+        single_depth: single-stream blocks (Flux) after the ``depth`` joint ones. Default: 0.
+        mlp: "gelu" (two layers) or "swiglu" (three, the first two as one product). Default: "gelu".
+        mlp_hidden: width F of the feed-forward layer, where ``mlp_ratio`` cannot say it. Default: None.
+        norm: "layer" or "rms". Norms that are not modulated have a weight (LayerNorm: and a bias). Default: "layer".
+        qk_norm: RMS norm of queries and keys: "none", "head" (over a head's width) or "width" (over all heads).
+            Default: "none".
+        kv_heads: key and value heads of grouped-query attention; divides ``heads``. Default: None, as many as ``heads``.
+        positions: what is added to the patches: "sincos" (a fixed table), "learned" or "none". Default: "sincos".
+        rope: rotary position embedding of queries and keys in self-attention. Default: False.
+        cross_norm: a norm stands before cross-attention (Wan; PixArt-alpha has none). Default: True.
+        experts: feed-forward experts E of a mixture; 0 for a dense layer. Default: 0.
+        experts_per_token: experts that a token goes to. Default: 2.
+        expert_capacity: rows of an expert over the even share, rounded up; they are computed even where empty. Default:
+            None, as many rows as tokens were sent there.
+        shared_experts: experts that every token goes to besides. Default: 0.
+        moe_every: every n-th block has the mixture, the others are dense; the n-th is the first. Default: 1.
+        image_width: width of the image in pixels where it is not square. Default: None.
+        frames: frames of the model's input (latent frames for a latent model). Default: 1.
+        patch_frames: frames in a patch. Default: 1.
+        attention: over all tokens ("full"); "space-time" (each block attends within frames, then along time, with its
+            own weights); "alternating" (odd blocks along time, the others within frames; Latte, arXiv:2401.03048).
+            Default: "full".
+        token_keep: the share of the image's tokens that each block works on, one number a block (masking and routing);
+            ``max(1, int(share * T))`` tokens. Default: (), all.
         name: a label for people, not part of the model. Default: "".
 
     Raises:
@@ -69,49 +127,154 @@ class DiTConfig:
     learn_sigma: bool = True
     frequency_width: int = 256
     mup_base_width: int | None = None
+    modulation: str = "adaln-zero"
+    context: str = "pooled"
+    caption_tokens: int = 0
+    caption_layers: int = 1
+    pooled_width: int = 0
+    guidance_embed: bool = False
+    single_depth: int = 0
+    mlp: str = "gelu"
+    mlp_hidden: int | None = None
+    norm: str = "layer"
+    qk_norm: str = "none"
+    kv_heads: int | None = None
+    positions: str = "sincos"
+    rope: bool = False
+    cross_norm: bool = True
+    experts: int = 0
+    experts_per_token: int = 2
+    expert_capacity: float | None = None
+    shared_experts: int = 0
+    moe_every: int = 1
+    image_width: int | None = None
+    frames: int = 1
+    patch_frames: int = 1
+    attention: str = "full"
+    token_keep: tuple[float, ...] = ()
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for field in ("image_size", "latent_factor", "in_channels", "patch", "width", "depth", "heads"):
+        for field in ("image_size", "latent_factor", "in_channels", "patch", "width", "depth", "heads", "frames"):
             _need_positive_int(field, getattr(self, field))
-        if self.condition not in CONDITIONS:
-            raise InputError(f"condition: expected one of {', '.join(CONDITIONS)}, got {self.condition!r}")
-        if self.condition == "class":
-            _need_positive_int("num_classes", self.num_classes)
-        if self.condition == "caption":
-            _need_positive_int("vocabulary_size", self.vocabulary_size)
-            _need_positive_int("caption_width", self.caption_width)
+        for field in ("patch_frames", "frequency_width", "experts_per_token", "moe_every"):
+            _need_positive_int(field, getattr(self, field))
+        for field in ("vocabulary_size", "caption_tokens", "pooled_width", "single_depth", "experts", "shared_experts"):
+            _need_natural(field, getattr(self, field))
+        for field in ("mup_base_width", "mlp_hidden", "kv_heads", "image_width"):
+            if getattr(self, field) is not None:
+                _need_positive_int(field, getattr(self, field))
+        for field in ("learn_sigma", "guidance_embed", "rope", "cross_norm"):
+            if not isinstance(getattr(self, field), bool):
+                raise InputError(f"{field}: expected true or false, got {getattr(self, field)!r}")
+        _need_choice("condition", self.condition, CONDITIONS)
+        _need_choice("modulation", self.modulation, MODULATIONS)
+        _need_choice("context", self.context, CONTEXTS)
+        _need_choice("attention", self.attention, ATTENTIONS)
+        _need_choice("mlp", self.mlp, ("gelu", "swiglu"))
+        _need_choice("norm", self.norm, ("layer", "rms"))
+        _need_choice("qk_norm", self.qk_norm, ("none", "head", "width"))
+        _need_choice("positions", self.positions, ("sincos", "learned", "none"))
+        if isinstance(self.caption_layers, bool) or self.caption_layers not in (1, 2):
+            raise InputError(f"caption_layers: expected 1 or 2, got {self.caption_layers!r}")
         if self.width % self.heads:
             raise InputError(f"heads: expected a divisor of width {self.width}, got {self.heads}")
-        if self.width % 4:
+        if self.heads % self.key_heads:
+            raise InputError(f"kv_heads: expected a divisor of heads {self.heads}, got {self.kv_heads}")
+        if self.positions == "sincos" and self.width % 4:
             # Two axes of sines and cosines share the width of the position table.
             raise InputError(f"width: expected a multiple of 4, got {self.width}")
+        if self.rope and self.width // self.heads % 2:
+            raise InputError(f"rope: expected an even head width, got {self.width // self.heads}")
         if isinstance(self.mlp_ratio, bool) or not isinstance(self.mlp_ratio, (int, float)):
             raise InputError(f"mlp_ratio: expected a number, got {self.mlp_ratio!r}")
         if not math.isfinite(self.mlp_ratio) or self.mlp_width < 1:
             raise InputError(f"mlp_ratio: expected a finite ratio that gives at least 1 unit, got {self.mlp_ratio!r}")
-        _need_positive_int("frequency_width", self.frequency_width)
         if self.frequency_width % 2:
             raise InputError(f"frequency_width: expected an even number, got {self.frequency_width}")
-        if self.mup_base_width is not None:
-            _need_positive_int("mup_base_width", self.mup_base_width)
-        self.grid_side(self.image_size)
+        self._check_condition()
+        self._check_blocks()
+        self.grid(self.image_size)
+
+    def _check_condition(self) -> None:
+        if self.condition == "class":
+            _need_positive_int("num_classes", self.num_classes)
+        if self.condition == "caption":
+            _need_positive_int("caption_width", self.caption_width)
+            needed = "vocabulary_size" if self.context == "pooled" else "caption_tokens"
+            _need_positive_int(needed, getattr(self, needed))
+        if self.modulation == "none" and self.context not in ("in-context", "cross-attention"):
+            raise InputError(
+                f"context: expected in-context or cross-attention where modulation is none, got {self.context!r}"
+            )
+        if self.modulation == "none" and (self.pooled_width or self.guidance_embed):
+            raise InputError("modulation: expected one that a pooled vector can be added to, got 'none'")
+        if self.context != "pooled" and self.modulation != "none" and self.condition == "none":
+            raise InputError(f"condition: expected class or caption where context is {self.context}, got 'none'")
+        if self.context == "joint" and self.modulation != "adaln-zero":
+            raise InputError(f"modulation: expected adaln-zero where context is joint, got {self.modulation!r}")
+        if self.single_depth and self.context != "joint":
+            raise InputError(f"single_depth: expected 0 where context is {self.context}, got {self.single_depth}")
+
+    def _check_blocks(self) -> None:
+        if self.experts:
+            if self.experts_per_token > self.experts:
+                raise InputError(f"experts_per_token: expected at most {self.experts}, got {self.experts_per_token}")
+            if self.context == "joint":
+                raise InputError(f"experts: expected 0 where context is joint, got {self.experts}")
+            capacity = self.expert_capacity
+            if capacity is not None and not (_is_number(capacity) and capacity > 0):
+                raise InputError(f"expert_capacity: expected a number above 0, got {capacity!r}")
+        if self.attention != "full" and self.context not in ("pooled", "cross-attention"):
+            raise InputError(f"attention: expected full where context is {self.context}, got {self.attention!r}")
+        shares = self.token_keep
+        if not isinstance(shares, (tuple, list)) or not all(_is_number(s) and 0 < s <= 1 for s in shares):
+            raise InputError(f"token_keep: expected shares above 0 and up to 1, got {shares!r}")
+        object.__setattr__(self, "token_keep", tuple(float(share) for share in shares))
+        if shares and len(shares) != self.depth:
+            raise InputError(f"token_keep: expected {self.depth} shares, one a block, got {len(shares)}")
+        if shares and (self.attention != "full" or self.context == "joint"):
+            raise InputError("token_keep: expected none where context is joint or attention is not full, got some")
+
+    def need_trainable(self) -> None:
+        """Raise InputError where a field asks for a variant that can be counted but not built and trained here."""
+        for field, value in _TRAINABLE.items():
+            if getattr(self, field) != value:
+                raise InputError(f"{field}: expected {value!r} for a model to be built, got {getattr(self, field)!r}")
 
     def grid_side(self, image_size: int) -> int:
         """Patches along a side of an ``image_size`` x ``image_size`` image, or InputError where it does not divide."""
-        _need_positive_int("image_size", image_size)
+        return self.grid(image_size)[1]
+
+    def grid(
+        self, image_size: int, image_width: int | None = None, frames: int | None = None
+    ) -> tuple[int, int, int]:
+        """Patches along time, height and width, or InputError where one does not divide.
+
+        Args:
+            image_size: height in pixels.
+            image_width: width in pixels. Default: ``image_size``.
+            frames: of the model's input. Default: ``self.frames``.
+        """
         cell = self.latent_factor * self.patch
-        if image_size % cell:
-            raise InputError(
-                f"image_size: expected a multiple of {cell} (latent_factor {self.latent_factor} x patch {self.patch}), "
-                f"got {image_size}"
-            )
-        return image_size // cell
+        sides = {"image_size": image_size, "image_width": image_size if image_width is None else image_width}
+        for field, side in sides.items():
+            _need_positive_int(field, side)
+            if side % cell:
+                raise InputError(
+                    f"{field}: expected a multiple of {cell} (latent_factor {self.latent_factor} x patch {self.patch}), "
+                    f"got {side}"
+                )
+        frames = self.frames if frames is None else frames
+        _need_positive_int("frames", frames)
+        if frames % self.patch_frames:
+            raise InputError(f"frames: expected a multiple of patch_frames {self.patch_frames}, got {frames}")
+        return frames // self.patch_frames, sides["image_size"] // cell, sides["image_width"] // cell
 
     @property
     def tokens(self) -> int:
-        """Tokens T of one image at ``image_size``."""
-        return self.grid_side(self.image_size) ** 2
+        """Tokens T of one image or video of the configured size."""
+        return math.prod(self.grid(self.image_size, self.image_width))
 
     @property
     def input_side(self) -> int:
@@ -121,7 +284,12 @@ class DiTConfig:
     @property
     def mlp_width(self) -> int:
         """Width F of the feed-forward layer."""
-        return int(self.width * self.mlp_ratio)
+        return int(self.width * self.mlp_ratio) if self.mlp_hidden is None else self.mlp_hidden
+
+    @property
+    def key_heads(self) -> int:
+        """Key and value heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
     def out_channels(self) -> int:
@@ -131,7 +299,7 @@ class DiTConfig:
     @property
     def patch_width(self) -> int:
         """Numbers in one input patch."""
-        return self.in_channels * self.patch**2
+        return self.in_channels * self.patch_frames * self.patch**2
 
     def replace(self, **changes: Any) -> DiTConfig:
         """A copy with some fields changed, checked anew."""
@@ -140,7 +308,8 @@ class DiTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON or TOML."""
-        return dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"token_keep": list(self.token_keep)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiTConfig:
@@ -173,27 +342,14 @@ class DiTConfig:
         Raises:
             InputError: no preset of that name; lists the nearest.
         """
+        from ditscale.dit.presets import preset_table
+
         presets = preset_table()
         if not isinstance(name, str) or name not in presets:
             near = difflib.get_close_matches(str(name), presets, n=3, cutoff=0.3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise InputError(f"model: expected a preset such as DiT-XL/2 or a TOML file, got {name!r}{hint}")
         return cls.from_dict({**presets[name], **changes})
-
-
-def preset_table() -> dict[str, dict[str, Any]]:
-    """Every preset's name and the fields it sets."""
-    return {
-        f"DiT-{size}/{patch}": {
-            "depth": depth,
-            "width": width,
-            "heads": heads,
-            "patch": patch,
-            "name": f"DiT-{size}/{patch}",
-        }
-        for size, (depth, width, heads) in _DIT_SIZES.items()
-        for patch in _DIT_PATCHES
-    }
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -207,6 +363,20 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def _need_positive_int(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{field}: expected a whole number of at least 1, got {value!r}")
+
+
+def _need_natural(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InputError(f"{field}: expected a whole number of at least 0, got {value!r}")
+
+
+def _need_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{field}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _need_known_fields(values: Mapping[str, Any]) -> None:
