@@ -20,10 +20,14 @@ class DiT(nn.Module):
 
     Args:
         config: the model.
+
+    Raises:
+        InputError: the configuration asks for a variant that can be counted but not built here.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        config.need_trainable()
         self.config = config
         d = config.width
         self.x_embedder = PatchEmbed(config.in_channels, config.patch, d)
