@@ -111,6 +111,10 @@ def choose(op: str, backend: str, x: Tensor) -> str:
         if backend != "auto":
             resolve(op, backend, x.device.type, x.dtype)  # a wrong name is still said
         return "reference"
+    if x.is_cpu and not torch.compiler.is_compiling():
+        known = _chosen.get((op, backend, "cpu", x.dtype))  # what resolve would find, without making a device object
+        if known is not None:
+            return known
     return resolve(op, backend, x.device.type, x.dtype)
 
 

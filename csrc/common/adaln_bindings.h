@@ -91,7 +91,7 @@ template <class Device>
 struct Adaln {
   static ForwardArgs forward_args(
       const Tensor& x, const Tensor& shift, const Tensor& scale, double eps, double scale_base, bool rms, const Shape& s,
-      const Tensor& y, const Tensor& stats) {
+      const Tensor& y, const Stats& stats) {
     ForwardArgs a{};
     a.T = s.T;
     a.D = s.D;
@@ -103,9 +103,8 @@ struct Adaln {
     a.scale_base = static_cast<float>(scale_base);
     a.rms = rms;
     a.y = y.mutable_data_ptr();
-    const Stats st = stats_of(stats, s);
-    a.mean = st.mean;
-    a.rstd = st.rstd;
+    a.mean = stats.mean;
+    a.rstd = stats.rstd;
     return a;
   }
 
@@ -139,9 +138,21 @@ struct Adaln {
     const Mode mode = mode_of(scale, s, "scale");
     check_modulation(shift, scale, mode, s, "shift");
     Tensor y = allocate({s.B, s.T, s.D}, dtype_of(x), x), stats = stats_for(x, s, save_stats);
-    const ForwardArgs a = forward_args(x, shift, scale, eps, scale_base, rms, s, y, stats);
+    const ForwardArgs a = forward_args(x, shift, scale, eps, scale_base, rms, s, y, stats_of(stats, s));
     Device::forward(a, storage_of(x, "x"), mode, s, x);
     return {y, stats};
+  }
+
+  static Tensor layernorm_modulate_infer(
+      Tensor x_in, Tensor shift_in, Tensor scale_in, double eps, double scale_base, bool rms) {
+    const Shape s = shape_of(x_in);
+    const Tensor x = inner_dense(x_in), shift = inner_dense(shift_in), scale = inner_dense(scale_in);
+    const Mode mode = mode_of(scale, s, "scale");
+    check_modulation(shift, scale, mode, s, "shift");
+    Tensor y = allocate({s.B, s.T, s.D}, dtype_of(x), x);
+    const ForwardArgs a = forward_args(x, shift, scale, eps, scale_base, rms, s, y, {nullptr, nullptr});
+    Device::forward(a, storage_of(x, "x"), mode, s, x);
+    return y;
   }
 
   static std::tuple<Tensor, Tensor, Tensor> layernorm_modulate_bwd(
@@ -211,7 +222,7 @@ struct Adaln {
     check_modulation(gate, scale, mode, s, "gate");
     Tensor x_new = allocate({s.B, s.T, s.D}, dtype_of(x), x), y = allocate({s.B, s.T, s.D}, dtype_of(x), x);
     Tensor stats = stats_for(x, s, save_stats);
-    ForwardArgs a = forward_args(x, shift, scale, eps, scale_base, rms, s, y, stats);
+    ForwardArgs a = forward_args(x, shift, scale, eps, scale_base, rms, s, y, stats_of(stats, s));
     a.branch = strided(branch);
     a.gate = strided(gate);
     a.x_new = x_new.mutable_data_ptr();
@@ -292,6 +303,7 @@ struct Adaln {
 
   static void register_in(torch::stable::detail::StableLibrary& m) {
     m.impl("layernorm_modulate_fwd", TORCH_BOX(&layernorm_modulate_fwd));
+    m.impl("layernorm_modulate_infer", TORCH_BOX(&layernorm_modulate_infer));
     m.impl("layernorm_modulate_bwd", TORCH_BOX(&layernorm_modulate_bwd));
     m.impl("gate_residual_fwd", TORCH_BOX(&gate_residual_fwd));
     m.impl("gate_residual_bwd", TORCH_BOX(&gate_residual_bwd));

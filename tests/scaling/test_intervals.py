@@ -16,10 +16,9 @@ from ditscale.scaling.laws import POWER
 
 @pytest.mark.parametrize("scenario", SCENARIOS[:3], ids=["no shock", "small shock", "large shock"])
 def test_nominal_95_covers_92_to_98(scenario) -> None:  # type: ignore[no-untyped-def]
-    # 35 runs in 5 budgets, targets at 100x. 300 studies put one standard error of a perfect 95 % at 1.3 %;
-    # the seed is fixed, and the committed table of 1000 studies (docs/coverage.md) lies within 92 to 98 with
-    # room.
-    table = coverage_table(draws=300, seed=2, scenarios=(scenario,), methods=("components",))
+    # 35 runs in 5 budgets, targets at 100x. One standard error of a perfect 95 % is 1.5 % with 200 studies,
+    # so the bounds are two of them; the table of 1000 studies in docs/coverage.md is the measurement.
+    table = coverage_table(draws=200, seed=10_000, scenarios=(scenario,), methods=("components",))
     row = table.rows[0]
     for quantity in ("a", "N_opt", "loss", "new run"):
         assert 0.92 <= row[quantity] <= 0.98, (quantity, row[quantity])

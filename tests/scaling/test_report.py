@@ -21,6 +21,7 @@ import pytest
 
 from ditscale.errors import InputError
 from ditscale.scaling.figure_style import INK, ramp
+from ditscale.scaling.figures import draw_figures
 from ditscale.scaling.report import build_page, write_report
 from ditscale.scaling.study_view import read_study
 
@@ -298,6 +299,22 @@ def test_figures_are_written_as_files_of_their_own(study: Path) -> None:
         root = xml.etree.ElementTree.parse(path).getroot()
         assert root.tag.endswith("svg") and "var(" not in path.read_text()
     assert (study / "figures" / "law.png").read_bytes().startswith(b"\x89PNG")
+
+
+# What can be drawn grows with the study; a half-finished one must not stumble over what is not there.
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [
+        ("designed", set()),
+        ("running", {"isoflop", "curves", "timesteps"}),
+        ("laws", {"law", "isoflop", "optima", "curves", "timesteps"}),
+        ("prediction", {"law", "isoflop", "optima", "curves", "timesteps"}),
+    ],
+)
+def test_figures_at_every_stage(finished: Path, tmp_path: Path, stage: str, names: set[str]) -> None:
+    view = read_study(page_fixture.rewind(finished, tmp_path / stage, stage))
+    assert set(draw_figures(view)) == names
+    assert set(draw_figures(view, narrow=True)) == names
 
 
 def _luminance(colour: str) -> float:

@@ -1,0 +1,165 @@
+"""The command line: the contract's keys, one JSON object, one line and exit code 2 for a mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from law_helpers import lawdata, study
+
+from ditscale import cli
+from ditscale.scaling import RunTable
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Run ``ditscale`` in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ditscale", *map(str, arguments)])
+        monkeypatch.setattr(cli, "app", cli.typer.Typer(no_args_is_help=True))
+        cli.app.callback()(cli._root)
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(done.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def _write(table: RunTable, path: Path) -> Path:
+    lines = [",".join(table.columns)]
+    lines += [",".join(repr(float(v)) for v in row) for row in zip(*table.columns.values(), strict=True)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return _write(study(noise=0.004), tmp_path / "runs.csv")
+
+
+def test_fit_surface_on_the_public_table(run) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run(
+        *("fit", "surface", lawdata("epoch_chinchilla_svg_extracted_data.csv")),
+        *("--params", "Model Size", "--flops", "Training FLOP", "--tokens-from-6nd", "--loss", "loss"),
+        *("--drop-highest", 5, "--loss-fn", "huber:1e-3", "--space", "log", "--bootstrap", 1000, "--seed", 0),
+        "--json",
+    )
+    assert (code, err) == (0, "")
+    o = json.loads(out)
+    contract = "n objective E A B alpha beta a b converged starts_agreeing intervals sd seconds"
+    assert set(contract.split()) <= set(o)
+    assert o["n"] == 240 and o["converged"]
+    assert o["objective"] == pytest.approx(0.001018274017801, rel=1e-9)
+    assert set(o["seconds"]) == {"fit", "bootstrap"}
+    assert 0.0138 < o["sd"]["alpha"] < 0.0166
+
+
+def test_fit_surface_isoflop_power(run, file: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = run("fit", "surface", file, "--json")
+    assert code == 0 and out.count("\n") == 1
+    surface = json.loads(out)
+    assert surface["alpha"] == pytest.approx(0.34, abs=0.03)
+    code, out, _ = run(
+        *("fit", "isoflop", file, "--budget", "budget", "--params", "params", "--tokens", "tokens"),
+        *("--loss", "loss", "--vertex", "cubic", "--json"),
+    )
+    o = json.loads(out)
+    assert code == 0
+    assert {"N_exponent", "N_coefficient", "D_exponent", "D_coefficient", "optima", "warnings"} <= set(o)
+    assert len(o["optima"]) == 5
+    assert {"budget", "params", "tokens", "loss", "bracketed"} <= set(o["optima"][0])
+    for floor in ("free", "none", 1.5):
+        where = "`params` > 0 and budget >= 1e17"
+        code, out, _ = run(
+            "fit", "power", file, "--x", "flops", "--y", "loss", "--floor", floor, "--where", where, "--json"
+        )
+        o = json.loads(out)
+        assert code == 0 and {"exponent", "coefficient", "floor", "r2", "intervals", "warnings"} <= set(o)
+    assert o["floor"] == 1.5
+
+
+def test_plan_on_a_published_and_on_a_saved_law(run, file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    o = json.loads(run("plan", "--law", "liang2024", "--budget", "1.5e21", "--json")[1])
+    assert {"params", "tokens", "loss", "fid", "source"} <= set(o)
+    saved = tmp_path / "surface.json"
+    saved.write_text(run("fit", "surface", file, "--json")[1])
+    code, out, _ = run("plan", "--law", saved, "--budget", 1e20, "--gpu", "h100", "--json")
+    o = json.loads(out)
+    assert code == 0 and o["intervals"]["loss"][0] < o["loss"] < o["intervals"]["loss"][1]
+
+
+def test_the_other_commands_answer(run, file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    second = _write(study(noise=0.004, seed=1), tmp_path / "second.csv")
+    for arguments in (
+        ("backtest", file),
+        ("backtest", file, "--by", "params", "--law", "surface", "--law", "skaling"),
+        ("compare", file, second, "--target", 1e21),
+        ("predict", file, "--flops", 1e20, "--params", 8e8),
+        ("suggest", file, "--target", 1e21, "--spend", 1e20),
+        ("laws",),
+    ):
+        code, out, err = run(*arguments, "--json")
+        assert (code, err) == (0, ""), arguments
+        assert isinstance(json.loads(out), dict)
+        code, out, _ = run(*arguments)
+        assert code == 0 and len(out) > 80
+
+
+def test_summaries_are_readable(run, file: Path) -> None:  # type: ignore[no-untyped-def]
+    for arguments in (("fit", "surface", file), ("fit", "isoflop", file), ("fit", "power", file)):
+        code, out, _ = run(*arguments)
+        assert code == 0 and "exponent" in out or "alpha" in out
+
+
+BAD = [
+    (("plan", "--law", "liang2024", "--budget", "-3"), "budget"),
+    (("plan", "--law", "nobody2020", "--budget", "1e20"), "law"),
+    (("plan", "--law", "liang2024", "--budget", "much"), "budget"),
+    (("fit", "surface", "/dev/null"), "empty file"),
+    (("fit", "surface", __file__), "expected"),
+    (("fit", "surface", "{file}", "--loss", "lost"), "lost"),
+    (("fit", "surface", "{file}", "--loss-fn", "huber:-1"), "loss-fn"),
+    (("fit", "surface", "{file}", "--space", "linear"), "space"),
+    (("fit", "surface", "{file}", "--law", "straight"), "law"),
+    (("fit", "surface", "{file}", "--where", "loss ="), "where"),
+    (("fit", "surface", "{file}", "--bootstrap", "-1"), "bootstrap"),
+    (("fit", "surface", "{file}", "--starts", "0"), "starts"),
+    (("fit", "surface", "{file}", "--intervals", "prayer"), "intervals"),
+    (("fit", "surface", "{file}", "--where", "budget == 1e17 and params < 2e7"), "expected at least"),
+    (
+        ("fit", "isoflop", "{file}", "--where", "budget == 1e17"),
+        "budget: expected at least 2 different budgets",
+    ),
+    (("fit", "isoflop", "{file}", "--vertex", "quartic"), "vertex"),
+    (("fit", "power", "{file}", "--floor", "low"), "floor"),
+    (("fit", "power", "{file}", "--floor", "99"), "floor"),
+    (("fit", "power", "{file}", "--x", "nothing"), "nothing"),
+    (("fit", "hparams", "{file}"), "lr"),
+    (("backtest", "{file}", "--by", "luck"), "by"),
+    (("predict", "{file}", "--flops", "1e20"), "two of params"),
+    (("coverage", "--draws", "1"), "draws"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "word"), BAD, ids=[" ".join(a)[:60] for a, _ in BAD])
+def test_mistakes(run, file: Path, arguments: tuple[str, ...], word: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run(*(a.replace("{file}", str(file)) for a in arguments))
+    assert code == 2 and out == ""
+    assert err.startswith("ditscale: ") and err.count("\n") == 1 and word in err
+    assert "Traceback" not in err
+
+
+def test_full_precision_is_printed(run, file: Path) -> None:  # type: ignore[no-untyped-def]
+    # Rounded laws predict worse (beta 0.28 for 0.2849 moves a term by 13 %): the JSON gives every digit back.
+    o = json.loads(run("fit", "surface", file, "--json")[1])
+    table = RunTable.read(file)
+    predicted = o["E"] + o["A"] / table.params ** o["alpha"] + o["B"] / table.data ** o["beta"]
+    residuals = np.log(predicted / table.loss)
+    knee = o["saved"]["loss"]["scale"]
+    size = np.minimum(np.abs(residuals), knee)
+    assert (size * (np.abs(residuals) - 0.5 * size)).sum() == pytest.approx(o["objective"], rel=1e-10)

@@ -1,0 +1,102 @@
+"""Comparisons of designs, and suggestions of next runs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from law_helpers import CHINCHILLA, study
+
+from ditscale.errors import InputError
+from ditscale.scaling import RunTable, compare, fit_surface, suggest_runs
+
+
+def test_a_better_design_is_seen_and_a_lucky_one_is_not() -> None:
+    base = study(noise=0.004, seed=1)
+    better = study({**CHINCHILLA, "A": 300.0}, noise=0.004, seed=2)
+    c = compare(base, better, target=1e21, names=("plain", "better"))
+    assert c.differences["log_loss"].clear and c.differences["log_loss"].value < 0
+    assert c.equivalent_compute is not None and c.equivalent_compute > 1.5
+    assert "better reaches the lower loss" in c.verdict
+    # Multiplying the worth of a parameter moves intercepts, not exponents: said, so that nobody reads it as
+    # "no gain".
+    assert any("only the level differs" in w for w in c.warnings)
+    same = compare(base, study(noise=0.004, seed=5))
+    assert not any(d.clear for d in same.differences.values())
+    assert "no clear difference" in same.verdict
+    json.dumps(c.to_json(), allow_nan=False)
+
+
+def test_a_change_of_exponent_is_seen() -> None:
+    c = compare(
+        study(noise=0.002, seed=1), study({**CHINCHILLA, "alpha": 0.40, "A": 1300.0}, noise=0.002, seed=2)
+    )
+    d = c.differences["N_exponent"]
+    assert d.low < 0.28 / 0.68 - 0.28 / 0.62 < d.high and d.clear
+
+
+def test_differences_of_equals_hold_zero_as_often_as_they_say() -> None:
+    clear = 0
+    for seed in range(30):
+        a, b = (study(noise=0.005, shock=0.003, seed=s) for s in (seed, 500 + seed))
+        clear += compare(a, b, target=1e21).differences["log_loss"].clear
+    assert clear <= 5  # 5 % nominal
+
+
+def test_unlike_conventions_do_not_compare() -> None:
+    a, b = study(loss_kind="velocity_mse"), study(loss_kind="epsilon_mse")
+    with pytest.raises(InputError, match="loss_kind: expected one value in both designs"):
+        compare(a, b)
+    assert compare(a, b, pool=True).names == ("first", "second")
+    images = RunTable.from_columns(
+        {**{k: v for k, v in a.columns.items() if k != "tokens"}, "images": a.data}
+    )
+    with pytest.raises(InputError, match="expected both designs in one unit"):
+        compare(a, images)
+    # Data sets may differ: that is what a data comparison compares.
+    compare(study(data="laion"), study(data="imagenet"))
+
+
+@pytest.mark.parametrize("quantity", ["loss", "params"])
+def test_suggested_runs_shrink_the_error_as_they_say(quantity: str) -> None:
+    table = study(noise=0.005, seed=3)
+    fit = fit_surface(table, loss_fn="mse")
+    advice = suggest_runs(fit, target=1e21, spend=1e20, quantity=quantity, count=4)
+    assert sum(r["flops"] for r in advice.runs) <= 1e20 * (1 + 1e-9)
+    steps = [advice.se_before, *(r["se_after"] for r in advice.runs)]
+    assert all(b < a for a, b in zip(steps, steps[1:], strict=False))
+    # Make the runs (with the fitted law as the truth, several times): the refit is that much surer.
+    errors = []
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        extra = [
+            {
+                "params": r["params"],
+                "tokens": r["data"],
+                "flops": r["flops"],
+                "budget": r["flops"],
+                "loss": fit.predict(params=r["params"], tokens=r["data"]).value
+                * np.exp(np.sqrt(fit.fit.components.run) * rng.standard_normal()),
+            }
+            for r in advice.runs
+        ]
+        rows = [dict(zip(table.columns, v, strict=True)) for v in zip(*table.columns.values(), strict=True)]
+        again = fit_surface(RunTable.from_records([*rows, *extra]), loss_fn="mse")
+        errors.append(again.optimum(1e21, method="delta")[quantity].se)
+    assert np.mean(errors) == pytest.approx(steps[-1], rel=0.25)
+
+
+def test_better_than_spending_it_at_the_old_budgets() -> None:
+    fit = fit_surface(study(noise=0.005, shock=0.003, seed=3))
+    near = suggest_runs(fit, target=1e21, spend=4e17, count=4).runs[-1]["se_after"]
+    far = suggest_runs(fit, target=1e21, spend=1e20, count=4).runs[-1]["se_after"]
+    assert far < near
+
+
+def test_suggestion_mistakes() -> None:
+    fit = fit_surface(study(noise=0.005))
+    with pytest.raises(InputError, match="quantity: expected loss or params"):
+        suggest_runs(fit, target=1e21, spend=1e20, quantity="fame")
+    with pytest.raises(InputError, match="spend: expected a positive number"):
+        suggest_runs(fit, target=1e21, spend=0)

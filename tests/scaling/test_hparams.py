@@ -1,0 +1,117 @@
+"""Hyper-parameter laws from cells of runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ditscale.errors import InputError
+from ditscale.scaling import RunTable, fit_hparams, plan
+from ditscale.scaling.hparams import NEAR_OPTIMAL
+
+SIZES, DATA = (1e7, 3e7, 1e8, 3e8), (1e8, 4e8, 1.6e9)
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def _cells(
+    *, noise: float = 0.0, wander: float = 0.0, seed: int = 0, shift: float = 1.2, batches: bool = True
+) -> RunTable:
+    """Cells whose truth is lr = 1.8 N^-0.71 D^0.31 and batch = 0.58 D^0.57; ``wander`` moves a cell's own
+    optimum.
+    """
+    rng = np.random.default_rng(seed)
+    records = []
+    for n in SIZES:
+        for d in DATA:
+            lr = 1.8 * n**-0.71 * d**0.31 * np.exp(wander * rng.standard_normal())
+            batch = 0.58 * d**0.57
+            for x in np.log(FACTORS) + np.log(shift):
+                for y in np.log(FACTORS) if batches else (0.0,):
+                    loss = 0.5 * np.exp(
+                        0.004 * x**2 + 0.003 * y**2 + 0.002 * x * y + noise * rng.standard_normal()
+                    )
+                    records.append(
+                        {
+                            "params": n,
+                            "images": d,
+                            "lr": lr * np.exp(x),
+                            "batch": batch * np.exp(y),
+                            "loss": loss,
+                        }
+                    )
+    return RunTable.from_records(records)
+
+
+def test_exact_recovery() -> None:
+    fit = fit_hparams(_cells())
+    assert fit.params["lr_coefficient"] == pytest.approx(1.8, rel=1e-6)
+    assert fit.params["lr_params_exponent"] == pytest.approx(-0.71, abs=1e-8)
+    assert fit.params["lr_data_exponent"] == pytest.approx(0.31, abs=1e-8)
+    assert fit.params["batch_coefficient"] == pytest.approx(0.58, rel=1e-6)
+    assert fit.params["batch_params_exponent"] == pytest.approx(0.0, abs=1e-8)
+    cell = fit.cells[0]
+    # The band: 0.25 % more loss at exp(+-sqrt(log(1.0025)/0.004)) of the best learning rate.
+    half = np.sqrt(np.log1p(NEAR_OPTIMAL) / 0.004)
+    assert cell.band == pytest.approx((np.exp(-half), np.exp(half)), rel=1e-6)
+    assert cell.runs == 25 and cell.inside
+
+
+def test_intervals_of_cells_hold_and_row_scatter_would_not() -> None:
+    held = []
+    for seed in range(60):
+        fit = fit_hparams(_cells(noise=0.002, wander=0.05, seed=seed), bootstrap=200, seed=seed)
+        ends = fit.intervals["lr"]
+        held += [ends["params_exponent"][0] <= -0.71 <= ends["params_exponent"][1]]
+        held += [ends["data_exponent"][0] <= 0.31 <= ends["data_exponent"][1]]
+    assert 0.90 <= np.mean(held) <= 1.0
+
+
+def test_prediction_carries_the_cells_own_scatter() -> None:
+    fit = fit_hparams(_cells(noise=0.002, wander=0.05, seed=1))
+    p = fit.predict(params=1e9, data=5e9)["lr"]
+    assert p["interval"][0] < 1.8 * 1e9**-0.71 * 5e9**0.31 < p["interval"][1]
+    assert np.log(p["interval"][1] / p["value"]) > 2 * 0.03
+
+
+def test_cells_at_the_edge_are_left_out() -> None:
+    table = _cells(noise=1e-4)
+    low = (table.params == SIZES[0]) & (
+        table.column("lr") > 0.6 * 1.8 * table.params**-0.71 * table.data**0.31
+    )
+    fit = fit_hparams(table.take(~low))
+    assert sum(not c.inside for c in fit.cells) == len(DATA)
+    assert any("not inside the grid" in w for w in fit.warnings)
+    assert fit.params["lr_params_exponent"] == pytest.approx(-0.71, abs=0.02)
+
+
+def test_learning_rate_alone() -> None:
+    fit = fit_hparams(_cells(batches=False))
+    assert set(fit.laws) == {"lr"}
+    assert fit.params["lr_data_exponent"] == pytest.approx(0.31, abs=1e-8)
+
+
+def test_a_fixed_size_has_no_exponent() -> None:
+    table = _cells(noise=1e-4)
+    fit = fit_hparams(table.take(table.params == SIZES[0]), bootstrap=300)
+    assert fit.fixed == ["params"]
+    assert "lr_params_exponent" not in fit.params
+
+
+def test_too_few_cells() -> None:
+    table = _cells()
+    with pytest.raises(InputError, match="at least 3 cells"):
+        fit_hparams(table.take((table.params == SIZES[0]) & (table.data < 1e9)))
+
+
+def test_the_plan_reads_a_saved_fit(tmp_path: Path) -> None:
+    fit = fit_hparams(_cells())
+    path = tmp_path / "hparams.json"
+    path.write_text(json.dumps(fit.to_json()))
+    p, q = (plan("liang2024", budget=1e20, hparams=h) for h in (fit, str(path)))
+    # The cells counted images: the law is asked in images, and the batch comes back in images.
+    assert p.lr == pytest.approx(1.8 * p.params**-0.71 * p.images**0.31, rel=1e-6)
+    assert p.batch_tokens == pytest.approx(256 * 0.58 * p.images**0.57, rel=1e-6)
+    assert q.lr == pytest.approx(p.lr, rel=1e-12)

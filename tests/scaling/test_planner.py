@@ -1,0 +1,179 @@
+"""Plans: from a budget, a loss or a deadline to a run that exists, and what is not known said so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from law_helpers import CHINCHILLA, optimum, study
+
+from ditscale.dit.config import DiTConfig
+from ditscale.dit.flops import count
+from ditscale.errors import InputError
+from ditscale.scaling import fit_isoflop, fit_surface, plan
+from ditscale.scaling.configurations import counted, design_config
+from ditscale.scaling.gpus import peak_flops
+
+
+def test_the_published_plan() -> None:
+    p = plan("liang2024", budget=1.5e21)
+    assert p.params == pytest.approx(958.3e6, rel=0.012)
+    assert p.loss == pytest.approx(0.6325, abs=1e-4)
+    assert p.fid == pytest.approx(25.0, abs=0.1)
+    assert 6 * p.params * p.tokens / 1.5e21 == pytest.approx(1.009, abs=1e-3)
+    assert "2410.08184" in p.source
+    assert p.extrapolation == pytest.approx(250)
+    assert (
+        p.intervals["loss"] is None and p.flatness is None
+    )  # the paper prints neither intervals nor a surface
+    json.dumps(p.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("kind", ["per_token", "total"])
+@pytest.mark.parametrize("target", [3e5, 1e7, 1e8, 958.3e6, 5e9])
+def test_configurations_exist_and_are_near(target: float, kind: str) -> None:
+    config = design_config(target, params_kind=kind, head_width=32 if target < 1e6 else 64)
+    assert config.width % config.heads == 0
+    assert counted(config, kind) == pytest.approx(target, rel=0.2 if target < 2e7 else 0.05)
+    assert 64 / 1.51 < config.width / config.depth < 64 * 1.51 or config.depth <= 2
+
+
+def test_the_configuration_spends_the_budget_by_the_ledger() -> None:
+    p = plan("liang2024", budget=1e20, batch=1024)
+    c = p.configuration
+    assert c is not None
+    fields = {k: c[k] for k in ("width", "depth", "heads", "patch", "image_size", "latent_factor")}
+    per_image = count(DiTConfig(**fields)).train
+    assert c["images"] == 1e20 // per_image
+    assert 0 <= 1e20 - c["images"] * per_image < per_image
+    assert c["tokens"] == c["images"] * 256
+    assert c["steps"] == c["images"] // 1024
+
+
+def test_a_fitted_surface_plans_with_intervals() -> None:
+    fit = fit_surface(study(noise=0.004))
+    p = plan(fit, budget=1e21)
+    n, d, loss = optimum(CHINCHILLA, 1e21)
+    assert p.intervals["params"][0] < n < p.intervals["params"][1]
+    assert p.intervals["loss"][0] < loss < p.intervals["loss"][1]
+    assert p.extrapolation == pytest.approx(100)
+    # Flat: at the edges of the band the loss is 1 % above, at the same compute.
+    assert p.flatness is not None
+    for side in ("smaller", "larger"):
+        at = p.params * p.flatness[side]
+        value = fit.predict(params=at, tokens=1e21 / 6 / at).value
+        assert value == pytest.approx(1.01 * p.loss, rel=1e-6)
+    assert p.flatness["smaller"] < 1 < p.flatness["larger"]
+    assert p.wrong is not None and 0 <= p.wrong["low"]["wasted_compute"] < 0.5
+
+
+def test_target_loss_is_the_inverse_of_budget() -> None:
+    fit = fit_surface(study())
+    loss = plan(fit, budget=3e20).loss
+    assert plan(fit, target_loss=loss).budget == pytest.approx(3e20, rel=1e-6)
+    assert plan("liang2024", target_loss=0.6325156480434136).budget == pytest.approx(1.5e21, rel=1e-6)
+    with pytest.raises(InputError, match="target-loss: expected a loss above the law's floor"):
+        plan(fit, target_loss=1.6)
+    with pytest.raises(InputError, match="predicts no loss"):
+        plan("yin2024-video", target_loss=0.5)
+
+
+def test_a_deadline_is_hours_times_measured_throughput() -> None:
+    p = plan("liang2024", hours=10, gpus=8, gpu="h100", mfu=0.5)
+    assert p.budget == pytest.approx(10 * 3600 * 8 * 0.5 * peak_flops("h100"))
+    assert p.machine is not None
+    assert p.machine["gpu_hours"] == pytest.approx(80) and p.machine["hours"] == pytest.approx(10)
+    assert p.machine["mfu_source"] == "given"
+    assumed = plan("liang2024", budget=1e20, gpu="a100").machine
+    assert assumed is not None and "assumed" in assumed["mfu_source"]
+    measured = plan("liang2024", hours=1, flops_per_second=5e13)
+    assert measured.budget == pytest.approx(1.8e17)
+
+
+def test_inference_moves_to_a_smaller_model_trained_longer() -> None:
+    fit = fit_surface(study())
+    base = plan(fit, budget=1e21)
+    p = plan(fit, budget=1e21, inference_images=1e9, configure=True)
+    assert p.inference is not None
+    assert p.inference["params"] < base.params and p.inference["data"] > base.data
+    same = fit.predict(params=p.inference["params"], tokens=p.inference["data"]).value
+    assert same == pytest.approx(base.loss, rel=1e-6)
+    # Sardana et al., arXiv:2401.00448: at the optimum eps_N / eps_D = 1 + D_inference / (3 D_training).
+    n, d = p.inference["params"], p.inference["data"]
+    units = 1e9 * 50 * 256
+    eps_n = CHINCHILLA["alpha"] * CHINCHILLA["A"] / n ** CHINCHILLA["alpha"]
+    eps_d = CHINCHILLA["beta"] * CHINCHILLA["B"] / d ** CHINCHILLA["beta"]
+    assert eps_n / eps_d == pytest.approx(1 + units / (3 * d), rel=1e-3)
+    # Neither side does better at the same loss.
+    assert p.inference["saving"] > 1
+
+
+def test_hyperparameters_join_the_plan() -> None:
+    p = plan("yin2024-video", budget=1e21)
+    assert p.lr is None  # the law gives no D, so the tokens are unknown
+    q = plan("liang2024", budget=1e20, hparams="steplaw2025")
+    assert q.lr == pytest.approx(1.7973 * q.params**-0.71292 * q.tokens**0.30749)
+    assert q.batch_tokens == pytest.approx(0.5807 * q.tokens**0.57094)
+    assert q.configuration is not None
+    assert q.configuration["batch"] == round(q.batch_tokens / 256)
+    with pytest.raises(InputError, match="has no batch or learning rate"):
+        plan("liang2024", budget=1e20, hparams="hoffmann2022")
+
+
+def test_saved_fits_and_study_folders(tmp_path: Path) -> None:
+    surface, iso = fit_surface(study(noise=0.004)), fit_isoflop(study(noise=0.004))
+    files = {"surface": surface.to_json(), "isoflop": iso.to_json()}
+    for name, record in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    (tmp_path / "laws.json").write_text(json.dumps(files))
+    direct = plan(surface, budget=1e20)
+    for source in (tmp_path / "surface.json", tmp_path / "laws.json", tmp_path):
+        p = plan(str(source), budget=1e20)
+        assert p.params == pytest.approx(direct.params, rel=1e-12)
+        assert p.intervals["loss"] == pytest.approx(direct.intervals["loss"], rel=1e-12)
+    lines = plan(str(tmp_path / "isoflop.json"), budget=1e20)
+    assert lines.params == pytest.approx(iso.predict(1e20)["params"].value)
+    assert lines.law == "isoflop-parabola"
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match="to hold a fit saved by"):
+        plan(str(tmp_path / "other.json"), budget=1e20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"law": "liang2024", "budget": -3.0}, "budget: expected a positive number, got -3"),
+        ({"law": "liang2024", "budget": float("nan")}, "budget: expected a positive number"),
+        ({"law": "liang2024"}, "exactly one of budget, target-loss and hours"),
+        ({"law": "liang2024", "budget": 1e20, "hours": 3.0}, "exactly one of"),
+        ({"law": "nobody2020", "budget": 1e20}, "law: expected a fit's file or one of liang2024"),
+        ({"law": "steplaw2025", "budget": 1e20}, "allocates no budget"),
+        ({"law": "liang2024", "hours": 3.0}, "gpu: expected a machine"),
+        ({"law": "liang2024", "budget": 1e20, "gpu": "abacus"}, "gpu: expected one of a100"),
+        ({"law": "liang2024", "budget": 1e20, "mfu": 0.3}, "mfu: expected --gpu"),
+        ({"law": "liang2024", "budget": 1e20, "gpu": "h100", "mfu": 1.3}, "mfu: expected a share"),
+        (
+            {"law": "liang2024", "budget": 1e20, "params_kind": "some"},
+            "params-kind: expected per_token or total",
+        ),
+        ({"law": "liang2024", "budget": 1e20, "image_size": 100}, "image_size: expected a multiple of 16"),
+    ],
+)
+def test_mistakes(options: dict[str, object], message: str) -> None:
+    law = options.pop("law")
+    with pytest.raises(InputError, match=message):
+        plan(law, **options)  # type: ignore[arg-type]
+
+
+def test_laws_in_flops_per_token_get_no_configuration() -> None:
+    p = plan("vonruette2025-masked", budget=1e20)
+    assert p.configuration is None
+    assert any("not a number of parameters" in w for w in p.warnings)
+
+
+def test_wider_loss_interval_further_out() -> None:
+    fit = fit_surface(study(noise=0.004))
+    widths = [np.log(np.divide(*reversed(plan(fit, budget=b).intervals["loss"]))) for b in (1e19, 1e20, 1e22)]
+    assert widths[0] < widths[1] < widths[2]

@@ -1,0 +1,92 @@
+"""The command line: JSON alone on stdout, one line and exit code 2 for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+CONFIG = """
+batch = 4
+images = 24
+evaluation_images = 8
+lr = 0.01
+
+[model]
+image_size = 16
+latent_factor = 1
+in_channels = 3
+patch = 4
+width = 16
+depth = 1
+heads = 2
+condition = "class"
+num_classes = 9
+learn_sigma = false
+"""
+
+
+def ditscale(*arguments, code=0):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "ditscale", *map(str, arguments)] if sys.version_info >= (3, 11)
+        else [sys.executable, "-m", "ditscale", *map(str, arguments)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_flops_prints_the_ledger():
+    out = json.loads(ditscale("flops", "DiT-XL/2", "--image-size", 256, "--json").stdout)
+    assert out["forward_flops"] == 237_242_843_136 and out["train_flops"] == 711_718_502_400
+    assert out["convention"] == "matmul" and sum(line["forward"] for line in out["ledger"]) == out["forward_flops"]
+    assert "convention" in ditscale("flops", "DiT-S/8").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("flops", "DiT-XXXL/3"), "DiT-XXXL/3"),
+        (("flops", "DiT-XL/2", "--image-size", "-1"), "image_size"),
+        (("flops", "nowhere.toml"), "nowhere.toml"),
+        (("flops", "DiT-XL/2", "--batch", "many"), "batch"),
+        (("nonsense",), "nonsense"),
+        (("train", "nowhere.toml", "--out", "x"), "nowhere.toml"),
+        (("sample", "nowhere", "--out", "x.png"), "nowhere"),
+        (("report", "/nonexistent"), "/nonexistent"),
+        (("study", "status", "/nonexistent"), "/nonexistent"),
+        (("study", "run", "nowhere.toml"), "--out"),
+    ],
+    ids=lambda value: "-".join(value)[:30] if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_line_and_code_2(arguments, named):
+    done = ditscale(*arguments, code=2)
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_demo_into_a_foreign_folder_changes_nothing(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    assert "letter.txt" in ditscale("demo", "--out", tmp_path, code=2).stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_train_sample_evaluate_export(tmp_path):
+    (tmp_path / "config.toml").write_text(CONFIG)
+    run = tmp_path / "run"
+    record = json.loads(ditscale("train", tmp_path / "config.toml", "--out", run, "--threads", 1, "--json").stdout)
+    assert record["status"] == "finished" and record["images"] == 24
+    again = json.loads(ditscale("evaluate", run, "--json").stdout)
+    assert again["loss"] == record["loss"] and again["loss_by_timestep"] == record["loss_by_timestep"]
+    ditscale("sample", run, "--out", tmp_path / "s.png", "--label", 3, "--label", 5, "--steps", 2)
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert "--label" in ditscale("sample", run, "--out", tmp_path / "t.png", "--label", 9, code=2).stderr
+    assert json.loads(ditscale("export", run, "--out", tmp_path / "m.safetensors", "--json").stdout)["tensors"] > 10
+    # Another configuration must not touch the run; a finished run is handed back.
+    (tmp_path / "other.toml").write_text(CONFIG.replace("0.01", "0.02"))
+    assert "another run" in ditscale("train", tmp_path / "other.toml", "--out", run, code=2).stderr
+    assert json.loads((run / "run.json").read_text()) == record
