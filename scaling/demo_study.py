@@ -12,7 +12,7 @@ def demo_study(*, quick: bool = False) -> StudyConfig:
     """The demo's study; ``quick`` is the same study at a hundredth of the compute, for tests."""
     from ditscale.dit.data import emoji_vocabulary
 
-    budgets = (3e10, 1e11, 3e11, 1e12) if not quick else (3e9, 1e10, 3e10)
+    budgets = (2.5e10, 6.3e10, 1.6e11, 4e11, 1e12) if not quick else (3e9, 1e10, 3e10)
     return StudyConfig(
         name="emoji scenes, quick" if quick else "emoji scenes",
         budgets=tuple(int(b) for b in budgets),

@@ -50,10 +50,10 @@ def first_update(width, base):
 
 def test_coordinate_check():
     """One step moves the output alike at every width under muP, and further as it grows without (arXiv:2203.03466)."""
-    mup = [first_update(width, 32) for width in (32, 128, 512)]
-    standard = [first_update(width, None) for width in (32, 128, 512)]
-    assert max(mup) / min(mup) < 3
-    assert standard[-1] / standard[0] > 2 * mup[-1] / mup[0]
+    mup, standard = ([first_update(width, base) for width in (32, 256)] for base in (32, None))
+    # Eight times the width: the output's step may drift a little, and must grow far less than without muP.
+    assert max(mup) / min(mup) < 4
+    assert standard[1] / standard[0] > 2.5 * mup[1] / mup[0]
 
 
 def test_the_schedule_rises_stays_and_falls():
@@ -81,4 +81,4 @@ def test_the_average_remembers_a_share_of_training():
     lag = 2000 - float(average.weights["weight"])
     assert 0.8 * 0.1 / 1.1 * 2000 < lag < 1.2 * 0.1 / 1.1 * 2000
     average.copy_to(model)
-    assert float(model.weight) == 2000 - lag
+    assert float(model.weight.detach()) == 2000 - lag
