@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from typing import Final, Literal
@@ -19,12 +20,18 @@ KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 # Per operator: the backends that have an implementation, in the order in which `auto` tries them on a device.
 BACKENDS: Final[dict[str, tuple[str, ...]]] = {
-    "layernorm_modulate": ("cpu", "cuda"),
-    "gate_residual": ("cpu", "cuda"),
-    "gate_residual_layernorm_modulate": ("cpu", "cuda"),
-    "bias_gelu": ("cpu", "cuda"),
+    "layernorm_modulate": ("cpu", "cuda", "triton"),
+    "gate_residual": ("cpu", "cuda", "triton"),
+    "gate_residual_layernorm_modulate": ("cpu", "cuda", "triton"),
+    "bias_gelu": ("cpu", "cuda", "triton"),
     "qk_norm_rope": (),
     "attention": ("cpu", "sdpa"),
+}
+_FAMILY: Final = {
+    "layernorm_modulate": "adaln",
+    "gate_residual": "adaln",
+    "gate_residual_layernorm_modulate": "adaln",
+    "bias_gelu": "gelu",
 }
 _KNOWN: Final = ("cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers")
 
@@ -51,6 +58,10 @@ def unavailable_reason(op: str, backend: str, device_type: str) -> str | None:
         return "triton is not installed"
     if device_type == "cpu" and not interpreting():
         return "Triton runs on GPUs (on CPU tensors only in its interpreter, TRITON_INTERPRET=1)"
+    try:
+        importlib.import_module(f"ditscale.kernels.{_FAMILY[op]}.triton_kernels")  # defines ditscale_triton::*
+    except ImportError as error:
+        return f"triton does not import: {' '.join(str(error).split())}"
     return None
 
 

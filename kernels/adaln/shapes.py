@@ -12,8 +12,6 @@ from torch.utils.flop_counter import register_flop_formula
 from ditscale.kernels.adaln import cost
 
 
-
-
 def _dense(t: Tensor) -> Tensor:
     return t.new_empty(t.shape)
 

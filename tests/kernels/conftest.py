@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -17,9 +18,11 @@ import pytest  # noqa: E402
 from ditscale.kernels import library  # noqa: E402
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
+    if name == "triton" and not importlib.util.find_spec("triton"):
+        pytest.skip("triton is not installed")
     if name == "cpu" and library.missing_reason("cpu"):
         pytest.skip(str(library.missing_reason("cpu")))
     return name
