@@ -186,7 +186,10 @@ def fit_hparams(
     _, which = np.unique(keys, axis=0, return_inverse=True)
     which = which.ravel()
     warnings: list[str] = []
-    vary_batch = batches is not None and len(np.unique(batches)) > 1
+    # What counts is variation within cells: a batch that only follows D says nothing about the best one.
+    vary_batch = batches is not None and any(
+        len(np.unique(batches[which == k])) > 1 for k in range(which.max() + 1)
+    )
     cells = []
     for k in range(which.max() + 1):
         mask = which == k

@@ -32,9 +32,9 @@ def test_the_published_plan() -> None:
 
 
 @pytest.mark.parametrize("kind", ["per_token", "total"])
-@pytest.mark.parametrize("target", [3e5, 1e7, 1e8, 958.3e6, 5e9])
+@pytest.mark.parametrize("target", [1e6, 1e7, 1e8, 958.3e6, 5e9])
 def test_configurations_exist_and_are_near(target: float, kind: str) -> None:
-    config = design_config(target, params_kind=kind, head_width=32 if target < 1e6 else 64)
+    config = design_config(target, params_kind=kind, head_width=32 if target < 2e6 else 64)
     assert config.width % config.heads == 0
     assert counted(config, kind) == pytest.approx(target, rel=0.2 if target < 2e7 else 0.05)
     assert 64 / 1.51 < config.width / config.depth < 64 * 1.51 or config.depth <= 2
