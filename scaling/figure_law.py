@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Height of the drawing inside the axes of the wide figure, about.
+_PANEL_POINTS = 295
+
 
 def size_words(view: StudyView) -> str:
     return "parameters per token N" if view.size == "params_per_token" else "parameters N"
@@ -92,7 +95,12 @@ def range_label(ax: Axes, view: StudyView) -> None:
 
 def law_figure(view: StudyView, narrow: bool) -> Figure:
     assert view.laws is not None and view.laws.loss is not None
-    figure, ax = canvas(*((NARROW, 4.3) if narrow else (WIDE, 5.0)))
+    compared = bool(view.prediction) and not narrow
+    if compared:
+        figure, panels = canvas(WIDE, 5.0, ncols=2, width_ratios=(3.7, 1))
+        ax = panels[0]
+    else:
+        figure, ax = canvas(*((NARROW, 4.3) if narrow else (WIDE, 5.0)))
     law = view.laws.loss
     low, high = reach(view)
     tint = budget_colours(view)
@@ -134,27 +142,23 @@ def law_figure(view: StudyView, narrow: bool) -> Figure:
     _law_legend(ax, view, law, narrow)
     if view.prediction:
         _draw_prediction(ax, view, size=8.5)
-        if not narrow:
-            _zoom(ax, view)
+    if compared:
+        _draw_comparison(panels[1], view)
     return figure
 
 
 def _law_legend(ax: Axes, view: StudyView, law: LawView, narrow: bool) -> None:
-    """Labels beside what they name, in the empty upper left of a falling curve's start."""
-    assert view.laws is not None
-    best = view.laws.optima
-    if best:
-        first = [run for run in view.fitted if float(run["budget"]) == best[0].budget]
-        worst = max((float(run["loss"]) for run in first), default=best[0].loss)
-        ax.annotate(
-            "dots: runs" if narrow else "every dot a run, every column a budget",
-            (best[0].budget, min(worst, ax.get_ylim()[1] * 0.99)),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            color=LIGHT["muted"],
-        )
+    """What the marks are, in the corner that a falling law leaves empty; the law's name beside it."""
+    ax.annotate(
+        "dots: runs\ndiamonds: lowest points" if narrow else "dots: runs; diamonds: lowest points",
+        (0.985, 0.97),
+        xycoords="axes fraction",
+        ha="right",
+        va="top",
+        fontsize=9,
+        linespacing=1.3,
+        color=LIGHT["muted"],
+    )
     budget, value, least, most = law_line(law, *reach(view))
     at = math.exp(0.62 * math.log(budget[-1]) + 0.38 * math.log(max(view.budgets)))
     height = float(np.interp(math.log(at), np.log(budget), value if least is None else least))
@@ -210,48 +214,40 @@ def _draw_prediction(
         )
 
 
-def _zoom(ax: Axes, view: StudyView) -> None:
-    """The comparison on a scale at which it can be seen, in the corner that a falling law leaves empty."""
+def _draw_comparison(panel: Axes, view: StudyView) -> None:
+    """Predicted and measured on a scale at which they can be told apart."""
     assert view.prediction is not None
     value, (low, high) = float(view.prediction["loss"]), map(float, view.prediction["interval_95"])
-    zoom = ax.inset_axes((0.655, 0.50, 0.335, 0.44))
-    zoom.set_facecolor(LIGHT["card"])
-    zoom.patch.set_alpha(0.94)
-    for side in ("top", "right"):
-        zoom.spines[side].set_visible(True)
-    zoom.set_xlim(0, 1)
-    ends = [low, high] + ([float(view.outcome["measured_loss"])] if view.outcome else [])
-    room = 0.16 * (max(ends) - min(ends))
-    zoom.set_ylim(min(ends) - room, max(ends) + room)
-    zoom.set_xticks([])
-    zoom.grid(axis="x", visible=False)
-    zoom.tick_params(labelsize=8)
-    zoom.locator_params(axis="y", nbins=5)
-    zoom.set_title("the same, closer", fontsize=8.5, fontweight="normal", color=LIGHT["muted"], pad=5)
-    zoom.axhspan(low, high, color=LIGHT["law"], alpha=0.10, linewidth=0)
-    _draw_prediction(zoom, view, size=9.5, x=0.2, spread=1.0 if not view.outcome else 1.25)
-    words: dict[str, Any] = {
-        "textcoords": "offset points",
-        "va": "center",
-        "fontsize": 8.8,
-        "linespacing": 1.35,
-    }
-    note = f"predicted {value:.4f}"
     measured = float(view.outcome["measured_loss"]) if view.outcome else None
-    # Two labels at one height would lie on each other: push them apart by what the picture can spare.
+    ends = [low, high, value if measured is None else measured]
+    room = 0.16 * (max(ends) - min(ends))
+    panel.set_xlim(0, 1)
+    panel.set_ylim(min(ends) - room, max(ends) + room)
+    panel.set_xticks([])
+    panel.grid(axis="x", visible=False)
+    panel.set_title("prediction, closer", fontweight="normal", fontsize=9, color=LIGHT["muted"])
+    panel.axhspan(low, high, color=LIGHT["law"], alpha=0.10, linewidth=0)
+    _draw_prediction(panel, view, size=9.5, x=0.2, spread=1.0 if measured is None else 1.25)
+    # Two labels at one height would lie on each other: each gives way by half of what is missing.
     apart = 0.0
     if measured is not None:
-        gap = (measured - value) / (zoom.get_ylim()[1] - zoom.get_ylim()[0])
-        apart = max(0.0, 0.16 - abs(gap)) * 62 * (1 if gap >= 0 else -1)
-    zoom.annotate(note, (0.30, value), xytext=(7, -apart), color=LIGHT["law"], **words)
+        gap = (measured - value) / (panel.get_ylim()[1] - panel.get_ylim()[0])
+        apart = max(0.0, 0.12 - abs(gap)) * 0.5 * _PANEL_POINTS * (1 if gap >= 0 else -1)
+    _label(panel, f"predicted\n{value:.4f}", value, -apart, LIGHT["law"])
     if measured is not None:
-        zoom.annotate(
-            f"measured {measured:.4f}",
-            (0.30, measured),
-            xytext=(7, apart),
-            color=LIGHT["measured"],
-            weight="bold",
-            **words,
-        )
+        _label(panel, f"measured\n{measured:.4f}", measured, apart, LIGHT["measured"])
     else:
-        zoom.annotate("not measured yet", (0.30, value), xytext=(7, -15), color=LIGHT["muted"], **words)
+        _label(panel, "not measured yet", value, -30, LIGHT["muted"])
+
+
+def _label(panel: Axes, words: str, height: float, lift: float, colour: str) -> None:
+    panel.annotate(
+        words,
+        (0.34, height),
+        xytext=(4, lift),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+        linespacing=1.3,
+        color=colour,
+    )

@@ -261,11 +261,12 @@ def _curves_figure(view: StudyView, narrow: bool) -> Figure:
             mew=0.9,
             zorder=5 if star else 4,
         )
-    starts = [float(np.max(c.loss)) for c in view.curves]
     lowest = [float(r["loss"]) for r in view.runs] + [float(np.min(c.loss)) for c in view.curves]
-    high, low = float(np.median(starts)), min(lowest)
-    first = [float(c.flops[0]) for c in view.curves]
-    ax.set_xlim(float(np.percentile(first, 50)), max(float(c.flops[-1]) for c in view.curves) * 1.9)
+    low = min(lowest)
+    # A fresh model's loss says nothing; the first decade of the descent is enough.
+    high = min(float(np.median([np.max(c.loss) for c in view.curves])), 8 * low)
+    entered = [float(c.flops[np.argmax(c.loss <= high)]) for c in view.curves if np.min(c.loss) <= high]
+    ax.set_xlim(float(np.percentile(entered, 10)) / 1.1, max(float(c.flops[-1]) for c in view.curves) * 1.9)
     if view.laws and view.laws.loss and view.budgets:
         budget, value, *_ = law_line(view.laws.loss, *reach(view))
         ax.plot(budget, value, color=LIGHT["ink"], linewidth=1.1, linestyle=(0, (1.2, 2.4)), zorder=3)

@@ -52,5 +52,5 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float, digits: int = 2) -> str:
-    """Signed, with a true minus: ``+1.21 %``, ``−0.40 %``."""
-    return f"{100 * share:+.{digits}f} %".replace("-", "−")
+    """Signed, with a true minus and no break before the sign: ``+1.21 %``, ``−0.40 %``."""
+    return f"{100 * share:+.{digits}f}\u00a0%".replace("-", "−")

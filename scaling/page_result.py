@@ -114,7 +114,7 @@ def _tiles(view: StudyView) -> str:
             (
                 "95 % interval",
                 f"{low:.4f}–{high:.4f}",
-                f"measured {'inside' if inside else 'outside'}; ±{100 * half:.1f} %",
+                f"measured {'inside' if inside else 'outside'}; ±{100 * half:.1f}\u00a0%",
             )
         )
         if outcome.get("extrapolation_factor"):
@@ -169,9 +169,8 @@ def _steps(view: StudyView) -> str:
     laws, prediction, outcome, run = view.laws, view.prediction, view.outcome, view.predicted
     if laws and laws.loss:
         weights = sorted(laws.weights.items(), key=lambda item: -item[1])
-        words = (
-            f"weighted by held-out budgets: {', '.join(f'{name} {100 * w:.0f} %' for name, w in weights[:3])}"
-        )
+        shares = ", ".join(f"{name} {100 * weight:.0f}\u00a0%" for name, weight in weights[:3])
+        words = f"weighted by held-out budgets: {shares}"
         steps.append(
             (True, f"Law fitted to {len(view.fitted)} runs", words if weights else laws.chosen or "")
         )

@@ -191,7 +191,9 @@ def facts_section(view: StudyView) -> str:
     data: dict[str, Any] = given if isinstance(given, dict) else {}
     name = data.get("name") or first.get("data") or (study.get("training") or {}).get("data")
     digest = data.get("sha256") or first.get("data_sha256")
-    licence = data.get("licence") or data.get("license") or _LICENCES.get(str(name))
+    licence = (
+        data.get("licence") or data.get("license") or _LICENCES.get(str(name).split("/")[0].replace("-", "_"))
+    )
     convention = str(study.get("flop_convention") or first.get("flop_convention") or "")
     seeds = sorted(
         {str(r["seed"]) for r in view.runs if r.get("seed") is not None} | {str(study.get("seed", ""))} - {""}

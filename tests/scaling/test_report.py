@@ -89,7 +89,7 @@ def _change(path: Path, **fields: Any) -> None:
 
 def _page(study: Path) -> str:
     """The page around its figures, which take the time and are drawn where a test is about them."""
-    return build_page(read_study(study), {name: ("", "") for name in ("law", "isoflop", "curves")})
+    return build_page(read_study(study), dict.fromkeys(("law", "isoflop", "curves"), ("", "")))
 
 
 def _text(study: Path) -> str:
