@@ -24,36 +24,55 @@ def register(app: typer.Typer) -> None:
 
 def flops(
     model: Annotated[str, typer.Argument(help="A preset such as DiT-XL/2, or a TOML file with a [model] table.")],
-    image_size: Annotated[Optional[int], typer.Option(help="Pixels on a side. Default: the model's.")] = None,
+    image_size: Annotated[Optional[str], typer.Option(help="Pixels: a side, or HEIGHTxWIDTH. Default: the model's.")] = None,
     batch: Annotated[int, typer.Option(help="Images.")] = 1,
+    convention: Annotated[str, typer.Option(help="What counts: matmul, all, hardware, or a published rule.")] = "matmul",
+    recompute: Annotated[str, typer.Option(help="Activations computed again: none, block or attention.")] = "none",
+    compare: Annotated[bool, typer.Option("--compare", help="Every convention beside the exact count.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the ledger as a Markdown table.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Count a model's FLOPs and parameters exactly (convention: matmul, a multiply-add is 2)."""
-    from ditscale.dit.flops import count
+    """Count a model's FLOPs and parameters exactly (a multiply-add is 2)."""
+    from ditscale.dit import flops as ledger
 
-    report = count(resolve_model(model), image_size=image_size, batch=batch)
+    config, size = resolve_model(model), parse_size(image_size)
+    report = ledger.count(config, size, batch, convention=convention, recompute=recompute)
+    others = ledger.compare(config, size, batch, recompute=recompute) if compare else []
     if as_json:
-        typer.echo(json.dumps(report.to_json()))
+        content = report.to_json() | ({"compare": [row.to_json() for row in others]} if compare else {})
+        typer.echo(json.dumps(content))
+        return
+    if markdown:
+        typer.echo(report.to_markdown())
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{report.model or model}: {report.image_size} px, {report.tokens} tokens, batch {report.batch}")
-    for heading in ("line", "formula"):
-        table.add_column(heading)
-    for heading in ("forward FLOPs", "backward FLOPs", "share"):
-        table.add_column(heading, justify="right")
-    for line in report.ledger:
-        share = f"{100 * (line.forward + line.backward) / report.train:.2f} %"
-        table.add_row(line.name, line.formula, f"{line.forward:,}", f"{line.backward:,}", share)
-    table.add_section()
-    table.add_row("total", f"train = {report.train:,}", f"{report.forward:,}", f"{report.backward:,}", "100 %")
     console = Console()
+    if compare:
+        table = Table(title=f"{report.title}: training by each convention", show_lines=True)
+        for heading, justify in (("convention", "left"), ("train", "right"), ("off", "right"), ("counts", "left")):
+            table.add_column(heading, justify=justify, no_wrap=heading != "counts")  # type: ignore[arg-type]
+        for row in others:
+            table.add_row(row.convention, f"{row.train:,}", f"{row.off_percent:+.2f} %", row.counts)
+        console.print(table)
+        return
+    table = Table(title=f"{report.title}, convention {report.convention}")
+    for heading in ("line", "class", "formula"):
+        table.add_column(heading)
+    for heading in ("forward", "backward", "share"):
+        table.add_column(heading, justify="right")
+    for cells in report.rows():
+        table.add_row(*cells)
+    table.add_section()
+    table.add_row("total", "", f"train = {report.train:,}", f"{report.forward:,}", f"{report.backward:,}", "100 %")
     console.print(table)
     p = report.params
+    again = f"   computed again {report.recompute:,}" if report.recompute else ""
     console.print(
-        f"parameters {p.total:,}: {p.per_token:,} work per token, {p.per_sample:,} per image, {p.embedding:,} looked up\n"
-        f"forward multiply-adds {report.macs_forward:,} (the DiT paper's unit)   convention: {report.convention}"
+        f"parameters {p.total:,}: {p.per_token:,} work per token, {p.per_sample:,} per image, "
+        f"{p.per_context:,} per caption token, {p.embedding:,} looked up; active {p.active:,}\n"
+        f"forward multiply-adds {report.macs_forward:,} (the DiT paper's unit)   convention: {report.convention}{again}"
     )
 
 
@@ -192,6 +211,21 @@ def resolve_model(text: str) -> DiTConfig:
     from ditscale.dit.config import DiTConfig
 
     return DiTConfig.from_toml(text) if text.endswith(".toml") else DiTConfig.preset(text)
+
+
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """Pixels from "256" (a side) or "480x832" (height and width)."""
+    from ditscale.errors import InputError
+
+    if text is None:
+        return None
+    try:
+        sides = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        sides = ()
+    if len(sides) not in (1, 2):
+        raise InputError(f"--image-size: expected pixels such as 256 or 480x832, got {text!r}")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def weights_path(run: Path) -> Path:

@@ -73,6 +73,7 @@ class Walk:
         # The time (and the class, where it is one) joins the tokens of the condition.
         self.time_token = config.modulation == "none"
         self._modulated_uses = 0
+        self.norm_elements = 0
         self._inputs()
         if config.context == "joint":
             self._joint_blocks()
@@ -479,9 +480,10 @@ class Walk:
             modulated = c.modulation != "none"
         if not modulated:
             self._params[who] += times * d * (1 if rms else 2)
+        rows = sum(n * t for n, t in sequences)
+        self.norm_elements += times * rows * d
         if not self.elementwise:
             return
-        rows = sum(n * t for n, t in sequences)
         if not modulated:
             cost = ew.rms_norm(rows, d, weighted=True) if rms else ew.layer_norm(rows, d, affine=True)
             self._light(f"{name}.norm", "norm", "a norm with weight", _scaled(times, cost), times * rows * d)

@@ -9,15 +9,48 @@ and a frozen text encoder's output. Every formula is derived in ``docs/flops.md`
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ditscale.dit.config import DiTConfig
+from ditscale.dit.conventions import CONVENTIONS, COUNTED, Comparison, compare, published, resolve
 from ditscale.dit.counting import Walk, Workload
 from ditscale.dit.ledger import FlopReport, LedgerLine, ParamCount
 from ditscale.errors import InputError
 
-__all__ = ["CONVENTION", "FlopReport", "LedgerLine", "ParamCount", "count", "count_params"]
+if TYPE_CHECKING:
+    from ditscale.dit.encoders import AutoencoderSpec, TextEncoderSpec
+    from ditscale.dit.extras import count_sampling as count_sampling
+    from ditscale.dit.meter import FlopMeter as FlopMeter
+    from ditscale.dit.tracing import TraceReport as TraceReport
+    from ditscale.dit.tracing import trace as trace
+
+__all__ = [
+    "CONVENTION",
+    "CONVENTIONS",
+    "Comparison",
+    "FlopMeter",
+    "FlopReport",
+    "LedgerLine",
+    "ParamCount",
+    "TraceReport",
+    "compare",
+    "count",
+    "count_params",
+    "count_sampling",
+    "trace",
+]
+
+# Imported when first used: the tracer needs torch, which counting does not.
+_HOMES = {
+    "FlopMeter": "ditscale.dit.meter",
+    "TraceReport": "ditscale.dit.tracing",
+    "count_sampling": "ditscale.dit.extras",
+    "trace": "ditscale.dit.tracing",
+}
 
 CONVENTION = "matmul"
 
@@ -34,6 +67,12 @@ def count(
     recompute: str | Sequence[str] = "none",
     fused: bool = True,
     dtype_bytes: int = 2,
+    optimizer: str | None = None,
+    ema: bool = False,
+    clip: bool = False,
+    autoencoder: str | AutoencoderSpec | None = None,
+    text_encoders: Sequence[str | TextEncoderSpec] = (),
+    text_tokens: int | None = None,
 ) -> FlopReport:
     """Count the FLOPs and parameters of a DiT exactly.
 
@@ -51,6 +90,11 @@ def count(
         fused: under ``all``, count the operators of ``ditscale.kernels`` as they compute; False counts the plain
             operations that they replace, as autograd runs them. Default: True.
         dtype_bytes: of an element, for the bytes moved. Default: 2.
+        optimizer: "adamw", "adam", "sgd" or "momentum" as a line beside the model. Default: None.
+        ema, clip: averaging the weights and clipping the gradient as lines beside the model. Default: False.
+        autoencoder: that encodes every image on the fly, as a line: "sd", "sd3" or a specification. Default: None.
+        text_encoders: that encode every caption on the fly, as lines: names such as "t5-xxl". Default: ().
+        text_tokens: tokens of a caption for them. Default: ``config.caption_tokens``.
 
     Returns:
         FlopReport for the whole batch; parameters do not depend on the batch.
@@ -60,13 +104,6 @@ def count(
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"batch: expected a whole number of at least 1, got {batch!r}")
-    if convention not in ("matmul", "all", "hardware"):
-        from ditscale.dit import conventions
-
-        plain = count(
-            config, image_size, batch, frames=frames, lengths=lengths, context_lengths=context_lengths
-        )
-        return conventions.published(convention, config, plain)
     if image_size is None:
         height, width = config.image_size, config.image_width
     elif isinstance(image_size, tuple):
@@ -81,8 +118,11 @@ def count(
     else:
         work = _packed(config, batch, tokens, context, grid[0], lengths, context_lengths)
         batch = work.batch
-    walk = Walk(config, work, elementwise=convention == "all", fused=fused, size=dtype_bytes)
-    ledger = walk.lines(recompute, score_recompute=convention == "hardware")
+    counted = convention
+    if convention not in COUNTED:
+        convention, counted = resolve(convention), "matmul"
+    walk = Walk(config, work, elementwise=counted == "all", fused=fused, size=dtype_bytes)
+    ledger = walk.lines(recompute, score_recompute=counted == "hardware")
     forward = backward = again = products = 0
     for line in ledger:
         forward += line.forward
@@ -90,22 +130,45 @@ def count(
         again += line.recompute
         if line.operation == "matmul" or line.name.endswith((".scores", ".values")):
             products += line.forward
-    return FlopReport(
+    report = FlopReport(
         model=config.name,
         image_size=height,
         batch=batch,
         tokens=tokens if lengths is None else sum(lengths),
         forward=forward,
         backward=backward,
-        train=forward + backward + (again if convention == "hardware" else 0),
+        train=forward + backward + (again if counted == "hardware" else 0),
         macs_forward=products // 2,
         params=walk.params,
         ledger=ledger,
-        convention=convention,
+        convention=counted,
         recompute=again,
         image_width=width,
         frames=config.frames if frames is None else frames,
         context_tokens=context if context_lengths is None else sum(context_lengths),
+    )
+    if optimizer is not None or ema or clip or autoencoder is not None or text_encoders:
+        from ditscale.dit.extras import encoder_lines, optimizer_lines
+
+        extras = optimizer_lines(walk.params.trainable, optimizer, ema=ema, clip=clip) + encoder_lines(
+            config,
+            batch,
+            height,
+            height if width is None else width,
+            encode=autoencoder,
+            text_encoders=text_encoders,
+            text_tokens=text_tokens,
+        )
+        report = dataclasses.replace(report, extras=extras)
+    if convention in COUNTED:
+        return report
+    return published(
+        convention,
+        config,
+        report,
+        image_tokens=sum(n * t for n, t, _ in work.groups),
+        context_tokens=sum(n * s for n, _, s in work.groups),
+        norm_elements=walk.norm_elements,
     )
 
 
@@ -150,3 +213,13 @@ def _packed(
         )
     alike = Counter(zip(lengths, context_lengths, strict=True))
     return Workload(tuple((n, t, s) for (t, s), n in alike.items()), frames, packed=True)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ditscale.dit.flops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
