@@ -25,7 +25,10 @@ from ditscale.kernels.library import path_of
 
 # Largest error allowed, relative to the largest value of the exact result: some ten roundings of the dtype.
 TOLERANCE: Final = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-_SHAPES: Final = ((2, 37, 72), (3, 5, 13))  # vectors of every width fit in 72, none in 13; two chunks of tokens and one
+_SHAPES: Final = (
+    (2, 37, 72),
+    (3, 5, 13),
+)  # vectors of every width fit in 72, none in 13; two chunks of tokens and one
 
 Tensors = tuple[Tensor, ...]
 
@@ -52,7 +55,9 @@ def _inputs(op: str, shape: tuple[int, int, int], device: str) -> Tensors:
     if op == "bias_gelu":
         return (rows[0], mods[0][0])
     if op == "attention":
-        return tuple(_numbers((B, T, 3, D), 1, device).unsqueeze(1).unbind(3))  # one head; parts of one projection
+        return tuple(
+            _numbers((B, T, 3, D), 1, device).unsqueeze(1).unbind(3)
+        )  # one head; parts of one projection
     raise ValueError(f"no self-check for {op}")
 
 
@@ -90,7 +95,9 @@ def compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | Non
             inputs = tuple(t.to(dtype) for t in _inputs(op, shape, device))
             try:
                 got = _run(function, inputs, backend)
-            except Exception as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
+            except (
+                Exception
+            ) as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
                 return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             exact = _run(function, tuple(t.double() for t in inputs), "reference")
             for k, (a, b) in enumerate(zip(got, exact, strict=True)):

@@ -29,7 +29,10 @@ def fake_bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Ten
     return x.new_empty(x.shape), bias.new_empty(bias.shape)
 
 
-FAKES: dict[str, Callable[..., Any]] = {"bias_gelu_fwd": fake_bias_gelu_fwd, "bias_gelu_bwd": fake_bias_gelu_bwd}
+FAKES: dict[str, Callable[..., Any]] = {
+    "bias_gelu_fwd": fake_bias_gelu_fwd,
+    "bias_gelu_bwd": fake_bias_gelu_bwd,
+}
 
 
 def _flops(name: str) -> Callable[..., int]:
@@ -44,7 +47,9 @@ def describe(namespace: str) -> None:
         register_flop_formula(getattr(getattr(torch.ops, namespace), name))(_flops(name))
 
 
-_libraries: list[torch.library.Library] = []  # an operator lives as long as the library object that defined it
+_libraries: list[
+    torch.library.Library
+] = []  # an operator lives as long as the library object that defined it
 
 
 def define(namespace: str, implementations: dict[str, Callable[..., Any]], key: str) -> None:

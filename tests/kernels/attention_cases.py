@@ -5,11 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from oracles import Array, judge_draws, wide
 from torch import Tensor
 
 from ditscale import kernels
+from ditscale.kernels import library
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backends of attention that run here."""
+    name: str = request.param
+    if name == "cpu" and library.missing_reason("cpu"):
+        pytest.skip(str(library.missing_reason("cpu")))
+    return name
 
 
 @dataclass

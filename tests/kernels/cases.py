@@ -68,7 +68,12 @@ class Call:
     def run(self, backend: str, **options: object) -> dict[str, Tensor]:
         """The operator under test, outputs and gradients by name."""
         v = self._fresh()
-        more = {"weight": v.get("weight"), "bias": v.get("bias"), "norm": "rms" if self.rms else "layer", "eps": self.eps}
+        more = {
+            "weight": v.get("weight"),
+            "bias": v.get("bias"),
+            "norm": "rms" if self.rms else "layer",
+            "eps": self.eps,
+        }
         if "branch" not in v:
             y = kernels.layernorm_modulate(v["x"], v["shift"], v["scale"], backend=backend, **more, **options)
             return self._gradients({"y": y}, v)
@@ -110,7 +115,9 @@ class Call:
 def check_all(calls: list[Call], backend: str, **options: object) -> None:
     """The rule over the pooled errors of calls that differ in their numbers only."""
     oracles = [c.oracle() for c in calls]
-    runs = [(c.run(backend, **options), o.run(), c.plain(), o.terms) for c, o in zip(calls, oracles, strict=True)]
+    runs = [
+        (c.run(backend, **options), o.run(), c.plain(), o.terms) for c, o in zip(calls, oracles, strict=True)
+    ]
     names = set(runs[0][1])
     for got, exact, plain, _ in runs:
         assert set(got) == set(exact) == set(plain) == names

@@ -33,8 +33,7 @@ def plain_block(x, branch, table):
 
 def inputs(batch: int = B, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [
-        torch.randn(*s, dtype=dtype).requires_grad_()
-        for s in ((batch, T, D), (batch, T, D), (batch, 3 * D))
+        torch.randn(*s, dtype=dtype).requires_grad_() for s in ((batch, T, D), (batch, T, D), (batch, 3 * D))
     ]
 
 
@@ -57,7 +56,9 @@ class TestReference:
     """The oracle of the kernels, in float64."""
 
     def test_gradcheck_and_gradgradcheck(self):
-        leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (2, 3, 5), (2, 15))]
+        leaves = [
+            torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (2, 3, 5), (2, 15))
+        ]
 
         def f(x, branch, table):
             return block(x, branch, table, "reference")
@@ -67,16 +68,22 @@ class TestReference:
 
     def test_gradcheck_rms_and_affine(self):
         x, shift, scale, w, b = (
-            torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (5,), (2, 3, 5), (5,), (5,))
+            torch.randn(*s, dtype=torch.float64, requires_grad=True)
+            for s in ((2, 3, 5), (5,), (2, 3, 5), (5,), (5,))
         )
 
         def f(*a):
-            return kernels.layernorm_modulate(a[0], a[1], a[2], weight=a[3], bias=a[4], norm="rms", backend="auto")
+            return kernels.layernorm_modulate(
+                a[0], a[1], a[2], weight=a[3], bias=a[4], norm="rms", backend="auto"
+            )
 
         assert torch.autograd.gradcheck(f, (x, shift, scale, w, b))
 
     def test_gelu(self):
-        x, b = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64, requires_grad=True)
+        x, b = (
+            torch.randn(3, 5, dtype=torch.float64, requires_grad=True),
+            torch.randn(5, dtype=torch.float64, requires_grad=True),
+        )
         assert torch.autograd.gradcheck(lambda *a: kernels.bias_gelu(*a), (x, b))
         assert torch.autograd.gradgradcheck(lambda *a: kernels.bias_gelu(*a), (x, b))
 
@@ -89,7 +96,8 @@ class TestOperators:
     def test_opcheck(self, native, stride):
         call = make((2, 5, 8))
         x, branch, dy = (
-            (t if stride == "dense" else torch.randn(2, 5, 20)[..., 3:11].copy_(t)) for t in (call.x, call.branch, call.dy)
+            (t if stride == "dense" else torch.randn(2, 5, 20)[..., 3:11].copy_(t))
+            for t in (call.x, call.branch, call.dy)
         )
         ops = torch.ops.ditscale
         utilities = ("test_schema", "test_faketensor")
@@ -124,7 +132,9 @@ class TestOperators:
     def test_a_direct_call_is_checked(self, native):
         x = torch.randn(2, 3, 8)
         with pytest.raises(RuntimeError, match="scale: expected"):
-            torch.ops.ditscale.layernorm_modulate_fwd(x, torch.zeros(7), torch.zeros(7), 1e-6, 1.0, False, True)
+            torch.ops.ditscale.layernorm_modulate_fwd(
+                x, torch.zeros(7), torch.zeros(7), 1e-6, 1.0, False, True
+            )
 
 
 @pytest.mark.native
@@ -192,7 +202,9 @@ class TestCompile:
         def f(*a):
             return torch.func.jvp(lambda *b: block(*b, "auto"), tuple(a), tuple(tangents))
 
-        want = torch.func.jvp(plain_block, tuple(t.double() for t in leaves), tuple(t.double() for t in tangents))
+        want = torch.func.jvp(
+            plain_block, tuple(t.double() for t in leaves), tuple(t.double() for t in tangents)
+        )
         close(torch.compile(f, backend="aot_eager", fullgraph=True)(*leaves), want)
 
 
@@ -200,7 +212,9 @@ class TestTransforms:
     def test_forward_mode(self, backend):
         leaves = [t.detach() for t in inputs()]
         tangents = [torch.randn_like(t) for t in leaves]
-        want = torch.func.jvp(plain_block, tuple(t.double() for t in leaves), tuple(t.double() for t in tangents))
+        want = torch.func.jvp(
+            plain_block, tuple(t.double() for t in leaves), tuple(t.double() for t in tangents)
+        )
         got = torch.func.jvp(lambda *a: block(*a, backend), tuple(leaves), tuple(tangents))
         assert got[1].abs().max() > 0.1
         close(got, want)
@@ -237,7 +251,11 @@ class TestTransforms:
         got = torch.func.vmap(lambda *a: block(*a, backend))(*many)
         close(got, torch.stack([plain_block(*(t[i].double() for t in many)) for i in range(3)]), 1e-4)
         each = torch.func.vmap(torch.func.grad(ours))(*many)
-        close(each, torch.stack([torch.func.grad(lines)(*(t[i].double() for t in many)) for i in range(3)]), 1e-4)
+        close(
+            each,
+            torch.stack([torch.func.grad(lines)(*(t[i].double() for t in many)) for i in range(3)]),
+            1e-4,
+        )
 
     def test_second_derivatives_of_a_kernel_are_refused(self, native):
         x = torch.randn(2, 3, 8, requires_grad=True)
@@ -337,7 +355,9 @@ class TestFlopCounter:
             (lambda: kernels.layernorm_modulate(x, shift, scale, backend="cpu"), cost, "layernorm_modulate"),
             (lambda: kernels.gate_residual(x, branch, gate, backend="cpu"), cost, "gate_residual"),
             (
-                lambda: kernels.gate_residual_layernorm_modulate(x, branch, gate, shift, scale, backend="cpu")[1],
+                lambda: kernels.gate_residual_layernorm_modulate(
+                    x, branch, gate, shift, scale, backend="cpu"
+                )[1],
                 cost,
                 "gate_residual_layernorm_modulate",
             ),

@@ -84,7 +84,9 @@ def test_a_branch_of_another_dtype(backend):
 def test_offsets_beyond_31_bits(backend):
     # Two rows 2^31 + 8 elements apart in one storage that is never touched in between: 32-bit offsets would wrap.
     if backend in ("triton", "emulated"):
-        pytest.skip("needs lazily committed memory on the interpreter's side too; the CPU and GPU runs cover it")
+        pytest.skip(
+            "needs lazily committed memory on the interpreter's side too; the CPU and GPU runs cover it"
+        )
     far = 2**31 + 8
     try:
         store = torch.empty(far + 16, dtype=torch.bfloat16)

@@ -31,9 +31,25 @@ HOST_FLAGS += ["-Wall", "-Wno-maybe-uninitialized"]  # GCC 12 sees its own AVX-5
 LINK_FLAGS = ["-shared", "-Wl,-s"]
 X86_UNITS: dict[str, list[str]] = {
     "cpu/adaln_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "cpu/adaln_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx2"],
+    "cpu/adaln_avx512.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mavx2",
+    ],
     "cpu/attention_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "cpu/attention_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx2"],
+    "cpu/attention_avx512.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mavx2",
+    ],
 }
 CPU_UNITS: dict[str, list[str]] = {
     **(X86_UNITS if platform.machine() in ("x86_64", "AMD64") else {}),  # the slow ones first
@@ -102,7 +118,17 @@ def _link(command: list[str], target: Path) -> None:
 def _host_command(torch: Path, unit: str, flags: list[str], output: str) -> list[str]:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    return [*compiler, *HOST_FLAGS, *flags, *extra, f"-I{torch}/include", "-c", str(CSRC / unit), "-o", output]
+    return [
+        *compiler,
+        *HOST_FLAGS,
+        *flags,
+        *extra,
+        f"-I{torch}/include",
+        "-c",
+        str(CSRC / unit),
+        "-o",
+        output,
+    ]
 
 
 def build_all(out: Path) -> list[Path]:
@@ -116,10 +142,14 @@ def build_all(out: Path) -> list[Path]:
         return []
     torch = find_torch()
     if torch is None:
-        raise RuntimeError("ditscale needs the headers of torch >= 2.10: install torch first, or build with isolation")
+        raise RuntimeError(
+            "ditscale needs the headers of torch >= 2.10: install torch first, or build with isolation"
+        )
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(compiler[0]) is None:
-        raise RuntimeError(f"ditscale needs a C++17 compiler: {compiler[0]} is not on the PATH (set CXX to another)")
+        raise RuntimeError(
+            f"ditscale needs a C++17 compiler: {compiler[0]} is not on the PATH (set CXX to another)"
+        )
     nvcc = find_nvcc()
     if os.environ.get("DITSCALE_SKIP_CUDA") == "1":
         nvcc = None
@@ -136,9 +166,18 @@ def build_all(out: Path) -> list[Path]:
         commands = [_host_command(torch, unit, flags, place(unit)) for unit, flags in CPU_UNITS.items()]
         if nvcc is not None:
             archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-            flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", compiler[0], *archs]
+            flags = [
+                "-std=c++17",
+                "-O3",
+                "-Xcompiler=-fPIC,-fvisibility=hidden",
+                "-ccbin",
+                compiler[0],
+                *archs,
+            ]
             # Ahead of the host's: they take the longest.
-            commands = [[str(nvcc), *flags, "-c", str(CSRC / u), "-o", place(u)] for u in CUDA_KERNELS] + commands
+            commands = [
+                [str(nvcc), *flags, "-c", str(CSRC / u), "-o", place(u)] for u in CUDA_KERNELS
+            ] + commands
             commands += [_host_command(torch, unit, [], place(unit)) for unit in CUDA_BINDINGS]
         _run_all(commands)
         with_torch = [f"-L{torch}/lib", "-ltorch_cpu"]
