@@ -99,8 +99,9 @@ class _Time(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.features // 2
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None].float() * frequencies
+        # Rounded once: a time of 1,000 makes the last digit of a frequency the fifth of its angle.
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64, device=t.device) / half)
+        angles = t[:, None].float() * frequencies.float()
         y: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
         return y
 

@@ -1,0 +1,44 @@
+"""Entry points for pytest-benchmark: ``pytest bench/ --benchmark-only``. The default suite does not collect this folder.
+
+For a quick look at one operator while working on it. What is quoted comes from ``ditscale bench``, which interleaves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+
+from ditscale.bench.cases import Case, cases  # noqa: E402
+
+_CASES = [case for suite in ("adaln", "attention") for case in cases(suite, "cpu") if case.shape["B"] * case.shape["T"] <= 8192]
+_PROVIDERS = ("eager", "ours-cpu")
+
+
+@pytest.mark.parametrize("provider", _PROVIDERS)
+@pytest.mark.parametrize("case", _CASES, ids=lambda case: case.id)
+def test_speed(benchmark: Any, case: Case, provider: str) -> None:
+    """One candidate of one case, after the same check as everywhere."""
+    from ditscale.bench.correctness import judge
+    from ditscale.bench.operators import operator_subject
+    from ditscale.errors import BackendUnavailable
+
+    subject = operator_subject(case, "cpu", most_sets=32)
+    try:
+        candidate = subject.build[provider]()
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    verdict = judge(candidate.results(), subject.exact(), subject.build[subject.yardstick]().results())
+    assert verdict.reason is None, verdict.reason
+    place = -1
+
+    def call() -> Any:
+        nonlocal place
+        place = (place + 1) % subject.sets
+        return candidate.call(place)
+
+    benchmark.group = case.id
+    benchmark.extra_info["bytes_moved"] = sum(w.bytes_moved for w in case.work())
+    benchmark(call)
