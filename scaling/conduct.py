@@ -16,6 +16,7 @@ from typing import Any
 from ditscale.dit.checkpoint import folder_lock, read_json, write_json
 from ditscale.errors import InputError
 from ditscale.scaling.execute import Progress, execute
+from ditscale.scaling.jsonable import plain
 from ditscale.scaling.outlook import choose_and_predict, fit_laws
 from ditscale.scaling.study import PlannedRun, Study, plan_run
 
@@ -51,7 +52,7 @@ def conduct(study: Study, *, show: Show, say: Callable[[str], None]) -> dict[str
         study.write_table()
 
         tick("fitting the laws")
-        laws = fit_laws(study)
+        laws = plain(fit_laws(study))
         laws_path = study.folder / "laws.json"
         if not laws_path.exists() or read_json(laws_path) != laws:
             write_json(laws_path, laws)
@@ -107,7 +108,7 @@ def _predict(study: Study, laws_path: Path) -> tuple[dict[str, Any], PlannedRun]
         "width": model["width"],
         "depth": model["depth"],
         "run_id": target.run_id,
-        **predicted,
+        **plain(predicted),
         "made_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "law_sha256": law_hash,
         "sha256": law_hash,

@@ -109,7 +109,7 @@ def _check_lengths(lengths: Tensor | None, B: int, device: torch.device) -> Tens
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the dtype that it gives to matrix products, as torch's own attention does."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch knows no autocast of meta
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
