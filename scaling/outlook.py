@@ -55,7 +55,10 @@ def fit_laws(study: Study) -> dict[str, Any]:
         "surface": iso.surface.to_json() if iso.surface is not None else None,
         "N_opt": _law(iso.n_law, budgets),
         "D_opt": _law(iso.d_law, budgets),
-        "loss": {**_loss_law(iso.loss_law_floor or iso.loss_law), "band": {k: band[k] for k in ("budget", "value", "low", "high")}},
+        "loss": {
+            **_loss_law(iso.loss_law_floor or iso.loss_law),
+            "band": _finite({k: band[k] for k in ("budget", "value", "low", "high")}),
+        },
         "chosen": f"{predicted.chosen}: {predicted.rule}",
         "weights": predicted.weights,
         "backtest": predicted.backtest.to_json() if predicted.backtest else None,
@@ -75,6 +78,11 @@ def choose_and_predict(study: Study) -> tuple[PlannedRun, dict[str, Any]]:
     planned = [plan_run(study.config, model, study.config.target, "prediction") for model in ladder]
     target = min(planned, key=lambda run: abs(np.log(run.params_per_token / wanted)))
     forecast = Forecaster(runs).forecast(float(target.params_per_token), float(target.images), float(target.flops))
+    if not np.isfinite(forecast.interval_95).all():
+        raise InputError(
+            f"budgets: expected enough of them to bound the loss at {study.config.target:.4g} FLOPs, got "
+            f"{len(study.config.budgets)}, which leave its interval without an end"
+        )
     return target, {
         "loss": forecast.value,
         "interval_95": forecast.interval_95,
@@ -104,8 +112,15 @@ def _law(law: PowerFit, budgets: Any) -> dict[str, Any]:
         "coefficient": law.coefficient,
         "exponent": law.exponent,
         "intervals": law.intervals,
-        "band": {name: [float(v) for v in np.atleast_1d(values)] for name, values in band.items()},
+        "band": _finite(band),
     }
+
+
+def _finite(band: dict[str, Any]) -> dict[str, list[float]]:
+    """A band without the points at which an interval has no end: few budgets leave it none, far beyond them."""
+    columns = {name: np.atleast_1d(np.asarray(values, dtype=float)) for name, values in band.items()}
+    keep = np.all([np.isfinite(column) for column in columns.values()], axis=0)
+    return {name: column[keep].tolist() for name, column in columns.items()}
 
 
 def _loss_law(law: PowerFit) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def small(**changes):
     """A study of seconds: tiny pictures' worth of compute, all the stages."""
     settings = {
         "name": "small",
-        "budgets": (2_000_000_000, 5_000_000_000, 12_500_000_000),
-        "target": 40_000_000_000,
+        "budgets": (3_000_000_000, 8_000_000_000, 20_000_000_000),
+        "target": 60_000_000_000,
         "sizes": 4,
         "span": 6.0,
         "prior_coefficient": 0.36,
