@@ -88,7 +88,9 @@ def _adaln_work(case: Case) -> Iterable[Work]:
             flops += getattr(adaln, f"{case.op}_flops_{direction}")(s["B"], s["T"], s["D"])
             # Inference keeps no statistics.
             more = {} if case.op == "gate_residual" else {"save_stats": case.passes != "forward"}
-            bytes_moved += getattr(adaln, f"{case.op}_bytes_{direction}")(s["B"], s["T"], s["D"], size, size, **more)
+            bytes_moved += getattr(adaln, f"{case.op}_bytes_{direction}")(
+                s["B"], s["T"], s["D"], size, size, **more
+            )
     yield Work(0, flops, bytes_moved)
 
 
@@ -98,7 +100,9 @@ def _attention_work(case: Case) -> Iterable[Work]:
     for direction in _directions(case.passes):
         flops = getattr(attention, f"attention_flops_{direction}")(B, H, T, T, K)
         if direction == "forward":
-            moved = attention.attention_bytes_forward(B, H, T, T, K, size, save_stats=case.passes != "forward")
+            moved = attention.attention_bytes_forward(
+                B, H, T, T, K, size, save_stats=case.passes != "forward"
+            )
         else:
             moved = attention.attention_bytes_backward(B, H, T, T, K, size)
         yield Work(flops, flops, moved)
@@ -165,12 +169,23 @@ def grid(
         for t in tokens:
             for b in batches:
                 if rows[0] <= b * t <= rows[1]:
-                    found.append(operator_case(op, passes, dtype, b, t, width, heads, cache=cache, label=f"DiT-{name}"))
+                    found.append(
+                        operator_case(op, passes, dtype, b, t, width, heads, cache=cache, label=f"DiT-{name}")
+                    )
     return found
 
 
 def operator_case(
-    op: str, passes: str, dtype: str, B: int, T: int, D: int, H: int, *, cache: str = "rotating", label: str = ""
+    op: str,
+    passes: str,
+    dtype: str,
+    B: int,
+    T: int,
+    D: int,
+    H: int,
+    *,
+    cache: str = "rotating",
+    label: str = "",
 ) -> Case:
     """A case of one operator, with the sizes that it is said in."""
     suite = "attention" if op == "attention" else "adaln"
@@ -183,12 +198,25 @@ def operator_case(
     return Case(suite, op, passes, dtype, dims, cache, label)
 
 
-def block_case(B: int, T: int, D: int, H: int, *, dtype: str = "float32", passes: str = "forward_backward", label: str = "") -> Case:
+def block_case(
+    B: int,
+    T: int,
+    D: int,
+    H: int,
+    *,
+    dtype: str = "float32",
+    passes: str = "forward_backward",
+    label: str = "",
+) -> Case:
     """One DiT block."""
-    return Case("block", "dit_block", passes, dtype, (("B", B), ("T", T), ("D", D), ("H", H)), "resident", label)
+    return Case(
+        "block", "dit_block", passes, dtype, (("B", B), ("T", T), ("D", D), ("H", H)), "resident", label
+    )
 
 
-def step_case(B: int, T: int, D: int, H: int, L: int, *, C: int = 3, dtype: str = "float32", label: str = "") -> Case:
+def step_case(
+    B: int, T: int, D: int, H: int, L: int, *, C: int = 3, dtype: str = "float32", label: str = ""
+) -> Case:
     """One training step of a whole DiT."""
     dims = (("B", B), ("T", T), ("D", D), ("H", H), ("L", L), ("C", C))
     return Case("step", "training_step", "step", dtype, dims, "resident", label)
@@ -199,7 +227,9 @@ def _cpu() -> dict[str, list[Case]]:
     two = ("forward", "forward_backward")
     fused = "gate_residual_layernorm_modulate"
 
-    def at(op: str, passes: str, B: int, T: int, model: str, dtype: str = "float32", cache: str = "rotating") -> Case:
+    def at(
+        op: str, passes: str, B: int, T: int, model: str, dtype: str = "float32", cache: str = "rotating"
+    ) -> Case:
         D, H = MODELS[model]
         return operator_case(op, passes, dtype, B, T, D, H, cache=cache, label=f"DiT-{model}")
 
@@ -213,11 +243,20 @@ def _cpu() -> dict[str, list[Case]]:
     adaln_cases += [at("bias_gelu", p, 8, 256, "S") for p in two]
     adaln_cases += [at("gate_residual", "forward_backward", 32, 256, "S")]
     adaln_cases += [at(fused, "forward_backward", 32, 256, "S", "bfloat16")]
-    adaln_cases += [at(fused, "forward_backward", 64, 256, "XL"), at("layernorm_modulate", "forward_backward", 8, 256, "L")]
+    adaln_cases += [
+        at(fused, "forward_backward", 64, 256, "XL"),
+        at("layernorm_modulate", "forward_backward", 8, 256, "L"),
+    ]
 
     attention_cases = [at("attention", p, 8, 256, "S") for p in two]
-    attention_cases += [at("attention", "forward_backward", 4, 256, "XL"), at("attention", "forward_backward", 2, 1024, "B")]
-    attention_cases += [at("attention", "forward_backward", 16, 64, "S"), at("attention", "forward", 1, 4096, "S")]
+    attention_cases += [
+        at("attention", "forward_backward", 4, 256, "XL"),
+        at("attention", "forward_backward", 2, 1024, "B"),
+    ]
+    attention_cases += [
+        at("attention", "forward_backward", 16, 64, "S"),
+        at("attention", "forward", 1, 4096, "S"),
+    ]
 
     return {
         "adaln": adaln_cases,
@@ -253,13 +292,25 @@ def _cuda() -> dict[str, list[Case]]:
     ]
     blocks = [
         block_case(b, t, *MODELS[m], dtype="bfloat16", label=f"DiT-{m}")
-        for m, b, t in (("XL", 32, 256), ("S", 256, 256), ("L", 32, 256), ("B", 64, 256), ("XL", 8, 1024), ("XL", 2, 4096))
+        for m, b, t in (
+            ("XL", 32, 256),
+            ("S", 256, 256),
+            ("L", 32, 256),
+            ("B", 64, 256),
+            ("XL", 8, 1024),
+            ("XL", 2, 4096),
+        )
     ]
     steps = [
         step_case(64, 256, 1152, 16, 28, C=4, dtype="bfloat16", label="DiT-XL/2"),
         step_case(256, 256, 384, 6, 12, C=4, dtype="bfloat16", label="DiT-S/2"),
     ]
-    return {"adaln": list(dict.fromkeys(adaln_cases)), "attention": attention_cases, "block": blocks, "step": steps}
+    return {
+        "adaln": list(dict.fromkeys(adaln_cases)),
+        "attention": attention_cases,
+        "block": blocks,
+        "step": steps,
+    }
 
 
 def _tiny(device: str) -> dict[str, list[Case]]:
@@ -270,7 +321,9 @@ def _tiny(device: str) -> dict[str, list[Case]]:
         for op in (*ADALN_OPS, "bias_gelu")
         for p in ("forward", "forward_backward")
     ]
-    small += [operator_case("layernorm_modulate", "backward", dtype, 2, 16, 32, 2, cache="resident", label="tiny")]
+    small += [
+        operator_case("layernorm_modulate", "backward", dtype, 2, 16, 32, 2, cache="resident", label="tiny")
+    ]
     small += [operator_case("qk_norm_rope", "forward", dtype, 2, 16, 32, 2, label="tiny")]
     return {
         "adaln": small,

@@ -51,7 +51,9 @@ def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> 
     for where, size in sizes.items():
         size = 1 << 16 if tiny else size
         sets = 4 if where == "rotating" else 1
-        timing = measure({"copy": copy_call(size, sets, device)}, sets=sets, device=device, protocol=protocol)["copy"]
+        timing = measure(
+            {"copy": copy_call(size, sets, device)}, sets=sets, device=device, protocol=protocol
+        )["copy"]
         found.append(_ceiling("copy", where, size, size // 8 * 8, timing, "float32"))
     for dtype in _dtypes(device):
         for n in (64,) if tiny else _matmul_sizes(device):
@@ -71,7 +73,14 @@ def _matmul_sizes(device: str) -> Sequence[int]:
 
 
 def _ceiling(op: str, where: str, size: int, amount: int, timing: Timing, dtype: str) -> dict[str, Any]:
-    return {"op": op, "where": where, "size": size, "dtype": dtype, "value": amount / timing.median_ms * 1e3, "timing": timing}
+    return {
+        "op": op,
+        "where": where,
+        "size": size,
+        "dtype": dtype,
+        "value": amount / timing.median_ms * 1e3,
+        "timing": timing,
+    }
 
 
 class Roof:
@@ -90,5 +99,9 @@ class Roof:
         memory = [w.bytes_moved / self.bandwidth for w in work]
         compute = [w.matmul_flops / rate for w in work]
         seconds = sum(map(max, memory, compute))
-        bound = "compute" if sum(c for m, c in zip(memory, compute, strict=True) if c > m) > seconds / 2 else "memory"
+        bound = (
+            "compute"
+            if sum(c for m, c in zip(memory, compute, strict=True) if c > m) > seconds / 2
+            else "memory"
+        )
         return seconds * 1e3, bound

@@ -13,24 +13,37 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
+    from ditscale.bench.cases import Case
     from ditscale.bench.rows import Row
     from ditscale.bench.runner import Session
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Out = Annotated[Optional[Path], typer.Option(help="Write the rows to this file, one JSON object a line.")]
-Against = Annotated[Optional[list[str]], typer.Option(help="Time only this provider beside ours; give it again for more.")]
-Only = Annotated[Optional[list[str]], typer.Option(help="Only cases whose name contains this; give it again for more.")]
+Against = Annotated[
+    Optional[list[str]], typer.Option(help="Time only this provider beside ours; give it again for more.")
+]
+Only = Annotated[
+    Optional[list[str]], typer.Option(help="Only cases whose name contains this; give it again for more.")
+]
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: all cores this process may use.")]
-Noise = Annotated[bool, typer.Option("--allow-noise", help="Measure on a noisy machine too; every row says so.")]
-Tiny = Annotated[bool, typer.Option("--tiny", help="Run every line at sizes of milliseconds; the times mean nothing.")]
+Noise = Annotated[
+    bool, typer.Option("--allow-noise", help="Measure on a noisy machine too; every row says so.")
+]
+Tiny = Annotated[
+    bool, typer.Option("--tiny", help="Run every line at sizes of milliseconds; the times mean nothing.")
+]
 Seconds = Annotated[float, typer.Option(help="Time for the samples of one case.")]
-Files = Annotated[Optional[list[Path]], typer.Argument(help="Files of rows. Default: those committed under bench/results.")]
+Files = Annotated[
+    Optional[list[Path]], typer.Argument(help="Files of rows. Default: those committed under bench/results.")
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add this room's commands to ``app``."""
-    group = typer.Typer(help="Measure kernels, blocks, steps, fits and counts beside their peers.", no_args_is_help=True)
+    group = typer.Typer(
+        help="Measure kernels, blocks, steps, fits and counts beside their peers.", no_args_is_help=True
+    )
     for name, text in _SUITES.items():
         group.command(name, help=text)(_suite_command(name))
     group.command("all")(run_all)
@@ -62,9 +75,9 @@ def _suite_command(name: str) -> Callable[..., None]:
         as_json: Json = False,
     ) -> None:
         session = _session(device, threads, seconds, allow_noise, tiny, against, as_json)
+        chosen = _chosen(session, name, only)
         rows = session.start()
-        for row in _rows(session, (name,), only):
-            rows.append(row)
+        rows += _rows(session, name, chosen)
         _finish(rows, session, out, as_json)
 
     return command
@@ -72,7 +85,9 @@ def _suite_command(name: str) -> Callable[..., None]:
 
 def run_all(
     out: Annotated[Path, typer.Option(help="The file that takes the rows when all is done.")],
-    minutes: Annotated[float, typer.Option(help="Leave out what does not fit into this time; the rows say so.")] = 9.5,
+    minutes: Annotated[
+        float, typer.Option(help="Leave out what does not fit into this time; the rows say so.")
+    ] = 9.5,
     device: Device = None,
     threads: Threads = None,
     seconds: Seconds = 3.0,
@@ -87,9 +102,10 @@ def run_all(
     session.deadline = begun + 60 * minutes * 0.92
     rows = session.start()
     # What is short first; the many shapes of the operators last, where time may run out.
-    for row in _rows(session, ("fit", "flops", "step", "block", "attention", "adaln"), None):
-        rows.append(row)
-        _write_beside(out, rows)
+    for suite in ("fit", "flops", "step", "block", "attention", "adaln"):
+        for row in _rows(session, suite, None):
+            rows.append(row)
+            _write_beside(out, rows)
     _finish(rows, session, out, as_json)
     _partial(out).unlink(missing_ok=True)
     if not as_json:
@@ -110,8 +126,12 @@ def _write_beside(out: Path, rows: Sequence[Row]) -> None:
 def compare(
     before: Annotated[Path, typer.Argument(help="Rows of the older state.")],
     after: Annotated[Path, typer.Argument(help="Rows of the newer state.")],
-    threshold: Annotated[float, typer.Option(help="Smallest change that counts, as a share, beyond the noise.")] = 0.05,
-    any_device: Annotated[bool, typer.Option("--any-device", help="Compare files of different devices too.")] = False,
+    threshold: Annotated[
+        float, typer.Option(help="Smallest change that counts, as a share, beyond the noise.")
+    ] = 0.05,
+    any_device: Annotated[
+        bool, typer.Option("--any-device", help="Compare files of different devices too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what became slower or faster between two files, with the noise of both in mind. Exit code 1: something did."""
@@ -137,7 +157,9 @@ def compare(
 
 def table(
     files: Files = None,
-    into: Annotated[Optional[Path], typer.Option(help="Write the table between the markers of this file.")] = None,
+    into: Annotated[
+        Optional[Path], typer.Option(help="Write the table between the markers of this file.")
+    ] = None,
     every: Annotated[bool, typer.Option("--every", help="Every case, those where we lose first.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -237,20 +259,26 @@ def _session(
     )
 
 
-def _rows(session: Session, suites: Sequence[str], only: Sequence[str] | None) -> Iterator[Row]:
+def _chosen(session: Session, suite: str, only: Sequence[str] | None) -> list[Case] | None:
+    """The cases that ``--only`` asks for; None for all."""
     from ditscale.bench.cases import cases
     from ditscale.errors import InputError
 
-    for suite in suites:
-        chosen = None
-        if only and suite not in ("fit", "flops"):
-            every = cases(suite, session.device, tiny=session.tiny)
-            chosen = [case for case in every if any(text in case.id for text in only)]
-            if not chosen:
-                raise InputError(f"--only: expected a part of a case's name such as {every[0].id!r}, got {only[0]!r}")
-        for row in session.suite(suite, only=chosen):
-            session.say(_line(row))
-            yield row
+    if not only:
+        return None
+    if suite in ("fit", "flops"):
+        raise InputError(f"--only: expected none for {suite}, got {only[0]!r}")
+    every = cases(suite, session.device, tiny=session.tiny)
+    chosen = [case for case in every if any(text in case.id for text in only)]
+    if not chosen:
+        raise InputError(f"--only: expected a part of a case's name such as {every[0].id!r}, got {only[0]!r}")
+    return chosen
+
+
+def _rows(session: Session, suite: str, chosen: Sequence[Case] | None) -> Iterator[Row]:
+    for row in session.suite(suite, only=chosen):
+        session.say(_line(row))
+        yield row
 
 
 def _line(row: Row) -> str:

@@ -57,4 +57,8 @@ def count_rows(session: Session) -> Iterator[Row]:
         timings = measure(ways, sets=1, device="cpu", protocol=session.protocol)
         for provider, timing in timings.items():
             row = session.measured_row("flops", f"count/{name}", "count", provider, timing, timings)
-            yield row | {"label": name, "train_flops": found[provider], "agrees": found["ours"] == found["torch"]}
+            yield row | {
+                "label": name,
+                "train_flops": found[provider],
+                "agrees": found["ours"] == found["torch"],
+            }

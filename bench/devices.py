@@ -66,7 +66,14 @@ def commit() -> dict[str, Any]:
     if name is None:
         return {"commit": f"installed {ditscale.__version__}", "dirty": None}
     # Rows that are being written must not make the measured code count as changed.
-    rest = ["--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results", ":(top,exclude)README.md"]
+    rest = [
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        ":/",
+        ":(top,exclude)bench/results",
+        ":(top,exclude)README.md",
+    ]
     return {"commit": name, "dirty": bool(_output(["git", "-C", str(here), "status", *rest]))}
 
 
@@ -121,7 +128,9 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "places": os.environ.get("OMP_PLACES") if os.environ.get("OMP_PROC_BIND", "").lower() == "true" else None,
+        "places": os.environ.get("OMP_PLACES")
+        if os.environ.get("OMP_PROC_BIND", "").lower() == "true"
+        else None,
         "instruction_set": cpu_isa(),
         "cache_bytes": cache_bytes(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -148,7 +157,9 @@ def state(device: str) -> dict[str, Any]:
         names = _GPU_STATE.split(",")
         return found | (dict(zip(names, values, strict=True)) if len(values) == len(names) else {})
     try:
-        clocks = [float(c) for c in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.M)]
+        clocks = [
+            float(c) for c in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.M)
+        ]
         found["clock_mhz"] = round(max(clocks)) if clocks else None
     except OSError:
         pass
@@ -170,10 +181,16 @@ def pin(threads: int | None) -> int:
 
     from ditscale.errors import InputError
 
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    usable = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
     count = len(usable) if threads is None else threads
     if not 1 <= count <= len(usable):
-        raise InputError(f"--threads: expected 1 to {len(usable)}, the cores this process may use, got {count}")
+        raise InputError(
+            f"--threads: expected 1 to {len(usable)}, the cores this process may use, got {count}"
+        )
     if hasattr(os, "sched_setaffinity") and count < len(usable):
         os.sched_setaffinity(0, set(usable[:count]))
     torch.set_num_threads(count)

@@ -71,7 +71,9 @@ def draw_all(rows: Sequence[Row], out: str | Path) -> list[Path]:
         mine = [r for r in rows if r["device"]["name"] == device]
         tail = f"-{mine[0]['device']['type']}" if many else ""
         for op in dict.fromkeys(r["op"] for r in mine if r.get("roof_share")):
-            paths.append(_roofline([r for r in mine if r["op"] == op], op, Path(out) / f"roofline-{op}{tail}.svg"))
+            paths.append(
+                _roofline([r for r in mine if r["op"] == op], op, Path(out) / f"roofline-{op}{tail}.svg")
+            )
         paths.append(_speedups(mine, Path(out) / f"speedups{tail}.svg"))
     return paths
 
@@ -84,7 +86,15 @@ def _roofline(rows: Sequence[Row], op: str, path: Path) -> Path:
         mine = [r for r in rows if r["provider"] == provider]
         colour, mark = _style(provider)
         x = [100 * r["roof_share"] for r in mine]
-        axes.scatter(x, [cases.index(r["case"]) for r in mine], color=colour, marker=mark, label=provider, s=36, zorder=3)
+        axes.scatter(
+            x,
+            [cases.index(r["case"]) for r in mine],
+            color=colour,
+            marker=mark,
+            label=provider,
+            s=36,
+            zorder=3,
+        )
     axes.axvline(100, color="black", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(cases)), [_name(next(r for r in rows if r["case"] == c)) for c in cases])
     axes.invert_yaxis()
@@ -107,7 +117,13 @@ def _speedups(rows: Sequence[Row], path: Path) -> Path:
         found.append((f"{ours['op']} {_name(ours)}", ratio(ours, "eager"), ratio(ours, "compile")))
     figure, axes = plt.subplots(figsize=(7.5, 0.9 + 0.36 * max(1, len(found))))
     for number, (_, eager, compiled) in enumerate(found):
-        axes.barh(number - 0.2, eager, height=0.36, color=_STYLE["eager"][0], label="over eager" if number == 0 else None)
+        axes.barh(
+            number - 0.2,
+            eager,
+            height=0.36,
+            color=_STYLE["eager"][0],
+            label="over eager" if number == 0 else None,
+        )
         if compiled is not None:
             label = "over torch.compile" if number == 0 else None
             axes.barh(number + 0.2, compiled, height=0.36, color=_STYLE["compile"][0], label=label)

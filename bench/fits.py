@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 KNEE = 1e-3
 # A thinning of the published 4,500 starts, which take scipy minutes: (a, b, e, alpha, beta), where A = exp(a) and so on.
-GRID = tuple(itertools.product((0.0, 10.0, 20.0), (0.0, 10.0, 20.0), (-1.0, 0.0, 1.0), (0.3, 0.8), (0.3, 0.8)))
+GRID = tuple(
+    itertools.product((0.0, 10.0, 20.0), (0.0, 10.0, 20.0), (-1.0, 0.0, 1.0), (0.3, 0.8), (0.3, 0.8))
+)
 
 
 def table(runs: int, seed: int = 0) -> tuple[Array, Array, Array]:
@@ -36,7 +38,9 @@ def table(runs: int, seed: int = 0) -> tuple[Array, Array, Array]:
     return n, d, loss * np.exp(0.005 * rng.standard_normal(runs))
 
 
-def objective(theta: Array, log_n: Array, log_d: Array, log_loss: Array, weights: Array) -> tuple[float, Array]:
+def objective(
+    theta: Array, log_n: Array, log_d: Array, log_loss: Array, weights: Array
+) -> tuple[float, Array]:
     """The sum and its gradient in (a, b, e, alpha, beta)."""
     a, b, e, alpha, beta = theta
     terms = np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])
@@ -56,7 +60,9 @@ def objective(theta: Array, log_n: Array, log_d: Array, log_loss: Array, weights
     return float((huber(KNEE, residual) * weights).sum()), gradient
 
 
-def scipy_fit(n: Array, d: Array, loss: Array, starts: Any, weights: Array | None = None) -> tuple[float, Array]:
+def scipy_fit(
+    n: Array, d: Array, loss: Array, starts: Any, weights: Array | None = None
+) -> tuple[float, Array]:
     """The least objective that L-BFGS-B reaches from the starts, with exact gradients, and where."""
     w = np.ones(len(n)) if weights is None else weights
     data = (np.log(n), np.log(d), np.log(loss), w)
@@ -74,12 +80,13 @@ def scipy_fit(n: Array, d: Array, loss: Array, starts: Any, weights: Array | Non
 
 def fit_rows(session: Session) -> Iterator[Row]:
     """Fits of small and large tables, and a bootstrap."""
+    grid = GRID[30::36] if session.tiny else GRID
     for runs in (40,) if session.tiny else (40, 250):
         n, d, loss = table(runs)
-        yield from _one(session, f"surface/{runs} runs", _fits(n, d, loss, GRID[::27] if session.tiny else GRID))
+        yield from _one(session, f"surface/{runs} runs", _fits(n, d, loss, grid))
     n, d, loss = table(40)
-    draws = 5 if session.tiny else 200
-    yield from _one(session, f"bootstrap/40 runs/{draws} draws", _bootstraps(n, d, loss, draws))
+    draws = 2 if session.tiny else 200
+    yield from _one(session, f"bootstrap/40 runs/{draws} draws", _bootstraps(n, d, loss, draws, grid))
 
 
 def _fits(n: Array, d: Array, loss: Array, grid: Any) -> dict[str, Callable[[int], float]]:
@@ -93,19 +100,20 @@ def _fits(n: Array, d: Array, loss: Array, grid: Any) -> dict[str, Callable[[int
     }
 
 
-def _bootstraps(n: Array, d: Array, loss: Array, draws: int) -> dict[str, Callable[[int], float]]:
+def _bootstraps(n: Array, d: Array, loss: Array, draws: int, grid: Any) -> dict[str, Callable[[int], float]]:
     """Refits of resampled runs, each from the optimum of the whole; the mean objective is what is compared."""
+    from ditscale.scaling import engine
     from ditscale.scaling.fit import fit_law
     from ditscale.scaling.surface import surface_law
 
     law = surface_law("surface")
-    counts = np.random.default_rng(1).multinomial(len(n), np.full(len(n), 1 / len(n)), size=draws).astype(float)
+    counts = (
+        np.random.default_rng(1).multinomial(len(n), np.full(len(n), 1 / len(n)), size=draws).astype(float)
+    )
     whole = fit_law(law, {"params": n, "data": d}, loss, loss_fn=f"huber:{KNEE}")
-    start = scipy_fit(n, d, loss, [GRID[54], *GRID[::9]])[1]
+    start = scipy_fit(n, d, loss, grid)[1]
 
     def ours(_: int) -> float:
-        from ditscale.scaling import engine
-
         model = law.model({"params": np.log(n), "data": np.log(d)}, whole.centre)
         starts = np.broadcast_to(whole.theta, (draws, len(whole.theta))).copy()
         return float(engine.minimise(model, loss, whole.loss, starts, weights=counts).objective.mean())

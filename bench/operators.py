@@ -48,7 +48,10 @@ def make_set(case: Case, device: str, seed: int) -> Set:
         if case.op == "attention":
             return [q, k, v], [draw(B, T, H, K).transpose(1, 2)]
         angles = torch.arange(T, device=device)[:, None] * 0.01 ** (torch.arange(K // 2, device=device) / K)
-        return [q, k, draw(K), draw(K), angles.cos().to(dtype), angles.sin().to(dtype)], [draw(B, H, T, K), draw(B, H, T, K)]
+        return [q, k, draw(K), draw(K), angles.cos().to(dtype), angles.sin().to(dtype)], [
+            draw(B, H, T, K),
+            draw(B, H, T, K),
+        ]
     if case.op == "bias_gelu":
         return [draw(s["B"] * s["T"], s["F"]), draw(s["F"])], [draw(s["B"] * s["T"], s["F"])]
     B, T, D = s["B"], s["T"], s["D"]
@@ -75,7 +78,9 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias, approximate="tanh")
 
 
-def _qk_norm_rope(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _qk_norm_rope(
+    q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
     def one(a: Tensor, w: Tensor) -> Tensor:
         first, second = F.rms_norm(a, (a.shape[-1],), w, 1e-6).chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -111,7 +116,9 @@ def _with_norm(norm: Callable[[Tensor], Tensor]) -> dict[str, Function]:
 
 
 def _ones(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ones(x.shape[-1], device=x.device, dtype=x.dtype), torch.zeros(x.shape[-1], device=x.device, dtype=x.dtype)
+    return torch.ones(x.shape[-1], device=x.device, dtype=x.dtype), torch.zeros(
+        x.shape[-1], device=x.device, dtype=x.dtype
+    )
 
 
 def _peer(module: str, make: Callable[[Any], Function]) -> Callable[[], Function]:
@@ -143,9 +150,18 @@ def peers(case: Case, device: str, leaves: Sequence[Tensor]) -> dict[str, Callab
     weight, bias = _ones(leaves[0])
     width = (leaves[0].shape[-1],)
     makers: dict[str, tuple[str, Callable[[Any], Callable[[Tensor], Tensor]]]] = {
-        "liger": ("liger_kernel.ops.layer_norm", lambda m: lambda x: m.LigerLayerNormFunction.apply(x, weight, bias, 1e-6)),
-        "apex": ("apex.normalization.fused_layer_norm", lambda m: lambda x: m.fused_layer_norm(x, width, 1e-6)),
-        "quack": ("quack", lambda m: lambda x: m.layernorm(x.view(-1, width[0]), weight.float(), eps=1e-6).view_as(x)),
+        "liger": (
+            "liger_kernel.ops.layer_norm",
+            lambda m: lambda x: m.LigerLayerNormFunction.apply(x, weight, bias, 1e-6),
+        ),
+        "apex": (
+            "apex.normalization.fused_layer_norm",
+            lambda m: lambda x: m.fused_layer_norm(x, width, 1e-6),
+        ),
+        "quack": (
+            "quack",
+            lambda m: lambda x: m.layernorm(x.view(-1, width[0]), weight.float(), eps=1e-6).view_as(x),
+        ),
     }
     return {
         name: _peer(module, lambda m, make=make: _with_norm(make(m))[case.op])  # type: ignore[misc]

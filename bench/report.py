@@ -12,7 +12,13 @@ from ditscale.errors import InputError
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 NOT_MEASURED = "GPU speed is not yet measured: none of the committed rows comes from a GPU."
-_PASS = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward", "step": "", "call": ""}
+_PASS = {
+    "forward": "forward",
+    "backward": "backward",
+    "forward_backward": "forward + backward",
+    "step": "",
+    "call": "",
+}
 _OP = {
     "layernorm_modulate": "LayerNorm + modulate",
     "gate_residual": "gate x branch + residual",
@@ -64,7 +70,17 @@ def lost(providers: dict[str, Row]) -> list[str]:
 def table_cells(rows: Iterable[Row]) -> Table:
     """Every measured case as cells, those where we lose first; then what was not measured, with the reason."""
     rows = list(rows)
-    head = ["case", "ours ms", "eager ms", "compile ms", "over eager", "over compile", "of roof", "of copy", "faster than us"]
+    head = [
+        "case",
+        "ours ms",
+        "eager ms",
+        "compile ms",
+        "over eager",
+        "over compile",
+        "of roof",
+        "of copy",
+        "faster than us",
+    ]
     body = []
     grouped = sorted(by_case(rows).items(), key=lambda item: (not lost(item[1]), item[0][0]))
     for (_, case), providers in grouped:
@@ -108,9 +124,18 @@ def _device_block(rows: Sequence[Row]) -> str:
     body = []
     for (_, _), providers in by_case(rows).items():
         ours = best_of_ours(providers.values())
-        if ours is None or ours["suite"] not in ("adaln", "block", "step", "attention") or "eager" not in providers:
+        if (
+            ours is None
+            or ours["suite"] not in ("adaln", "block", "step", "attention")
+            or "eager" not in providers
+        ):
             continue
-        cells = [_title(ours), _shape(ours), *(_ms(providers.get(p)) for p in ("eager", "compile")), _ms(ours)]
+        cells = [
+            _title(ours),
+            _shape(ours),
+            *(_ms(providers.get(p)) for p in ("eager", "compile")),
+            _ms(ours),
+        ]
         body.append([*cells, *(_times(ratio(ours, p)) for p in ("eager", "compile"))])
     threads = f", {device['threads']} threads" if device["type"] == "cpu" else ""
     dates = sorted({r["measured_at"][:10] for r in measured(rows)})
@@ -185,4 +210,6 @@ def _percent(value: Any) -> str:
 
 def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in body)])
+    return "\n".join(
+        [*lines, *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in body)]
+    )

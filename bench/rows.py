@@ -15,7 +15,18 @@ Row = dict[str, Any]
 # "measured"; "skipped" (time was up); "unavailable" (cannot run here); "wrong" (failed the check, so it was not timed);
 # "failed" (raised).
 STATUSES = ("measured", "skipped", "unavailable", "wrong", "failed")
-REQUIRED = ("schema", "suite", "case", "op", "provider", "status", "device", "versions", "commit", "measured_at")
+REQUIRED = (
+    "schema",
+    "suite",
+    "case",
+    "op",
+    "provider",
+    "status",
+    "device",
+    "versions",
+    "commit",
+    "measured_at",
+)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -37,10 +48,14 @@ def read_rows(path: str | Path) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            raise InputError(f"{path}: expected one JSON object a line, got something else in line {number}") from None
+            raise InputError(
+                f"{path}: expected one JSON object a line, got something else in line {number}"
+            ) from None
         missing = [name for name in REQUIRED if not isinstance(row, dict) or name not in row]
         if missing or row["schema"] != SCHEMA:
-            raise InputError(f"{path}: expected rows of schema {SCHEMA}, got a line {number} without {missing or 'that schema'}")
+            raise InputError(
+                f"{path}: expected rows of schema {SCHEMA}, got a line {number} without {missing or 'that schema'}"
+            )
         rows.append(row)
     return rows
 

@@ -74,11 +74,22 @@ class Session:
         except MachineTooNoisy:
             if not self.allow_noise:
                 raise
-            return calibrate(self.device, Protocol(rounds=protocol.rounds, noise_limit=float("inf"), patience_seconds=0.0))
+            return calibrate(
+                self.device, Protocol(rounds=protocol.rounds, noise_limit=float("inf"), patience_seconds=0.0)
+            )
 
-    def _row(self, suite: str, case: str, op: str, provider: str, status: str, reason: str | None = None) -> Row:
+    def _row(
+        self, suite: str, case: str, op: str, provider: str, status: str, reason: str | None = None
+    ) -> Row:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        head = {"suite": suite, "case": case, "op": op, "provider": provider, "status": status, "reason": reason}
+        head = {
+            "suite": suite,
+            "case": case,
+            "op": op,
+            "provider": provider,
+            "status": status,
+            "reason": reason,
+        }
         return head | {"measured_at": now} | self.common
 
     def wants(self, provider: str, yardstick: str) -> bool:
@@ -138,7 +149,9 @@ class Session:
             except BackendUnavailable as error:
                 yield self._case_row(case, name, "unavailable", str(error))
                 continue
-            except Exception as error:  # whatever a peer or a compiler throws belongs in its row, not in the way of others
+            except (
+                Exception
+            ) as error:  # whatever a peer or a compiler throws belongs in its row, not in the way of others
                 yield self._case_row(case, name, "failed", _one_line(error))
                 continue
             plain = results if name == subject.yardstick else plain
@@ -155,7 +168,12 @@ class Session:
         yield from self._time(case, subject, ready, verdicts, started)
 
     def _time(
-        self, case: Case, subject: Subject, ready: dict[str, Candidate], verdicts: dict[str, Verdict], started: float
+        self,
+        case: Case,
+        subject: Subject,
+        ready: dict[str, Candidate],
+        verdicts: dict[str, Verdict],
+        started: float,
     ) -> Iterator[Row]:
         work = case.work()
         calls = {name: candidate.call for name, candidate in ready.items()}
@@ -217,17 +235,32 @@ class Session:
             peak, source = PEAKS[key]
         else:
             peak, source = self.roof.flop_rate[case.dtype], "measured matrix product of the same run"
-        return {"train_flops": train, "mfu": train / seconds / peak, "mfu_peak": peak, "mfu_peak_source": source}
+        return {
+            "train_flops": train,
+            "mfu": train / seconds / peak,
+            "mfu_peak": peak,
+            "mfu_peak_source": source,
+        }
 
     def measured_row(
         self, suite: str, case: str, op: str, provider: str, timing: Timing, timings: dict[str, Timing]
     ) -> Row:
         """A row with a time and its ratios to the baselines of the same rounds."""
-        over = {name: timing.speedup_over(timings[name]) for name in BASELINES if name in timings and name != provider}
+        over = {
+            name: timing.speedup_over(timings[name])
+            for name in BASELINES
+            if name in timings and name != provider
+        }
         return self._row(suite, case, op, provider, "measured") | _times(timing) | {"speedup_over": over}
 
     def _case_row(self, case: Case, provider: str, status: str, reason: str | None) -> Row:
-        more = {"passes": case.passes, "dtype": case.dtype, "shape": case.shape, "cache": case.cache, "label": case.label}
+        more = {
+            "passes": case.passes,
+            "dtype": case.dtype,
+            "shape": case.shape,
+            "cache": case.cache,
+            "label": case.label,
+        }
         return self._row(case.suite, case.id, case.op, provider, status, reason) | more
 
 

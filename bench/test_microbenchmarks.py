@@ -13,7 +13,12 @@ pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 
 from ditscale.bench.cases import Case, cases  # noqa: E402
 
-_CASES = [case for suite in ("adaln", "attention") for case in cases(suite, "cpu") if case.shape["B"] * case.shape["T"] <= 8192]
+_CASES = [
+    case
+    for suite in ("adaln", "attention")
+    for case in cases(suite, "cpu")
+    if case.shape["B"] * case.shape["T"] <= 8192
+]
 _PROVIDERS = ("eager", "ours-cpu")
 
 

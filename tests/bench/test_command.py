@@ -1,0 +1,67 @@
+"""``ditscale bench`` as people and programs call it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from bench_rows import case_rows
+from typer.testing import CliRunner
+
+from ditscale import cli
+from ditscale.bench import models, operators
+from ditscale.bench.rows import read_rows, write_rows
+from ditscale.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _light(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ditscale.bench import devices
+
+    for module in (models, operators):
+        monkeypatch.setattr(module, "fresh_compile", lambda function: function)
+    monkeypatch.setattr(devices, "pin", lambda threads: 1)  # the test process keeps its cores
+    if not cli.app.registered_groups:
+        cli._gather()
+
+
+def run(*arguments: str) -> str:
+    found = CliRunner().invoke(cli.app, ["bench", *arguments], catch_exceptions=True)
+    if isinstance(found.exception, InputError):
+        raise found.exception
+    assert found.exit_code in (0, 1), found.output
+    return found.stdout
+
+
+def test_json_is_one_object_with_rows_and_what_they_share() -> None:
+    content = json.loads(
+        run("adaln", "--tiny", "--device", "cpu", "--only", "layernorm_modulate/forward/", "--json")
+    )
+    assert {"device", "versions", "commit", "ceilings", "rows"} <= content.keys()
+    assert {row["provider"] for row in content["rows"]} >= {"eager", "compile", "copy"}
+
+
+def test_rows_go_to_a_file_that_compare_and_table_read(tmp_path: Path) -> None:
+    out = tmp_path / "device.jsonl"
+    run("attention", "--tiny", "--device", "cpu", "--only", "forward/", "--out", str(out))
+    assert {row["suite"] for row in read_rows(out)} == {"ceiling", "attention"}
+    assert json.loads(run("compare", str(out), str(out), "--json"))["regressions"] == []
+    assert "attention" in run("table", str(out))
+
+
+def test_compare_exits_with_1_on_a_regression(tmp_path: Path) -> None:
+    a = write_rows(tmp_path / "a.jsonl", case_rows({"eager": 4.0, "ours-cpu": 1.0}))
+    b = write_rows(tmp_path / "b.jsonl", case_rows({"eager": 4.0, "ours-cpu": 2.0}))
+    found = CliRunner().invoke(cli.app, ["bench", "compare", str(a), str(b)])
+    assert found.exit_code == 1
+    assert "1 slower" in found.stdout
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(InputError, match="--device: expected cpu or cuda, got 'tpu'"):
+        run("adaln", "--device", "tpu")
+    with pytest.raises(InputError, match="--only: expected a part of a case's name"):
+        run("adaln", "--tiny", "--device", "cpu", "--only", "nothing like it")
+    with pytest.raises(InputError, match="--seconds: expected a positive number, got -1"):
+        run("adaln", "--device", "cpu", "--seconds", "-1")

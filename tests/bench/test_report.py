@@ -1,0 +1,104 @@
+"""Tables and figures from rows: losses first, no claim without a row, the README's block as generated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bench_rows import case_rows
+
+from ditscale.bench.figures import draw_all
+from ditscale.bench.report import (
+    END,
+    NOT_MEASURED,
+    START,
+    between,
+    by_case,
+    full_table,
+    insert,
+    lost,
+    readme_block,
+)
+from ditscale.bench.rows import committed, read_rows, write_rows
+from ditscale.errors import InputError
+
+WIN = case_rows({"eager": 4.0, "compile": 2.0, "ours-cpu": 1.0, "copy": 0.5})
+LOSS = case_rows({"eager": 4.0, "compile": 0.5, "ours-cpu": 1.0}, B=16)
+
+
+def test_losses_come_first_and_are_named() -> None:
+    lines = full_table(WIN + LOSS).splitlines()
+    assert "B16" in lines[2]
+    assert lines[2].endswith("| compile |")
+    assert lines[3].endswith("| none |")
+
+
+def test_a_difference_within_the_spread_is_no_loss() -> None:
+    close = case_rows({"eager": 4.0, "compile": 0.97, "ours-cpu": 1.0}, spread=0.1)
+    assert lost(next(iter(by_case(close).values()))) == []
+
+
+def test_a_copy_is_no_rival() -> None:
+    assert lost(next(iter(by_case(WIN).values()))) == []
+    assert "| 50 % |" in full_table(WIN)  # half the bandwidth of the copy timed beside it
+
+
+def test_readme_block_has_the_ratios_of_the_rows_and_says_that_no_gpu_was_measured() -> None:
+    text = readme_block(WIN)
+    row = next(line for line in text.splitlines() if "B=8" in line)
+    assert row.split("|")[3:8] == [" 4 ", " 2 ", " 1 ", " 4.00x ", " 2.00x "]
+    assert NOT_MEASURED in text
+    assert NOT_MEASURED not in readme_block(WIN + case_rows({"eager": 1.0, "ours-cuda": 0.5}, device="cuda"))
+
+
+def test_without_rows_nothing_is_claimed() -> None:
+    assert "CPU speed is not yet measured" in readme_block([])
+    unmeasured = [r | {"status": "wrong", "reason": "dx is off"} for r in WIN]
+    assert "CPU speed is not yet measured" in readme_block(unmeasured)
+    assert "dx is off" in full_table(unmeasured)
+
+
+def test_insert_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    insert(page, "new\\1 | text")
+    assert page.read_text() == f"before\n{START}\nnew\\1 | text\n{END}\nafter\n"
+    page.write_text("no markers\n")
+    with pytest.raises(InputError, match="expected one pair"):
+        insert(page, "new")
+
+
+def test_the_readmes_table_is_the_one_of_the_committed_rows() -> None:
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    if (
+        not readme.is_file()
+        or START not in readme.read_text()
+        or not between(readme.read_text(), "README.md")
+    ):
+        pytest.skip("the README has no performance table yet: ditscale bench table --into README.md")
+    assert between(readme.read_text(), "README.md") == readme_block(committed())
+
+
+def test_rows_are_written_whole_and_read_back(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "new" / "rows.jsonl", WIN)
+    assert read_rows(path) == WIN
+    assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_damaged_file_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"schema": 1}\n')
+    with pytest.raises(InputError, match="line 1"):
+        read_rows(path)
+    path.write_text("not json\n")
+    with pytest.raises(InputError, match="line 1"):
+        read_rows(path)
+
+
+def test_figures_are_drawn_and_equal_rows_give_equal_files(tmp_path: Path) -> None:
+    first = draw_all(WIN + LOSS, tmp_path / "a")
+    assert [p.name for p in first] == ["roofline-layernorm_modulate.svg", "speedups.svg"]
+    again = draw_all(WIN + LOSS, tmp_path / "b")
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in again]
+    with pytest.raises(InputError, match="got none"):
+        draw_all([], tmp_path)

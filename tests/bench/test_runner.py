@@ -1,0 +1,144 @@
+"""The runner on tiny cases: every suite gives complete rows, wrong candidates are not timed, noise is refused or said.
+
+The compiler is replaced by the function itself here: what is tested is the order of things, and a compile takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ditscale.bench import models, operators, timing
+from ditscale.bench.cases import Case, block_case, cases, step_case
+from ditscale.bench.plain_dit import PlainDiT
+from ditscale.bench.rows import REQUIRED, STATUSES
+from ditscale.bench.runner import Session
+from ditscale.bench.timing import TINY, MachineTooNoisy
+from ditscale.dit.config import DiTConfig
+from ditscale.dit.flops import count_params
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (models, operators):
+        monkeypatch.setattr(module, "fresh_compile", lambda function: function)
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    found = Session("cpu", TINY, tiny=True, say=lambda line: None)
+    ceilings = found.start()
+    assert {row["op"] for row in ceilings} == {"copy", "matmul"}
+    return found
+
+
+# A case of each kind of candidate: an operator with and without a backend of ours, a backward pass alone, the models.
+KINDS = [
+    next(c for c in cases("adaln", "cpu", tiny=True) if c.op == "gate_residual_layernorm_modulate"),
+    next(c for c in cases("adaln", "cpu", tiny=True) if c.passes == "backward"),
+    next(c for c in cases("adaln", "cpu", tiny=True) if c.op == "qk_norm_rope"),
+    cases("attention", "cpu", tiny=True)[2],
+    block_case(2, 4, 16, 2, label="tiny"),
+    step_case(2, 4, 16, 2, 2, label="tiny"),
+]
+
+
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
+def test_rows_of_a_case_are_complete(session: Session, case: Case) -> None:
+    rows = {row["provider"]: row for row in session.case(case)}
+    assert {"eager", "compile"} <= rows.keys()
+    for row in rows.values():
+        assert row.keys() >= set(REQUIRED)
+        assert row["status"] in STATUSES
+        assert row["case"] == case.id
+        json.dumps(row)
+    eager = rows["eager"]
+    assert eager["status"] == "measured"
+    assert eager["time_ms_p20"] <= eager["time_ms"] <= eager["time_ms_p80"]
+    assert eager["roof_share"] > 0
+    assert eager["error"] == eager["plain_error"]
+    wrong = {p: r["reason"] for p, r in rows.items() if r["status"] in ("wrong", "failed")}
+    assert wrong == {}
+    assert set(rows["compile"]["speedup_over"]) == {"eager", "copy"} if case.suite == "adaln" else {"eager"}
+
+
+def test_step_rows_have_the_models_utilisation(session: Session) -> None:
+    row = next(r for r in session.case(KINDS[-1]) if r["provider"] == "ours")
+    assert row["mfu"] > 0
+    assert row["images_per_second"] > 0
+    assert "measured matrix product" in row["mfu_peak_source"]
+
+
+def test_a_wrong_candidate_is_reported_and_not_timed(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = operators.kernels.gate_residual
+    monkeypatch.setattr(
+        operators.kernels,
+        "gate_residual",
+        lambda *a, backend="auto": right(*a, backend=backend) * (1 + 1e-3 * (backend == "cpu")),
+    )
+    case = next(c for c in cases("adaln", "cpu", tiny=True) if c.op == "gate_residual")
+    rows = {row["provider"]: row for row in session.case(case)}
+    if rows["ours-cpu"]["status"] == "unavailable":
+        pytest.skip(rows["ours-cpu"]["reason"])
+    assert rows["ours-cpu"]["status"] == "wrong"
+    assert "against float64" in rows["ours-cpu"]["reason"]
+    assert "time_ms" not in rows["ours-cpu"]
+    assert rows["eager"]["status"] == "measured"
+
+
+def test_a_peer_that_raises_costs_no_other_its_row(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: object) -> object:
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(operators, "fresh_compile", broken)
+    rows = {row["provider"]: row for row in session.case(KINDS[0])}
+    assert (rows["compile"]["status"], rows["compile"]["reason"]) == (
+        "failed",
+        "RuntimeError: no compiler here",
+    )
+    assert rows["eager"]["status"] == "measured"
+
+
+def test_after_the_deadline_cases_are_skipped_and_say_so(session: Session) -> None:
+    late = replace(session, deadline=time.monotonic() - 1)
+    (row,) = late.case(KINDS[0])
+    assert (row["status"], row["reason"]) == ("skipped", "the time was up")
+
+
+def test_against_leaves_other_peers_out(session: Session) -> None:
+    few = replace(session, against=("compile",))
+    providers = {row["provider"] for row in few.case(KINDS[0])}
+    assert "reference" not in providers
+    assert {"eager", "compile", "copy"} <= providers
+
+
+def test_noise_is_refused_unless_allowed_and_then_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_calibration_spread", lambda device, samples: 0.4)
+    strict = replace(TINY, noise_limit=0.1)
+    with pytest.raises(MachineTooNoisy):
+        Session("cpu", strict, tiny=True).start()
+    rows = Session("cpu", strict, allow_noise=True, tiny=True).start()
+    assert {row["noise"] for row in rows} == {0.4}
+
+
+def test_the_plain_dit_has_the_released_models_names_and_size() -> None:
+    config = DiTConfig.from_dict({**DiTConfig.preset("DiT-S/2").to_dict(), "learn_sigma": False})
+    with torch.device("meta"):
+        model = PlainDiT(side=32, channels=4, patch=2, width=384, depth=12, heads=6, classes=1000)
+    assert sum(p.numel() for p in model.parameters()) == count_params(config).total
+    assert "blocks.11.adaLN_modulation.1.weight" in model.state_dict()
+
+
+def test_other_counts_and_fits_agree_before_they_are_timed(session: Session) -> None:
+    counts = list(session.suite("flops"))
+    assert counts and all(row["agrees"] for row in counts)
+    fits = list(session.suite("fit"))
+    assert {row["op"] for row in fits} == {"surface", "bootstrap"}
+    ours = [row["above_best"] for row in fits if row["provider"] == "ours"]
+    assert max(ours) < 1e-8  # never above what scipy reaches

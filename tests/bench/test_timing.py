@@ -1,0 +1,92 @@
+"""The protocol: order of samples, rotation of buffers, statistics, and refusal on a noisy machine. No time is asserted."""
+
+from __future__ import annotations
+
+import pytest
+
+from ditscale.bench import timing
+from ditscale.bench.timing import TINY, MachineTooNoisy, Protocol, Timing, calibrate, measure, relative_spread
+
+# Samples of one call, so that the order of calls is the order of samples.
+SINGLE = Protocol(rounds=4, least_rounds=4, sample_ms=0.0, warm_up_ms=0.0, seconds=0.0)
+
+
+def test_rounds_interleave_and_take_turns_at_being_first() -> None:
+    seen: list[str] = []
+    measure({name: lambda _, n=name: seen.append(n) for name in "ABC"}, sets=2, device="cpu", protocol=SINGLE)
+    rounds = seen[6:]  # after each candidate's first walk through its two sets
+    assert "".join(rounds) == "ABCBCACABABC"
+
+
+def test_calls_rotate_through_all_sets_and_results_are_kept_until_their_set_returns() -> None:
+    alive: list[int] = []
+
+    class Result:
+        def __init__(self, place: int) -> None:
+            self.place = place
+            alive.append(place)
+
+        def __del__(self) -> None:
+            alive.remove(self.place)
+
+    places: list[int] = []
+
+    def call(place: int) -> Result:
+        places.append(place)
+        return Result(place)
+
+    most = 0
+
+    def watched(place: int) -> Result:
+        nonlocal most
+        result = call(place)
+        most = max(most, len(alive))
+        return result
+
+    measure({"one": watched}, sets=3, device="cpu", protocol=SINGLE)
+    assert places == [0, 1, 2, 0, 1, 2, 0]
+    assert most == 4  # three sets' results, and the new one before its predecessor goes
+
+
+def test_a_resident_case_is_warmed_before_every_sample() -> None:
+    calls: list[str] = []
+    measure({n: lambda _, n=n: calls.append(n) for n in "AB"}, sets=1, device="cpu", protocol=SINGLE)
+    # A's sample follows an untimed call of A, or B's working set would have pushed A's out of the cache.
+    assert "".join(calls[2:]) == "AABBBBAAAABBBBAA"
+
+
+def test_time_limit_ends_rounds_but_not_before_the_least() -> None:
+    protocol = Protocol(rounds=50, least_rounds=3, sample_ms=0.0, warm_up_ms=0.0, seconds=0.0)
+    assert len(measure({"x": lambda _: None}, sets=2, device="cpu", protocol=protocol)["x"].samples_ms) == 3
+
+
+def test_statistics() -> None:
+    t = Timing((1.0, 2.0, 3.0, 4.0, 10.0), 1)
+    assert t.median_ms == 3.0
+    assert t.percentile_ms(20) == pytest.approx(1.8)
+    assert relative_spread((9.0, 10.0, 11.0)) == pytest.approx(0.12)
+
+
+def test_speedup_is_the_median_of_ratios_within_rounds() -> None:
+    # The machine slows threefold in the last two rounds: medians of times say 6 / 3 = 2, and so does every round but one.
+    ours, other = Timing((1.0, 1.0, 3.0, 3.0, 3.0), 1), Timing((2.0, 2.0, 6.0, 6.0, 3.0), 1)
+    over = ours.speedup_over(other)
+    assert over["median"] == 2.0
+    assert over["p20"] < over["median"] <= over["p80"]
+
+
+def test_a_noisy_machine_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_calibration_spread", lambda device, samples: 0.31)
+    with pytest.raises(MachineTooNoisy, match=r"spreads by 31 %.*allowed 10 %.*--allow-noise"):
+        calibrate("cpu", Protocol(patience_seconds=0.0))
+
+
+def test_calibration_waits_for_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    spreads = iter([0.5, 0.02])
+    monkeypatch.setattr(timing, "_calibration_spread", lambda device, samples: next(spreads))
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    assert calibrate("cpu", Protocol(patience_seconds=5.0)) == 0.02
+
+
+def test_the_real_calibration_loop_gives_a_spread() -> None:
+    assert calibrate("cpu", TINY) >= 0
