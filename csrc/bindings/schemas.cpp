@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(ditscale, m) {
   m.def("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor");
   m.def("bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)");
   // q [B, H, T, K]; k, v [B, H_kv, S, K]; out [B, H, T, K] over memory laid out [B, T, H, K]; for qkv [B, T, 3, H, K] it is
-  // [B, T, H * K]; stats [2, B, H, T] float32 (greatest score in units of log 2, then 1 / sum of weights), or [0].
+  // [B, T, H * K]; stats [2, B, H, T] float32 (what the scores of a row are measured from, then 1 / sum of weights), or [0].
   m.def(
       "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, bool save_stats) -> "
       "(Tensor out, Tensor stats)");

@@ -116,8 +116,8 @@ AttentionArgs args_of(const Tensor& qkv, const std::optional<Tensor>& lengths, d
 void point_stats(AttentionArgs& a, const Tensor& stats) {
   const int64_t rows = a.B * a.H * a.T;
   STD_TORCH_CHECK(stats.numel() == 2 * rows && stats.is_contiguous(), "stats: expected [2, B, H, T], contiguous");
-  a.row_max = static_cast<float*>(stats.mutable_data_ptr());
-  a.row_weight = a.row_max + rows;
+  a.row_origin = static_cast<float*>(stats.mutable_data_ptr());
+  a.row_weight = a.row_origin + rows;
 }
 
 // Fills what a.out sees; returns the statistics.

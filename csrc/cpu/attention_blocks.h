@@ -20,7 +20,7 @@ struct AttentionArgs {
   int64_t B, H, H_kv, T, S, K;     // H queries' heads share H_kv keys' heads, H / H_kv each
   float scale;
   HeadView q, k, v, out;
-  float *row_max, *row_weight;     // [B, H, T]: greatest score, in units of log 2, and 1 / sum; null: not kept
+  float *row_origin, *row_weight;  // [B, H, T]: what the scores of a row are measured from, and 1 / sum of weights; or null
   const int64_t* lengths;          // [B]: keys that count; null: all
   HeadView dout, dq, dk, dv;       // backward only
 

@@ -139,6 +139,32 @@ DS_INLINE void multiply(
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
+// What a row's scores are measured from, made of the greatest, and the exponent of two that is left of a score. With
+// multiply-add the product is not rounded, and what the greatest was rounded by is in every weight of the row and in their
+// sum; without, the difference is taken first, so that the rounding of the product is one of a small number.
+DS_INLINE vf origin(vf greatest) {
+#if defined(__FMA__)
+  return greatest * splat(LOG2_E);
+#else
+  return greatest;
+#endif
+}
+DS_INLINE vf exponent(vf score, vf from) {
+#if defined(__FMA__)
+  return score * splat(LOG2_E) - from;
+#else
+  return (score - from) * splat(LOG2_E);
+#endif
+}
+// The exponent by which weights measured from `old` become weights measured from `next`.
+DS_INLINE vf change(vf old, vf next) {
+#if defined(__FMA__)
+  return old - next;
+#else
+  return (old - next) * splat(LOG2_E);
+#endif
+}
+
 struct Rows {
   float* data;
   int64_t step;
@@ -163,18 +189,17 @@ __attribute__((noinline)) void scores(
   });
 }
 
-// The same scores made weights at once: p = 2^(s log2(e) - top) * weight. One multiply-add: the product is not rounded, and
-// what `top` was rounded by is in every weight of a row and in their sum.
+// The same scores made weights at once: p = 2^exponent(s, from) * weight.
 __attribute__((noinline)) void weights(
-    Rows k, const float* qt, int64_t keys, int64_t vectors, int64_t K, const float* top, const float* weight, float* p) {
+    Rows k, const float* qt, int64_t keys, int64_t vectors, int64_t K, const float* from, const float* weight, float* p) {
   for_tiles<TILE_VECTORS>(keys, 0, vectors, [&](auto m_count, auto n_count, int64_t row, int64_t v) {
     constexpr int M = decltype(m_count)::value, N = decltype(n_count)::value;
     vf acc[M][N] = {};
     multiply<1>(acc, k.data + row * k.step, k.step, 1, qt + v * W, QUERIES, K);
     for (int n = 0; n < N; ++n) {
-      const vf t = get_at<vf>(top + (v + n) * W), w = get_at<vf>(weight + (v + n) * W);
+      const vf t = get_at<vf>(from + (v + n) * W), w = get_at<vf>(weight + (v + n) * W);
       for (int m = 0; m < M; ++m) {
-        put_at(p + (row + m) * QUERIES + (v + n) * W, exp2_of(acc[m][n] * splat(LOG2_E) - t) * w);
+        put_at(p + (row + m) * QUERIES + (v + n) * W, exp2_of(exponent(acc[m][n], t)) * w);
       }
     }
   });
@@ -243,18 +268,18 @@ __attribute__((noinline)) void key_sums(
   if constexpr (PART < W) key_sums_in<vpart, 1>(p, rows, keys, queries, whole, width, fresh, out);
 }
 
-// The scores of a block become weights 2^(s log2(e) - top), and their sums join those so far, shrunk by `factor`.
-DS_INLINE void soften(float* s, int64_t keys, int64_t vectors, const float* top, const float* factor, float* sum) {
+// The scores of a block become weights 2^exponent(s, from), and their sums join those so far, shrunk by `factor`.
+DS_INLINE void soften(float* s, int64_t keys, int64_t vectors, const float* from, const float* factor, float* sum) {
   constexpr int N = 2;
   int64_t v = 0;
   const auto strip = [&](auto n_count, int64_t at) {
     constexpr int M = decltype(n_count)::value;
     vf t[M], total[M] = {};
-    for (int n = 0; n < M; ++n) t[n] = get_at<vf>(top + at + n * W);
+    for (int n = 0; n < M; ++n) t[n] = get_at<vf>(from + at + n * W);
     float* row = s + at;
     for (int64_t key = 0; key < keys; ++key, row += QUERIES) {
       for (int n = 0; n < M; ++n) {
-        const vf p = exp2_of(get_at<vf>(row + n * W) * splat(LOG2_E) - t[n]);
+        const vf p = exp2_of(exponent(get_at<vf>(row + n * W), t[n]));
         put_at(row + n * W, p);
         total[n] += p;
       }
@@ -426,13 +451,13 @@ void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t block, float*
   float* out_room = arena.take(width * QUERIES);
   float* k_room = arena.take(width * KEYS);
   float* v_room = arena.take(width * KEYS);
-  float *top = arena.take(QUERIES), *sum = arena.take(QUERIES), *factor = arena.take(QUERIES), *shift = arena.take(QUERIES);
+  float *top = arena.take(QUERIES), *sum = arena.take(QUERIES), *factor = arena.take(QUERIES), *from = arena.take(QUERIES);
 
   to_columns(read_rows<T>(a.q, b, h, q0, queries, K, q_room), queries, lanes, width, a.scale, qt);
   const float none = -__builtin_inff();
   for (int64_t i = 0; i < lanes; i += W) {
     put_at(top + i, splat(none));
-    put_at(shift + i, splat(none));
+    put_at(from + i, splat(none));
     put_at(sum + i, vf{});
   }
   for (int64_t k0 = 0; k0 < span.keys; k0 += KEYS) {
@@ -440,18 +465,18 @@ void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t block, float*
     scores(read_rows<T>(a.k, b, h_kv, at, keys, K, k_room), qt, keys, vectors, K, s, top);
     for (int64_t i = 0; i < lanes; i += W) {
       // A row without a score above -infinity keeps weights of zero instead of 2^(infinity - infinity).
-      const vf most = get_at<vf>(top + i), next = pick(most == splat(none), vf{}, most * splat(LOG2_E));
-      put_at(factor + i, exp2_of(get_at<vf>(shift + i) - next));
-      put_at(shift + i, next);
+      const vf most = get_at<vf>(top + i), next = pick(most == splat(none), vf{}, origin(most));
+      put_at(factor + i, exp2_of(change(get_at<vf>(from + i), next)));
+      put_at(from + i, next);
     }
-    soften(s, keys, vectors, shift, factor, sum);
+    soften(s, keys, vectors, from, factor, sum);
     weighted_sums(
         read_rows<T>(a.v, b, h_kv, at, keys, K, v_room), s, keys, vectors, K, k0 > 0 ? factor : nullptr, ot);
   }
   for (int64_t i = 0; i < lanes; i += W) {
-    const vf total = get_at<vf>(sum + i), last = get_at<vf>(shift + i);
+    const vf total = get_at<vf>(sum + i), last = get_at<vf>(from + i);
     put_at(sum + i, pick(total == vf{}, vf{}, splat(1.f) / total));
-    put_at(shift + i, pick(last == splat(none), vf{}, last));
+    put_at(from + i, pick(last == splat(none), vf{}, last));
   }
   if (span.keys == 0) __builtin_memset(ot, 0, sizeof(float) * width * QUERIES);
   // The rows that pad the width are never written by weighted_sums.
@@ -459,10 +484,10 @@ void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t block, float*
   const Rows out = rows_for<T>(a.out, b, h, q0, K, out_room);
   to_rows(ot, queries, width, sum, out);
   write_rows<T>(out, a.out, b, h, q0, queries, K);
-  if (a.row_max != nullptr) {
+  if (a.row_origin != nullptr) {
     const int64_t at = (b * a.H + h) * a.T + q0;
     for (int64_t i = 0; i < queries; ++i) {
-      a.row_max[at + i] = shift[i];
+      a.row_origin[at + i] = from[i];
       a.row_weight[at + i] = sum[i];
     }
   }
@@ -492,7 +517,7 @@ void backward(
   float* dq_room = arena.take(width * QUERIES);
   float* k_room = arena.take(width * KEYS);
   float* v_room = arena.take(width * KEYS);
-  float *top = arena.take(QUERIES), *weight = arena.take(QUERIES), *delta = arena.take(QUERIES), *one = arena.take(QUERIES);
+  float *from = arena.take(QUERIES), *weight = arena.take(QUERIES), *delta = arena.take(QUERIES), *one = arena.take(QUERIES);
   for (int64_t i = 0; i < QUERIES; ++i) one[i] = 1.f;
   bool fresh = true;
   for (int64_t item = begin; item < end; ++item) {
@@ -509,13 +534,13 @@ void backward(
     products(dot, out, queries, lanes, width, delta);
     const int64_t stats = (b * a.H + h) * a.T + q0;
     for (int64_t i = 0; i < lanes; ++i) {
-      top[i] = i < queries ? a.row_max[stats + i] : 0.f;
+      from[i] = i < queries ? a.row_origin[stats + i] : 0.f;
       weight[i] = i < queries ? a.row_weight[stats + i] : 0.f;
     }
     for (int64_t k0 = 0; k0 < span.keys; k0 += KEYS) {
       const int64_t keys = least(KEYS, span.keys - k0), at = span.first_key + k0;
       const Rows k = read_rows<T>(a.k, b, h_kv, at, keys, K, k_room);
-      weights(k, qt, keys, vectors, K, top, weight, p);
+      weights(k, qt, keys, vectors, K, from, weight, p);
       score_gradients(
           read_rows<T>(a.v, b, h_kv, at, keys, K, v_room), dot, keys, vectors, K, p, delta, ds);
       weighted_sums(k, ds, keys, vectors, K, k0 > 0 ? one : nullptr, dqt);
