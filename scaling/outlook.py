@@ -46,7 +46,7 @@ def fit_laws(study: Study) -> dict[str, Any]:
     budgets = np.geomspace(0.5 * min(study.config.budgets), 2.0 * study.config.target, _BAND_POINTS)
     band = forecaster.band(budgets)
     predicted = forecaster.forecast(*_target_size(study, iso.n_law))
-    return {
+    laws = {
         "size": SIZE,
         "data_unit": runs.data_unit,
         "flop_convention": study.plan["flop_convention"],
@@ -64,6 +64,16 @@ def fit_laws(study: Study) -> dict[str, Any]:
         "backtest": predicted.backtest.to_json() if predicted.backtest else None,
         "warnings": [*iso.warnings, *predicted.warnings],
     }
+    return _without_times(laws)
+
+
+def _without_times(value: Any) -> Any:
+    """A copy without how long the fits took: the prediction carries the hash of these laws, whenever they are fitted."""
+    if isinstance(value, dict):
+        return {key: _without_times(item) for key, item in value.items() if key != "seconds"}
+    if isinstance(value, list):
+        return [_without_times(item) for item in value]
+    return value
 
 
 def choose_and_predict(study: Study) -> tuple[PlannedRun, dict[str, Any]]:
