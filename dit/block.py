@@ -48,8 +48,13 @@ class Modulation(nn.Module):
         # Named like the released model's nn.Sequential(SiLU, Linear), whose linear layer is number 1.
         self.add_module("1", nn.Linear(width, parts * width))
 
+    @property
+    def linear(self) -> nn.Linear:
+        """The layer that its name in the released model hides."""
+        return self.get_submodule("1")  # type: ignore[return-value]
+
     def forward(self, c_silu_BD: Tensor) -> tuple[Tensor, ...]:
-        return self.get_submodule("1")(c_silu_BD).chunk(self.parts, dim=1)
+        return self.linear(c_silu_BD).chunk(self.parts, dim=1)
 
 
 class DiTBlock(nn.Module):

@@ -136,7 +136,7 @@ def sample(
     from ditscale.dit.training import load_weights
     from ditscale.errors import InputError
 
-    model = load_weights(weights_path(run))
+    model, flow = load_weights(weights_path(run))
     wanted = model.config.condition
     given = {"caption": caption, "class": label}.get(wanted)
     if (caption and wanted != "caption") or (label and wanted != "class"):
@@ -150,7 +150,8 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     side = model.config.input_side
     noise = torch.randn(number, model.config.in_channels, side, side, generator=generator)
-    images = draw_samples(model, noise, y, steps=steps, sampler=sampler, guidance=guidance if y is not None else 1.0)
+    guidance = guidance if y is not None else 1.0
+    images = draw_samples(model, noise, y, flow=flow, steps=steps, sampler=sampler, guidance=guidance)
     save_grid(out, images)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "images": number, "steps": steps, "sampler": sampler, "seed": seed}))
@@ -165,18 +166,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished run's averaged weights on the fixed validation set."""
-    import dataclasses
     import math
 
     from ditscale.dit.checkpoint import read_json
-    from ditscale.dit.flow import RectifiedFlow
     from ditscale.dit.training import TrainConfig, load_weights, validation_set
 
     plan = TrainConfig.from_dict(read_json(run / "config.json"))
     changes = {"evaluation_images": images, "evaluation_seed": seed}
-    plan = dataclasses.replace(plan, **{k: v for k, v in changes.items() if v is not None})
+    plan = TrainConfig.from_dict(plan.to_dict() | {k: v for k, v in changes.items() if v is not None})
     validation = validation_set(plan)
-    by_time = validation.loss(load_weights(weights_path(run)), RectifiedFlow())
+    by_time = validation.loss(*load_weights(weights_path(run)))
     loss = math.fsum(by_time) / len(by_time)
     if as_json:
         content = {"loss": loss, "loss_kind": "velocity_mse", "images": plan.evaluation_images}
@@ -191,14 +190,16 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a model as one safetensors file under the released DiT's tensor names, positions included."""
+    import dataclasses
+
     import safetensors.torch
 
     from ditscale.dit.checkpoint import write_atomically
     from ditscale.dit.training import load_weights
 
-    model = load_weights(weights_path(run))
+    model, flow = load_weights(weights_path(run))
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    header = {"format": "pt", "config": json.dumps(model.config.to_dict())}
+    header = {"ditscale": json.dumps({"config": model.config.to_dict(), "flow": dataclasses.asdict(flow)})}
     write_atomically(out, safetensors.torch.save(tensors, metadata=header))
     if as_json:
         typer.echo(json.dumps({"out": str(out), "tensors": len(tensors)}))
@@ -239,7 +240,7 @@ def condition_tensor(config: DiTConfig, given: list[Any] | None) -> Any:
 
     from ditscale.errors import InputError
 
-    if config.condition == "none":
+    if config.condition == "none" or given is None:
         return None
     if config.condition == "class":
         bad = [label for label in given if not 0 <= label < config.num_classes]

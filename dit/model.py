@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditscale.dit.block import DiTBlock, FinalLayer
+from ditscale.dit.block import DiTBlock, FinalLayer, Modulation
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.embed import CaptionEmbed, LabelEmbed, PatchEmbed, TimestepEmbed, position_table, unpatchify
 from ditscale.errors import InputError
@@ -55,19 +55,20 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.width, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        self.x_embedder.proj.bias.zero_()  # type: ignore[union-attr]
         if self.config.mup_base_width is None:
             # A constant 0.02 suits widths near 1,000; a narrow model would hardly see the time at first.
-            for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02)
+            for layer in self.t_embedder.mlp:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
         if isinstance(self.y_embedder, LabelEmbed):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         elif isinstance(self.y_embedder, CaptionEmbed):
             # A caption is a mean of a few words, so unit variance keeps it of order one before the linear layer.
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0)
-        zero = [block.adaLN_modulation for block in self.blocks] + [self.final_layer.adaLN_modulation]
-        for modulation in zero:
-            nn.init.zeros_(modulation.get_submodule("1").weight)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, drop: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ditscale.dit.model import DiT
 from ditscale.errors import InputError
 
 
-def parameter_groups(model: DiT, *, lr: float, weight_decay: float = 0.0) -> list[dict]:
+def parameter_groups(model: DiT, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Groups for AdamW with the learning rates of the maximal update parametrisation.
 
     Matrices whose input grows with the width learn at ``lr * base_width / width``; everything whose input does not
@@ -28,7 +29,8 @@ def parameter_groups(model: DiT, *, lr: float, weight_decay: float = 0.0) -> lis
     scale = 1.0 if config.mup_base_width is None else config.mup_base_width / config.width
     # Matrices that are fed by something of fixed width.
     inputs = {"x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.proj.weight"}
-    fixed, hidden = [], []
+    fixed: list[Tensor] = []
+    hidden: list[Tensor] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and "embedding_table" not in name
         (hidden if is_matrix and name not in inputs else fixed).append(parameter)

@@ -132,7 +132,7 @@ class TrainConfig:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        images = self.images if self.images is not None else int(self.flops) // self.flops_per_image
+        images = self.images if self.images is not None else int(self.flops or 0) // self.flops_per_image
         return int(images) // self.batch
 
     @property
@@ -289,7 +289,7 @@ class _Run:
         self.started_at = checkpoint.state["started_at"]
 
     def _save(self) -> None:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
             tensors[f"model.{name}"] = parameter
@@ -427,7 +427,7 @@ class _Run:
             record["loss"] = math.fsum(averaged) / len(averaged)
             record["loss_by_timestep"] = averaged
             record["timesteps"] = [float(t) for t in validation.times]
-            save_weights(self.folder / "weights.safetensors", self.model)
+            save_weights(self.folder / "weights.safetensors", self.model, self.flow)
         return record
 
 
@@ -438,20 +438,21 @@ def validation_set(config: TrainConfig) -> ValidationSet:
     return ValidationSet(x_0, y, times, seed=_seed(config.evaluation_seed, "validation noise"))
 
 
-def save_weights(path: Path, model: DiT) -> None:
-    """Write a model's weights as safetensors, its configuration beside them in the header."""
+def save_weights(path: Path, model: DiT, flow: RectifiedFlow) -> None:
+    """Write a model's weights as safetensors, with its configuration and its objective in the header."""
     import safetensors.torch
 
     from ditscale.dit.checkpoint import write_atomically
 
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    content = {"version": ditscale.__version__, "config": model.config.to_dict(), "flow": dataclasses.asdict(flow)}
     # One entry: the order of several is left to chance, and equal weights should be equal files.
-    header = {"ditscale": json.dumps({"version": ditscale.__version__, "config": model.config.to_dict()})}
+    header = {"ditscale": json.dumps(content)}
     write_atomically(path, safetensors.torch.save(tensors, metadata=header))
 
 
-def load_weights(path: str | Path) -> DiT:
-    """Build the model that :func:`save_weights` wrote.
+def load_weights(path: str | Path) -> tuple[DiT, RectifiedFlow]:
+    """Build the model that :func:`save_weights` wrote, and the objective that it was trained with.
 
     Raises:
         InputError: no such file, or it is damaged or no weights of ours.
@@ -460,16 +461,17 @@ def load_weights(path: str | Path) -> DiT:
 
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            config = DiTConfig.from_dict(json.loads((file.metadata() or {})["ditscale"])["config"])
+            content = json.loads((file.metadata() or {})["ditscale"])
+            config, flow = DiTConfig.from_dict(content["config"]), RectifiedFlow(**content["flow"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         model = DiT(config)
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         missing = [name for name in missing if name != "pos_embed"]
         if missing or unexpected:
             raise KeyError(f"tensors {(missing + unexpected)[:3]} missing or unexpected")
-    except (OSError, KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: expected weights written by ditscale, got {error}") from error
-    return model
+    return model, flow
 
 
 def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> ImageStream:

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the work was done and what it found is bad (a failed check
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -14,9 +15,8 @@ from ditscale import __version__
 from ditscale.errors import BackendUnavailable, InputError
 
 # Typer brings its own copy of click from 0.25 on and needs click before; both have these two above BadParameter.
-_UsageError, _ClickException = (
-    next(c for c in typer.BadParameter.__mro__ if c.__name__ == name) for name in ("UsageError", "ClickException")
-)
+_PARENTS: dict[str, Any] = {parent.__name__: parent for parent in typer.BadParameter.__mro__}
+_UsageError, _ClickException = _PARENTS["UsageError"], _PARENTS["ClickException"]
 
 app = typer.Typer(
     name="ditscale",

@@ -192,13 +192,16 @@ def _work(jobs: Any, messages: Any, stop: Any, threads: int, parent: int) -> Non
                 last = now
                 messages.put(("step", name, (done, steps, loss)))
 
+        def say(sentence: str, name: str = name) -> None:
+            messages.put(("say", name, sentence))
+
         try:
             record = train(
                 TrainConfig.from_dict(training),
                 folder,
                 progress=step,
                 should_stop=should_stop,
-                say=lambda sentence, name=name: messages.put(("say", name, sentence)),
+                say=say,
                 extra=extra,
             )
         except Stopped:

@@ -35,7 +35,8 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
         side = plan.model.input_side
         noise = torch.randn(_PICTURES, plan.model.in_channels, side, side, generator=generator)
         guidance = 1.0 if y is None else _GUIDANCE
-        images = draw_samples(load_weights(weights), noise, y, flow=plan.flow, steps=_STEPS, guidance=guidance)
+        model, flow = load_weights(weights)
+        images = draw_samples(model, noise, y, flow=flow, steps=_STEPS, guidance=guidance)
         settings = {"sampler": "heun", "steps": _STEPS, "guidance": guidance, "captions": list(prompts.captions)}
         write_json(folder / "samples.json", settings)
         save_grid(path, images, columns=_PICTURES)

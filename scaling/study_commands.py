@@ -183,9 +183,9 @@ class _View:
             self.bars.remove_task(self.tasks.pop(run))
         for record in progress.finished[self.told :]:
             if self.plain is not None:
-                loss = "diverged" if record["loss"] is None else f"loss {record['loss']:.4f}"
+                result = "diverged" if record["loss"] is None else f"loss {record['loss']:.4f}"
                 left = self._time_left(spent, progress.total)
-                self.plain.print(f"  {record['run_id']}: {record['flops']:.2e} FLOPs, {loss}; {left}", highlight=False)
+                self.plain.print(f"  {record['run_id']}: {record['flops']:.2e} FLOPs, {result}; {left}", highlight=False)
         self.told = len(progress.finished)
 
     def _bar(self, name: str, text: str, done: float, total: float | None, note: str) -> None:

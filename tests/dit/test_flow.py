@@ -105,3 +105,21 @@ def test_validation_loss_does_not_depend_on_the_batch():
 def test_bad_settings_are_named(settings, named):
     with pytest.raises(InputError, match=named):
         draw_samples(GaussianData(0, 1), torch.zeros(1, 1, 2, 2), **settings)
+
+
+def test_a_clean_prediction_is_the_same_velocity():
+    """A network that says x_0 gives, through x_0 = x_t - t v, the velocity and the samples of one that says v."""
+    velocity = GaussianData(0.3, 0.5)
+
+    class Clean(nn.Module):
+        def forward(self, x, t, y=None, *, drop=None):
+            return x - (t / 1000).view(-1, 1, 1, 1) * velocity(x, t, y, drop=drop)
+
+    noise = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    flow = RectifiedFlow(prediction="clean")
+    t = torch.tensor([0.06, 0.5, 1.0])
+    assert torch.allclose(flow.velocity(Clean(), noise, t, None), velocity(noise, t * 1000), atol=1e-4)
+    same = draw_samples(Clean(), noise, flow=flow, steps=10)
+    assert torch.allclose(same, draw_samples(velocity, noise, steps=10), atol=1e-4)
+    with pytest.raises(InputError, match="prediction"):
+        RectifiedFlow(prediction="noise")

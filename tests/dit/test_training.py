@@ -53,7 +53,7 @@ def test_the_loss_falls_and_the_record_is_true(tmp_path):
     assert record["loss"] < 0.8 * untrained["loss"]
     assert record["steps"] == 200 and record["images"] == 800 and record["tokens"] == 800 * 16
     assert record["flops"] == 800 * count(config.model).train
-    assert record["params"] == sum(p.numel() for p in load_weights(tmp_path / "run/weights.safetensors").parameters())
+    assert record["params"] == sum(p.numel() for p in load_weights(tmp_path / "run/weights.safetensors")[0].parameters())
     assert record["loss"] == pytest.approx(sum(record["loss_by_timestep"]) / 8)
     assert check_record(tmp_path / "run/run.json", config) == json.loads(json.dumps(record))
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
@@ -188,3 +188,10 @@ def test_data_that_does_not_fit_the_model_is_named(tmp_path):
     wrong = tiny().model.replace(vocabulary_size=12)
     with pytest.raises(InputError, match="vocabulary_size"):
         train(tiny(model=wrong), tmp_path / "b")
+
+
+def test_weights_remember_what_the_network_predicts(tmp_path):
+    train(tiny(prediction="clean"), tmp_path / "clean")
+    train(tiny(), tmp_path / "velocity")
+    flows = {name: load_weights(tmp_path / name / "weights.safetensors")[1] for name in ("clean", "velocity")}
+    assert {name: flow.prediction for name, flow in flows.items()} == {"clean": "clean", "velocity": "velocity"}
