@@ -4,7 +4,6 @@
 // those of the device source, rounding instructions in software.
 #pragma once
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -34,18 +33,16 @@ using cudaStream_t = void*;
 
 namespace ditscale::shim {
 
-// Entered once through its context, then switched by jumps, which unlike swapcontext make no system call.
 struct Fiber {
   ucontext_t context;
-  jmp_buf at;
   std::unique_ptr<char[]> stack;
-  bool started = false, done = false;
+  bool done = false;
 };
 
 // What all threads of the running block see. A fiber that waits records at which meeting it stands.
 struct Block {
   std::vector<Fiber> fibers;
-  jmp_buf scheduler;
+  ucontext_t scheduler;
   unsigned current = 0;
   std::function<void()> body;
   std::vector<uint32_t> lanes;  // what each thread offers to a shuffle
@@ -57,23 +54,13 @@ inline dim3 grid_index, thread_index, block_size, grid_size;
 inline void entry() {
   running->body();
   running->fibers[running->current].done = true;
-  _longjmp(running->scheduler, 1);
+  swapcontext(&running->fibers[running->current].context, &running->scheduler);
 }
 
 inline void yield() {
   const unsigned me = running->current;
-  if (_setjmp(running->fibers[me].at) == 0) _longjmp(running->scheduler, 1);
-}
-
-// Runs fiber t to its next meeting point. Its own function: nothing here is kept in a register over the jump back.
-inline void resume(Block& b, unsigned t) {
-  b.current = t;
-  thread_index = dim3(t);
-  if (_setjmp(b.scheduler) != 0) return;
-  Fiber& f = b.fibers[t];
-  if (f.started) _longjmp(f.at, 1);
-  f.started = true;
-  setcontext(&f.context);
+  swapcontext(&running->fibers[me].context, &running->scheduler);
+  thread_index = dim3(me);
 }
 
 constexpr size_t STACK = 64 * 1024;
@@ -93,7 +80,7 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> body) {
     for (unsigned x = 0; x < grid.x; ++x) {
       grid_index = dim3(x, y);
       for (Fiber& f : b.fibers) {
-        f.started = f.done = false;
+        f.done = false;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.get();
         f.context.uc_stack.ss_size = STACK;
@@ -104,7 +91,9 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> body) {
         live = 0;
         for (unsigned t = 0; t < block.x; ++t) {
           if (b.fibers[t].done) continue;
-          resume(b, t);
+          b.current = t;
+          thread_index = dim3(t);
+          swapcontext(&b.scheduler, &b.fibers[t].context);
           if (!b.fibers[t].done) ++live;
         }
       }
