@@ -198,6 +198,7 @@ class Problem:
         return cost.sum(-1) if weights is None else (cost * weights).sum(-1)
 
 
+@np.errstate(all="ignore")  # a step may leave the range of floats; its objective is then infinite, and it is refused
 def _solve(problem: Problem, start: Array, max_steps: int, tolerance: float) -> Solution:
     lower, upper = problem.model.lower, problem.model.upper
     count, p = start.shape

@@ -21,6 +21,7 @@ SPACES = ("log", "raw")
 _NOISE_FREE = 1e-9
 
 
+@np.errstate(all="ignore")  # data near the edge of the range of floats; what comes of it is checked, not warned of
 def fit_law(
     law: Law,
     inputs: Mapping[str, Any],
@@ -101,6 +102,11 @@ def fit_law(
         )
     index = int(np.argmin(np.where(np.isfinite(solution.objective), solution.objective, np.inf)))
     objective = float(solution.objective[index])
+    if not np.isfinite(objective):
+        raise InputError(
+            f"{law.name}: expected values that the law can come near, got some from {y.min():.3g} to {y.max():.3g} that it "
+            "cannot reach from any start"
+        )
     agreeing = int((solution.objective <= objective * (1 + 1e-8) + 1e-26 * len(y)).sum())
     bounds = [law.names[i] for i in np.flatnonzero(solution.at_bound[index])]
     fit = LawFit(

@@ -220,6 +220,7 @@ def t_interval(value: float, se: float, dof: float, *, log: bool, level: float, 
     return Interval(value, value - reach, value + reach, se, dof, method, level)
 
 
+@np.errstate(all="ignore")  # an interval may be infinite, and says so by being it
 def interval_of(
     fit: LawFit,
     quantity: Quantity,

@@ -56,11 +56,11 @@ def _csv(path: Path) -> tuple[Columns, NDArray[np.int64]]:
         if "\0" in sample:
             raise InputError(f"{path}: expected a text table (CSV or JSON lines), got binary data")
         stream.seek(0)
-        head = sample.split("\n", 1)[0]
+        head = sample.lstrip().splitlines()[0]
         delimiter = max(",\t;", key=head.count)
         reader = csv.reader(stream, delimiter=delimiter)
         try:
-            header = [name.strip() for name in next(reader)]
+            header = [name.strip() for name in next(row for row in reader if any(cell.strip() for cell in row))]
             _check_header(path, header, delimiter)
             cells: list[list[str]] = [[] for _ in header]
             lines = []

@@ -144,9 +144,11 @@ class LawFit:
     @cached_property
     def jacobian(self) -> Array:
         """Derivatives of the residuals with respect to the internal parameters [n, p]."""
-        f, jacobian = self._model.value_and_jacobian(self.theta[None, :])
-        j = jacobian[0] / f[0] if self.space == "log" else jacobian[0]
-        return j.T
+        with np.errstate(all="ignore"):
+            f, jacobian = self._model.value_and_jacobian(self.theta[None, :])
+            j = jacobian[0] / f[0] if self.space == "log" else jacobian[0]
+        # At the edge of the range of floats a derivative may not be a number; it then tells nothing.
+        return np.nan_to_num(j, nan=0.0, posinf=0.0, neginf=0.0).T
 
     @cached_property
     def _errors(self) -> Array:
@@ -390,6 +392,7 @@ class LawFit:
     # --- output
     # ---------------------------------------------------------------------------------------------------
 
+    @np.errstate(all="ignore")  # what is not finite is written as null
     def to_json(self) -> dict[str, Any]:
         """Everything needed to read and replay the fit, as plain values."""
         content = {
