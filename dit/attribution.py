@@ -12,11 +12,12 @@ EVERYTHING = "Global"
 
 
 class ModuleAttribution:
-    """Stands in for the module tracker of ``torch.utils.flop_counter.FlopCounterMode``: assign it to ``.mod_tracker``.
+    """Stands in for the module tracker of ``torch.utils.flop_counter.FlopCounterMode``: assign it to
+    ``.mod_tracker``.
 
-    Torch's own tracker follows tensor hooks, and so never leaves a module whose input takes no gradient, and loses its
-    place where two modules share an input. Here every autograd node carries the number under which it was made, and
-    the modules that were running at that number are its modules.
+    Torch's own tracker follows tensor hooks, and so never leaves a module whose input takes no gradient, and
+    loses its place where two modules share an input. Here every autograd node carries the number under which
+    it was made, and the modules that were running at that number are its modules.
 
     Args:
         model: its modules are named as in ``named_modules``, the model itself by its class's name.
@@ -49,7 +50,8 @@ class ModuleAttribution:
         made_in = () if node is None else self._stacks[bisect_right(self._numbers, node._sequence_nr()) - 1]
         if not self._stack:
             return {EVERYTHING, *made_in}
-        # Modules run inside the backward pass where a checkpoint repeats them: what asked for that is none of theirs.
+        # Modules run inside the backward pass where a checkpoint repeats them: what asked for that is none of
+        # theirs.
         first = self._stack[0]
         around = [name for name in made_in if name == self._root or first.startswith(f"{name}.")]
         return {EVERYTHING, *around, *self._stack}

@@ -23,13 +23,25 @@ def register(app: typer.Typer) -> None:
 
 
 def flops(
-    model: Annotated[str, typer.Argument(help="A preset such as DiT-XL/2, or a TOML file with a [model] table.")],
-    image_size: Annotated[Optional[str], typer.Option(help="Pixels: a side, or HEIGHTxWIDTH. Default: the model's.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="A preset such as DiT-XL/2, or a TOML file with a [model] table.")
+    ],
+    image_size: Annotated[
+        Optional[str], typer.Option(help="Pixels: a side, or HEIGHTxWIDTH. Default: the model's.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Images.")] = 1,
-    convention: Annotated[str, typer.Option(help="What counts: matmul, all, hardware, or a published rule.")] = "matmul",
-    recompute: Annotated[str, typer.Option(help="Activations computed again: none, block or attention.")] = "none",
-    compare: Annotated[bool, typer.Option("--compare", help="Every convention beside the exact count.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the ledger as a Markdown table.")] = False,
+    convention: Annotated[
+        str, typer.Option(help="What counts: matmul, all, hardware, or a published rule.")
+    ] = "matmul",
+    recompute: Annotated[
+        str, typer.Option(help="Activations computed again: none, block or attention.")
+    ] = "none",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Every convention beside the exact count.")
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the ledger as a Markdown table.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Count a model's FLOPs and parameters exactly (a multiply-add is 2)."""
@@ -51,7 +63,8 @@ def flops(
     console = Console()
     if compare:
         table = Table(title=f"{report.title}: training by each convention", show_lines=True)
-        for heading, justify in (("convention", "left"), ("train", "right"), ("off", "right"), ("counts", "left")):
+        columns = (("convention", "left"), ("train", "right"), ("off", "right"), ("counts", "left"))
+        for heading, justify in columns:
             table.add_column(heading, justify=justify, no_wrap=heading != "counts")  # type: ignore[arg-type]
         for row in others:
             table.add_row(row.convention, f"{row.train:,}", f"{row.off_percent:+.2f} %", row.counts)
@@ -59,20 +72,22 @@ def flops(
         return
     table = Table(title=f"{report.title}, convention {report.convention}")
     for heading in ("line", "class", "formula"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "line")
     for heading in ("forward", "backward", "share"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for cells in report.rows():
         table.add_row(*cells)
     table.add_section()
-    table.add_row("total", "", f"train = {report.train:,}", f"{report.forward:,}", f"{report.backward:,}", "100 %")
+    total = (f"train = {report.train:,}", f"{report.forward:,}", f"{report.backward:,}", "100 %")
+    table.add_row("total", "", *total)
     console.print(table)
     p = report.params
     again = f"   computed again {report.recompute:,}" if report.recompute else ""
     console.print(
         f"parameters {p.total:,}: {p.per_token:,} work per token, {p.per_sample:,} per image, "
         f"{p.per_context:,} per caption token, {p.embedding:,} looked up; active {p.active:,}\n"
-        f"forward multiply-adds {report.macs_forward:,} (the DiT paper's unit)   convention: {report.convention}{again}"
+        f"forward multiply-adds {report.macs_forward:,} (the DiT paper's unit)   "
+        f"convention: {report.convention}{again}"
     )
 
 

@@ -46,65 +46,77 @@ _TRAINABLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """A diffusion transformer: image or video, and every way of conditioning that ``ditscale.dit.flops`` can count.
+    """A diffusion transformer: image or video, and every way of conditioning that ``ditscale.dit.flops`` can
+    count.
 
-    The defaults are a DiT with adaLN-zero (Peebles & Xie, arXiv:2212.09748), the family that ``ditscale.dit.DiT`` builds
-    and trains; it refuses the other variants (see :meth:`need_trainable`).
+    The defaults are a DiT with adaLN-zero (Peebles & Xie, arXiv:2212.09748), the family that
+    ``ditscale.dit.DiT`` builds and trains; it refuses the other variants (see :meth:`need_trainable`).
 
     Args:
-        image_size: side of the square image, or height where ``image_width`` is given, in pixels. Default: 256.
-        latent_factor: pixels a latent cell spans on a side; 8 for Stable Diffusion's autoencoder, 1 for a model
-            that works on pixels. Default: 8.
+        image_size: side of the square image, or height where ``image_width`` is given, in pixels. Default:
+            256.
+        latent_factor: pixels a latent cell spans on a side; 8 for Stable Diffusion's autoencoder, 1 for a
+            model that works on pixels. Default: 8.
         in_channels: channels of the model's input, 4 for latents and 3 for RGB. Default: 4.
         patch: side of a patch, in latent cells (pixels where ``latent_factor`` is 1). Default: 2.
         width: model width D. Default: 1152.
         depth: number of blocks L. Default: 28.
         heads: attention heads H; must divide ``width``. Default: 16.
         mlp_ratio: width of the feed-forward layer over D. Default: 4.0.
-        condition: what the model is told besides the time: "class" (a label), "caption" (word tokens, averaged)
-            or "none". Default: "class".
-        num_classes: labels, where ``condition`` is "class"; one more row is kept for "no label". Default: 1000.
-        vocabulary_size: words, where ``condition`` is "caption"; word 0 is padding. 0, where the caption enters as
-            tokens: they are features of a frozen text encoder. Default: 0.
-        caption_width: width of the word table, or of the text encoder's features, that is brought to D. Default: 64.
+        condition: what the model is told besides the time: "class" (a label), "caption" (word tokens,
+            averaged) or "none". Default: "class".
+        num_classes: labels, where ``condition`` is "class"; one more row is kept for "no label". Default:
+            1000.
+        vocabulary_size: words, where ``condition`` is "caption"; word 0 is padding. 0, where the caption
+            enters as tokens: they are features of a frozen text encoder. Default: 0.
+        caption_width: width of the word table, or of the text encoder's features, that is brought to D.
+            Default: 64.
         learn_sigma: predict a variance beside the mean, which doubles the output channels. Default: True.
         frequency_width: sines and cosines that encode the time; even. Default: 256.
         mup_base_width: width at which the learning rate was tuned, for the maximal update parametrisation
-            (arXiv:2203.03466, for DiT arXiv:2505.15270); None for the standard parametrisation. Default: None.
-        modulation: what time (and a pooled condition) do in a block: "adaln-zero" (shift, scale and gate for each
-            branch), "adaln" (no gates), "adaln-single" (one projection for all blocks and a small table in each,
-            PixArt-alpha, arXiv:2310.00426) or "none" (the time is a token of the context). Default: "adaln-zero".
-        context: how the condition enters: "pooled" (added to the time), "in-context" (tokens in the image's sequence),
-            "cross-attention" (a third branch in each block) or "joint" (its own stream, MMDiT, arXiv:2403.03206).
-            Default: "pooled".
+            (arXiv:2203.03466, for DiT arXiv:2505.15270); None for the standard parametrisation. Default:
+            None.
+        modulation: what time (and a pooled condition) do in a block: "adaln-zero" (shift, scale and gate for
+            each branch), "adaln" (no gates), "adaln-single" (one projection for all blocks and a small table
+            in each, PixArt-alpha, arXiv:2310.00426) or "none" (the time is a token of the context). Default:
+            "adaln-zero".
+        context: how the condition enters: "pooled" (added to the time), "in-context" (tokens in the image's
+            sequence), "cross-attention" (a third branch in each block) or "joint" (its own stream, MMDiT,
+            arXiv:2403.03206). Default: "pooled".
         caption_tokens: tokens of a caption; 0 where it is pooled and its length does not matter. Default: 0.
-        caption_layers: 1 for a linear layer from ``caption_width`` to D, 2 for Linear, GELU, Linear. Default: 1.
-        pooled_width: width of a pooled caption vector that Linear, SiLU, Linear add to the time (SD3, Flux); 0 for none.
-            Default: 0.
-        guidance_embed: the guidance scale is embedded like the time and added to it (Flux-dev). Default: False.
+        caption_layers: 1 for a linear layer from ``caption_width`` to D, 2 for Linear, GELU, Linear. Default:
+            1.
+        pooled_width: width of a pooled caption vector that Linear, SiLU, Linear add to the time (SD3, Flux);
+            0 for none. Default: 0.
+        guidance_embed: the guidance scale is embedded like the time and added to it (Flux-dev). Default:
+            False.
         single_depth: single-stream blocks (Flux) after the ``depth`` joint ones. Default: 0.
         mlp: "gelu" (two layers) or "swiglu" (three, the first two as one product). Default: "gelu".
         mlp_hidden: width F of the feed-forward layer, where ``mlp_ratio`` cannot say it. Default: None.
-        norm: "layer" or "rms". Norms that are not modulated have a weight (LayerNorm: and a bias). Default: "layer".
-        qk_norm: RMS norm of queries and keys: "none", "head" (over a head's width) or "width" (over all heads).
-            Default: "none".
-        kv_heads: key and value heads of grouped-query attention; divides ``heads``. Default: None, as many as ``heads``.
-        positions: what is added to the patches: "sincos" (a fixed table), "learned" or "none". Default: "sincos".
+        norm: "layer" or "rms". Norms that are not modulated have a weight (LayerNorm: and a bias). Default:
+            "layer".
+        qk_norm: RMS norm of queries and keys: "none", "head" (over a head's width) or "width" (over all
+            heads). Default: "none".
+        kv_heads: key and value heads of grouped-query attention; divides ``heads``. Default: None, as many as
+            ``heads``.
+        positions: what is added to the patches: "sincos" (a fixed table), "learned" or "none". Default:
+            "sincos".
         rope: rotary position embedding of queries and keys in self-attention. Default: False.
         cross_norm: a norm stands before cross-attention (Wan; PixArt-alpha has none). Default: True.
         experts: feed-forward experts E of a mixture; 0 for a dense layer. Default: 0.
         experts_per_token: experts that a token goes to. Default: 2.
-        expert_capacity: rows of an expert over the even share, rounded up; they are computed even where empty. Default:
-            None, as many rows as tokens were sent there.
+        expert_capacity: rows of an expert over the even share, rounded up; they are computed even where
+            empty. Default: None, as many rows as tokens were sent there.
         shared_experts: experts that every token goes to besides. Default: 0.
         moe_every: every n-th block has the mixture, the others are dense; the n-th is the first. Default: 1.
         image_width: width of the image in pixels where it is not square. Default: None.
         frames: frames of the model's input (latent frames for a latent model). Default: 1.
         patch_frames: frames in a patch. Default: 1.
-        attention: over all tokens ("full"); "space-time" (each block attends within frames, then along time, with its
-            own weights); "alternating" (odd blocks along time, the others within frames; Latte, arXiv:2401.03048).
-            Default: "full".
-        token_keep: the share of the image's tokens that each block works on, one number a block (masking and routing);
+        attention: over all tokens ("full"); "space-time" (each block attends within frames, then along time,
+            with its own weights); "alternating" (odd blocks along time, the others within frames; Latte,
+            arXiv:2401.03048). Default: "full".
+        token_keep: the share of the image's tokens that each block works on, one number a block (masking and
+        routing);
             ``max(1, int(share * T))`` tokens. Default: (), all.
         name: a label for people, not part of the model. Default: "".
 
@@ -155,11 +167,27 @@ class DiTConfig:
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for field in ("image_size", "latent_factor", "in_channels", "patch", "width", "depth", "heads", "frames"):
+        for field in (
+            "image_size",
+            "latent_factor",
+            "in_channels",
+            "patch",
+            "width",
+            "depth",
+            "heads",
+            "frames",
+        ):
             _need_positive_int(field, getattr(self, field))
         for field in ("patch_frames", "frequency_width", "experts_per_token", "moe_every"):
             _need_positive_int(field, getattr(self, field))
-        for field in ("vocabulary_size", "caption_tokens", "pooled_width", "single_depth", "experts", "shared_experts"):
+        for field in (
+            "vocabulary_size",
+            "caption_tokens",
+            "pooled_width",
+            "single_depth",
+            "experts",
+            "shared_experts",
+        ):
             _need_natural(field, getattr(self, field))
         for field in ("mup_base_width", "mlp_hidden", "kv_heads", "image_width"):
             if getattr(self, field) is not None:
@@ -189,12 +217,14 @@ class DiTConfig:
         if isinstance(self.mlp_ratio, bool) or not isinstance(self.mlp_ratio, (int, float)):
             raise InputError(f"mlp_ratio: expected a number, got {self.mlp_ratio!r}")
         if not math.isfinite(self.mlp_ratio) or self.mlp_width < 1:
-            raise InputError(f"mlp_ratio: expected a finite ratio that gives at least 1 unit, got {self.mlp_ratio!r}")
+            raise InputError(
+                f"mlp_ratio: expected a finite ratio that gives at least 1 unit, got {self.mlp_ratio!r}"
+            )
         if self.frequency_width % 2:
             raise InputError(f"frequency_width: expected an even number, got {self.frequency_width}")
         self._check_condition()
         self._check_blocks()
-        self.grid(self.image_size)
+        self.grid(self.image_size, self.image_width)
 
     def _check_condition(self) -> None:
         if self.condition == "class":
@@ -205,28 +235,39 @@ class DiTConfig:
             _need_positive_int(needed, getattr(self, needed))
         if self.modulation == "none" and self.context not in ("in-context", "cross-attention"):
             raise InputError(
-                f"context: expected in-context or cross-attention where modulation is none, got {self.context!r}"
+                "context: expected in-context or cross-attention where modulation is none, "
+                f"got {self.context!r}"
             )
         if self.modulation == "none" and (self.pooled_width or self.guidance_embed):
             raise InputError("modulation: expected one that a pooled vector can be added to, got 'none'")
         if self.context != "pooled" and self.modulation != "none" and self.condition == "none":
-            raise InputError(f"condition: expected class or caption where context is {self.context}, got 'none'")
+            raise InputError(
+                f"condition: expected class or caption where context is {self.context}, got 'none'"
+            )
         if self.context == "joint" and self.modulation != "adaln-zero":
-            raise InputError(f"modulation: expected adaln-zero where context is joint, got {self.modulation!r}")
+            raise InputError(
+                f"modulation: expected adaln-zero where context is joint, got {self.modulation!r}"
+            )
         if self.single_depth and self.context != "joint":
-            raise InputError(f"single_depth: expected 0 where context is {self.context}, got {self.single_depth}")
+            raise InputError(
+                f"single_depth: expected 0 where context is {self.context}, got {self.single_depth}"
+            )
 
     def _check_blocks(self) -> None:
         if self.experts:
             if self.experts_per_token > self.experts:
-                raise InputError(f"experts_per_token: expected at most {self.experts}, got {self.experts_per_token}")
+                raise InputError(
+                    f"experts_per_token: expected at most {self.experts}, got {self.experts_per_token}"
+                )
             if self.context == "joint":
                 raise InputError(f"experts: expected 0 where context is joint, got {self.experts}")
             capacity = self.expert_capacity
             if capacity is not None and not (_is_number(capacity) and capacity > 0):
                 raise InputError(f"expert_capacity: expected a number above 0, got {capacity!r}")
         if self.attention != "full" and self.context not in ("pooled", "cross-attention"):
-            raise InputError(f"attention: expected full where context is {self.context}, got {self.attention!r}")
+            raise InputError(
+                f"attention: expected full where context is {self.context}, got {self.attention!r}"
+            )
         shares = self.token_keep
         if not isinstance(shares, (tuple, list)) or not all(_is_number(s) and 0 < s <= 1 for s in shares):
             raise InputError(f"token_keep: expected shares above 0 and up to 1, got {shares!r}")
@@ -234,16 +275,24 @@ class DiTConfig:
         if shares and len(shares) != self.depth:
             raise InputError(f"token_keep: expected {self.depth} shares, one a block, got {len(shares)}")
         if shares and (self.attention != "full" or self.context == "joint"):
-            raise InputError("token_keep: expected none where context is joint or attention is not full, got some")
+            raise InputError(
+                "token_keep: expected none where context is joint or attention is not full, got some"
+            )
 
     def need_trainable(self) -> None:
-        """Raise InputError where a field asks for a variant that can be counted but not built and trained here."""
+        """Raise InputError where a field asks for a variant that can be counted but not built and trained
+        here.
+        """
         for field, value in _TRAINABLE.items():
             if getattr(self, field) != value:
-                raise InputError(f"{field}: expected {value!r} for a model to be built, got {getattr(self, field)!r}")
+                raise InputError(
+                    f"{field}: expected {value!r} for a model to be built, got {getattr(self, field)!r}"
+                )
 
     def grid_side(self, image_size: int) -> int:
-        """Patches along a side of an ``image_size`` x ``image_size`` image, or InputError where it does not divide."""
+        """Patches along a side of an ``image_size`` x ``image_size`` image, or InputError where it does not
+        divide.
+        """
         return self.grid(image_size)[1]
 
     def grid(
@@ -262,7 +311,8 @@ class DiTConfig:
             _need_positive_int(field, side)
             if side % cell:
                 raise InputError(
-                    f"{field}: expected a multiple of {cell} (latent_factor {self.latent_factor} x patch {self.patch}), "
+                    f"{field}: expected a multiple of {cell} "
+                    f"(latent_factor {self.latent_factor} x patch {self.patch}), "
                     f"got {side}"
                 )
         frames = self.frames if frames is None else frames
@@ -322,7 +372,7 @@ class DiTConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> DiTConfig:
-        """Read a TOML file whose ``[model]`` table (or whole page) holds the fields; ``preset`` names a base."""
+        """Read a TOML file whose ``[model]`` table (or whole page) holds the fields; ``preset``: its base."""
         return cls.from_table(read_toml(path), source=str(path))
 
     @classmethod

@@ -1,4 +1,6 @@
-"""The named conventions of counting, ours and the published ones, and how far each is from the exact count. No torch."""
+"""The named conventions of counting, ours and the published ones, and how far each is from the exact count.
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,21 @@ CONVENTIONS: Final[dict[str, str]] = {
     "matmul": "matrix products, attention's among them, forward and true backward; a multiply-add is 2",
     "all": "every elementwise operation too, by the table of ditscale.dit.elementwise",
     "hardware": "matmul, and the forward work that is done again: recomputed activations, attention's scores",
-    "6ND:total": "6 x parameters x image tokens (Kaplan's shorthand): charges once-an-image weights to every token, no attention",
-    "6ND:body": "6 x weights of the blocks' products that work for a token x image tokens: no attention, no modulation",
+    "6ND:total": "6 x parameters x image tokens (Kaplan's shorthand): charges once-an-image weights to every "
+    "token, no attention",
+    "6ND:body": "6 x weights of the blocks' products that work for a token x image tokens: no attention, no "
+    "modulation",
     "6ND:per-token": "6 x parameters that work for every token x image tokens: no attention, no modulation",
-    "6ND+attention:total": "6ND and 12 L H K T a token (PaLM, appendix B), all parameters: modulation for every token",
+    "6ND+attention:total": "6ND and 12 L H K T a token (PaLM, appendix B), all parameters: modulation for "
+    "every token",
     "6ND+attention:body": "6ND of the body and 12 L H K T a token: no modulation, no embedders",
     "6ND+attention:per-token": "6ND of per-token parameters and 12 L H K T a token: no modulation",
-    "dit_paper_macs": "the DiT paper's Gflops: multiply-adds and 1 a LayerNorm output; training three times that",
-    "chinchilla_f": "Hoffmann et al., appendix F: embedding, attention with 3 a softmax score, feed-forward, output; "
-    "backward twice forward; no modulation, norms or activations",
-    "liang_in_context": "Liang et al., arXiv:2410.08184: 6ND with all parameters on image, text and time tokens",
+    "dit_paper_macs": "the DiT paper's Gflops: multiply-adds and 1 a LayerNorm output; training three times "
+    "that",
+    "chinchilla_f": "Hoffmann et al., appendix F: embedding, attention with 3 a softmax score, feed-forward, "
+    "output; backward twice forward; no modulation, norms or activations",
+    "liang_in_context": "Liang et al., arXiv:2410.08184: 6ND with all parameters on image, text and time "
+    "tokens",
 }
 _ALIASES = {"6ND": "6ND:total", "6ND+attention": "6ND+attention:total"}
 
@@ -71,7 +78,9 @@ def compare(
     frames: int | None = None,
     recompute: str | Sequence[str] = "none",
 ) -> list[Comparison]:
-    """What every convention says of a training step, beside the exact count. Arguments as ``ditscale.dit.flops.count``."""
+    """What every convention says of a training step, beside the exact count. Arguments as
+    ``ditscale.dit.flops.count``.
+    """
     from ditscale.dit.flops import count
 
     exact = count(config, image_size, batch, frames=frames).train
@@ -83,7 +92,13 @@ def compare(
 
 
 def published(
-    name: str, config: DiTConfig, exact: FlopReport, *, image_tokens: int, context_tokens: int, norm_elements: int
+    name: str,
+    config: DiTConfig,
+    exact: FlopReport,
+    *,
+    image_tokens: int,
+    context_tokens: int,
+    norm_elements: int,
 ) -> FlopReport:
     """An exact report re-counted by a published convention.
 
@@ -97,7 +112,9 @@ def published(
     lines: list[LedgerLine] = []
 
     def add(line: str, operation: str, formula: str, forward: int, backward: int | None = None) -> None:
-        lines.append(LedgerLine(line, operation, formula, forward, 2 * forward if backward is None else backward))
+        lines.append(
+            LedgerLine(line, operation, formula, forward, 2 * forward if backward is None else backward)
+        )
 
     rule, _, which = name.partition(":")
     if rule in ("6ND", "6ND+attention"):
@@ -105,31 +122,64 @@ def published(
         n = {"total": params.total, "body": params.body, "per-token": params.per_token}[which]
         add("6ND", "matmul", "2·N·T", 2 * n * image_tokens)
         if rule == "6ND+attention":
-            add("attention", "attention", "4·L·H·K·T²", sum(x.forward for x in exact.ledger if _is_attention(x)))
+            add(
+                "attention",
+                "attention",
+                "4·L·H·K·T²",
+                sum(x.forward for x in exact.ledger if _is_attention(x)),
+            )
     elif rule == "liang_in_context":
-        add("6ND", "matmul", "2·N·(T+S+1)", 2 * exact.params.total * (image_tokens + context_tokens + exact.batch))
+        add(
+            "6ND",
+            "matmul",
+            "2·N·(T+S+1)",
+            2 * exact.params.total * (image_tokens + context_tokens + exact.batch),
+        )
     elif rule == "dit_paper_macs":
         add("macs", "matmul", "multiply-adds", exact.macs_forward)
         add("norms", "norm", "1 a result", norm_elements)
     else:
         head_width = config.width // config.heads
         for x in exact.ledger:
-            if x.name == "patch_embed" or (x.name.endswith(_CHINCHILLA) and not x.name.startswith("caption.")):
+            if x.name == "patch_embed" or (
+                x.name.endswith(_CHINCHILLA) and not x.name.startswith("caption.")
+            ):
                 add(x.name, x.operation, x.formula, x.forward)
             if x.name.endswith(".scores"):
-                add(x.name.replace(".scores", ".softmax"), "attention", "3·L·H·T²", 3 * x.forward // (2 * head_width))
+                add(
+                    x.name.replace(".scores", ".softmax"),
+                    "attention",
+                    "3·L·H·T²",
+                    3 * x.forward // (2 * head_width),
+                )
         if config.condition == "caption" and config.vocabulary_size:
             words = 2 * exact.batch * config.caption_tokens * config.vocabulary_size * config.caption_width
             add("caption.words", "embedding", "2·B·S·V·W", words)
     forward, backward = sum(x.forward for x in lines), sum(x.backward for x in lines)
     return dataclasses.replace(
-        exact, forward=forward, backward=backward, train=forward + backward, ledger=tuple(lines), convention=name
+        exact,
+        forward=forward,
+        backward=backward,
+        train=forward + backward,
+        ledger=tuple(lines),
+        convention=name,
     )
 
 
 # The terms of Hoffmann's appendix F, by the names of the ledger's lines.
 _CHINCHILLA = (
-    ".qkv", ".q", ".kv", ".scores", ".values", ".proj", ".fc1", ".fc2", ".router", ".linear1", ".linear2", "final.linear",
+    ".qkv",
+    ".q",
+    ".kv",
+    ".scores",
+    ".values",
+    ".proj",
+    ".fc1",
+    ".fc2",
+    ".router",
+    ".linear1",
+    ".linear2",
+    "final.linear",
 )
 
 

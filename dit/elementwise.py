@@ -1,8 +1,10 @@
-"""What elementwise arithmetic costs: one table, used by the ledger's convention ``all`` and by the tracer alike.
+"""What elementwise arithmetic costs: one table, used by the ledger's convention ``all`` and by the tracer
+alike.
 
-A FLOP is one addition, subtraction, multiplication, division, comparison, or one call of a special function (square root,
-exponential, logarithm, sine, cosine, tanh). Moving, selecting, casting and filling cost nothing; a sum of n numbers costs
-n. Complex numbers: a product is 6, a sum 2. No torch here; the keys are names of aten operations.
+A FLOP is one addition, subtraction, multiplication, division, comparison, or one call of a special function
+(square root, exponential, logarithm, sine, cosine, tanh). Moving, selecting, casting and filling cost
+nothing; a sum of n numbers costs n. Complex numbers: a product is 6, a sum 2. No torch here; the keys are
+names of aten operations.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ from typing import Final
 PER_OUTPUT: Final[dict[str, int]] = {
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "neg", "abs", "reciprocal", "pow", "square"), 1),
     **dict.fromkeys(("sqrt", "rsqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "erf"), 1),
-    **dict.fromkeys(("maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "floor_divide", "remainder"), 1),
+    **dict.fromkeys(
+        ("maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "floor_divide", "remainder"), 1
+    ),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "relu", "threshold_backward", "hardtanh", "sign"), 1),
-    **dict.fromkeys(("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"), 0),
+    **dict.fromkeys(
+        ("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"), 0
+    ),
     "sigmoid": 3,  # exp, add, divide
     "sigmoid_backward": 3,
     "tanh_backward": 3,
@@ -39,7 +45,9 @@ PER_OUTPUT: Final[dict[str, int]] = {
 
 # Per element of the first argument: what is reduced, ranked or added up.
 PER_INPUT: Final[dict[str, int]] = {
-    **dict.fromkeys(("sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "cumsum"), 1),
+    **dict.fromkeys(
+        ("sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "cumsum"), 1
+    ),
     **dict.fromkeys(("topk", "sort", "embedding_dense_backward"), 1),
     "linalg_vector_norm": 2,
     "logsumexp": 4,
@@ -52,23 +60,26 @@ PER_SOURCE: Final[dict[str, int]] = {"index_add": 3, "scatter_add": 3}
 # Operations that move, select, make or describe tensors.
 FREE: Final[frozenset[str]] = frozenset(
     """
-    alias arange as_strided_copy bernoulli bernoulli_ cat clone _conj constant_pad_nd contiguous copy copy_ detach_copy
-    embedding empty empty_like empty_permuted empty_strided expand_copy exponential_ eye fill fill_ flip full full_like
-    gather index index_copy index_fill index_put index_select isinf isnan is_nonzero item _local_scalar_dense
-    _has_compatible_shallow_copy_type linspace masked_fill masked_scatter masked_select new_empty new_empty_strided new_full
-    new_ones new_zeros nonzero normal_ one_hot ones ones_like permute_copy rand rand_like randint randn randn_like randperm
-    repeat repeat_interleave resize_ roll scalar_tensor scatter select_backward select_scatter set_ slice_backward
-    slice_scatter split_copy stack tril triu _to_copy tile to_copy unbind_copy uniform_ _unsafe_view where zero zero_ zeros
-    zeros_like lift_fresh lift_fresh_copy _efficientzerotensor value_selecting_reduction_backward bucketize
-    _reshape_copy _reshape_alias_copy diagonal_backward as_strided_scatter diagonal_scatter view_as_real_copy
-    view_as_complex_copy _assert_async _assert_scalar sym_size sym_numel sym_stride sym_storage_offset ceil floor round trunc
-    bincount histc searchsorted unique _unique2 unique_dim unique_consecutive
-    """.split()
+    alias arange as_strided_copy bernoulli bernoulli_ cat clone _conj constant_pad_nd contiguous copy copy_
+    detach_copy embedding empty empty_like empty_permuted empty_strided expand_copy exponential_ eye fill
+    fill_ flip full full_like gather index _unsafe_index _unsafe_index_put index_copy index_fill index_put
+    index_select isinf isnan is_nonzero item _local_scalar_dense _has_compatible_shallow_copy_type linspace
+    masked_fill masked_scatter masked_select new_empty new_empty_strided new_full new_ones new_zeros nonzero
+    normal_ one_hot ones ones_like permute_copy rand rand_like randint randn randn_like randperm repeat
+    repeat_interleave resize_ roll scalar_tensor scatter select_backward select_scatter set_ slice_backward
+    slice_scatter split_copy stack tril triu _to_copy tile to_copy unbind_copy uniform_ _unsafe_view where
+    zero zero_ zeros zeros_like lift_fresh lift_fresh_copy _efficientzerotensor
+    value_selecting_reduction_backward bucketize _reshape_copy _reshape_alias_copy diagonal_backward
+    as_strided_scatter diagonal_scatter view_as_real_copy view_as_complex_copy _assert_async _assert_scalar
+    sym_size sym_numel sym_stride sym_storage_offset ceil floor round trunc bincount histc searchsorted unique
+    _unique2 unique_dim unique_consecutive
+    """.split()  # noqa: SIM905
 )
 
 
 def layer_norm(rows: int, width: int, *, affine: bool) -> tuple[int, int]:
-    """LayerNorm forward and backward. Per element: mean 1, centring 1, square and sum 2, normalise 1; 4 a row.
+    """LayerNorm forward and backward. Per element: mean 1, centring 1, square and sum 2, normalise 1; 4 a
+    row.
 
     Backward: normalised 2, two sums 3, dx 5; 2 a row. A weight and a bias: 2 forward; backward 3 and 1.
     """
@@ -78,8 +89,8 @@ def layer_norm(rows: int, width: int, *, affine: bool) -> tuple[int, int]:
 def rms_norm(rows: int, width: int, *, weighted: bool) -> tuple[int, int]:
     """RMS norm forward and backward. Per element: square 1, sum 1, normalise 1, weight 1; 3 a row.
 
-    Backward as autograd writes it: the weight 3, the normalised value 2 and a sum, the mean 1, the square 3, and 1 where
-    the two gradients meet; 3 a row. A sum over one number is no work.
+    Backward as autograd writes it: the weight 3, the normalised value 2 and a sum, the mean 1, the square 3,
+    and 1 where the two gradients meet; 3 a row. A sum over one number is no work.
     """
     backward = 7 + (width > 1) + 3 * weighted
     return rows * ((3 + weighted) * width + 3), rows * (backward * width + 3)

@@ -1,7 +1,8 @@
-"""What stands around a latent diffusion model: autoencoders and text encoders, and what they cost. Integers, no torch.
+"""What stands around a latent diffusion model: autoencoders and text encoders, and what they cost. Integers,
+no torch.
 
-Convention ``matmul``: products of the convolutions, linear layers and attention. The encoders are frozen, so there is no
-backward pass.
+Convention ``matmul``: products of the convolutions, linear layers and attention. The encoders are frozen, so
+there is no backward pass.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class AutoencoderSpec:
     @property
     def factor(self) -> int:
         """Pixels on a side of a latent cell."""
-        return 2 ** (len(self.multipliers) - 1)
+        return 1 << (len(self.multipliers) - 1)
 
     def _check(self, height: int, width: int) -> None:
         for name, side in (("image height", height), ("image width", width)):
             if side < 1 or side % self.factor:
-                raise InputError(f"{name}: expected a multiple of {self.factor} for the autoencoder, got {side}")
+                raise InputError(
+                    f"{name}: expected a multiple of {self.factor} for the autoencoder, got {side}"
+                )
 
     def encode(self, height: int, width: int) -> int:
         """FLOPs to encode one image of that size in pixels."""
@@ -85,7 +88,8 @@ class TextEncoderSpec:
     """A transformer encoder of text.
 
     Attributes:
-        layers, width, heads, head_width, hidden: its sizes; attention's inner width is ``heads * head_width``.
+        layers, width, heads, head_width, hidden: its sizes; attention's inner width is ``heads *
+            head_width``.
         gated: the feed-forward layer has three products instead of two (T5 v1.1).
         projection: width that one pooled vector is projected to; 0 for none.
     """
@@ -115,7 +119,9 @@ AUTOENCODERS: Final[Mapping[str, AutoencoderSpec]] = {
 TEXT_ENCODERS: Final[Mapping[str, TextEncoderSpec]] = {
     "clip-l": TextEncoderSpec(12, 768, 12, 64, 3072),  # Radford et al., arXiv:2103.00020
     "clip-g": TextEncoderSpec(32, 1280, 20, 64, 5120, projection=1280),  # OpenCLIP bigG
-    "t5-xxl": TextEncoderSpec(24, 4096, 64, 64, 10240, gated=True),  # T5 v1.1, encoder only; UMT5-XXL is the same
+    "t5-xxl": TextEncoderSpec(
+        24, 4096, 64, 64, 10240, gated=True
+    ),  # T5 v1.1, encoder only; UMT5-XXL is the same
 }
 
 

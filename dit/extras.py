@@ -1,4 +1,6 @@
-"""Ledger lines beside the model: optimizer, averaged weights, encoders; and the cost of drawing samples. No torch."""
+"""Ledger lines beside the model: optimizer, averaged weights, encoders; and the cost of drawing samples. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,16 @@ from ditscale.dit.encoders import AUTOENCODERS, TEXT_ENCODERS, AutoencoderSpec, 
 from ditscale.dit.ledger import FlopReport, LedgerLine
 from ditscale.errors import InputError
 
-# Operations on one parameter, as torch.optim and torch._foreach_lerp_ do them: decay 1, first moment 3, second moment 4,
-# root and scale and epsilon 3, update 3. Numbers of four bytes that are read and written.
+# Operations on one parameter, as torch.optim and torch._foreach_lerp_ do them: decay 1, first moment 3,
+# second moment 4, root and scale and epsilon 3, update 3. Numbers of four bytes that are read and written.
 OPTIMIZERS = {"adamw": (14, 7), "adam": (13, 7), "sgd": (2, 3), "momentum": (4, 5)}
 AVERAGE_FLOPS, AVERAGE_NUMBERS = 3, 3
 CLIP_FLOPS, CLIP_NUMBERS = 3, 3  # square and sum, then scale
 
 
-def optimizer_lines(params: int, optimizer: str | None, *, ema: bool = False, clip: bool = False) -> tuple[LedgerLine, ...]:
+def optimizer_lines(
+    params: int, optimizer: str | None, *, ema: bool = False, clip: bool = False
+) -> tuple[LedgerLine, ...]:
     """What happens to the weights once a step, whatever the batch.
 
     Args:
@@ -32,13 +36,21 @@ def optimizer_lines(params: int, optimizer: str | None, *, ema: bool = False, cl
             raise InputError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
         each, numbers = OPTIMIZERS[optimizer]
         moved = 4 * numbers * params
-        lines.append(LedgerLine(f"optimizer.{optimizer}", "optimizer", f"{each}·parameters", each * params, 0, 0, moved))
+        lines.append(
+            LedgerLine(
+                f"optimizer.{optimizer}", "optimizer", f"{each}·parameters", each * params, 0, 0, moved
+            )
+        )
     if clip:
         moved = 4 * CLIP_NUMBERS * params
-        lines.append(LedgerLine("optimizer.clip", "optimizer", "3·parameters", CLIP_FLOPS * params, 0, 0, moved))
+        lines.append(
+            LedgerLine("optimizer.clip", "optimizer", "3·parameters", CLIP_FLOPS * params, 0, 0, moved)
+        )
     if ema:
         moved = 4 * AVERAGE_NUMBERS * params
-        lines.append(LedgerLine("optimizer.ema", "optimizer", "3·parameters", AVERAGE_FLOPS * params, 0, 0, moved))
+        lines.append(
+            LedgerLine("optimizer.ema", "optimizer", "3·parameters", AVERAGE_FLOPS * params, 0, 0, moved)
+        )
     return tuple(lines)
 
 
@@ -53,7 +65,9 @@ def encoder_lines(
     text_encoders: Sequence[str | TextEncoderSpec] = (),
     text_tokens: int | None = None,
 ) -> tuple[LedgerLine, ...]:
-    """Autoencoder and text encoders for ``samples`` images (every frame of a video by itself) and their captions."""
+    """Autoencoder and text encoders for ``samples`` images (every frame of a video by itself) and their
+    captions.
+    """
     lines = []
     images = samples * config.frames
     if encode is not None:
@@ -101,8 +115,10 @@ def count_sampling(
         images: samples to draw. Default: 1.
         steps: of the sampler.
         sampler: "euler" or "heun". Any sampler of one evaluation a step counts as "euler". Default: "euler".
-        guidance: classifier-free guidance, which runs the model with and without the condition. Default: True.
-        guided_share: of the evaluations that are guided (a guidance interval), rounded to whole ones. Default: 1.0.
+        guidance: classifier-free guidance, which runs the model with and without the condition. Default:
+            True.
+        guided_share: of the evaluations that are guided (a guidance interval), rounded to whole ones.
+            Default: 1.0.
         autoencoder: decodes the latents. Default: None.
         text_encoders: encode the captions, and an empty one for guidance. Default: ().
         text_tokens: of a caption. Default: ``config.caption_tokens``.
@@ -135,7 +151,13 @@ def count_sampling(
     )
     width = once.image_size if once.image_width is None else once.image_width
     extras = encoder_lines(
-        config, images, once.image_size, width, decode=autoencoder, text_encoders=text_encoders, text_tokens=text_tokens
+        config,
+        images,
+        once.image_size,
+        width,
+        decode=autoencoder,
+        text_encoders=text_encoders,
+        text_tokens=text_tokens,
     )
     return dataclasses.replace(
         once,

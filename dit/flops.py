@@ -1,10 +1,11 @@
 """The exact FLOP ledger of a DiT: closed forms in integers, no torch.
 
-One FLOP is one addition or one multiplication, so a multiply-add is two. The default convention is ``matmul``: matrix
-products only, the attention's two included; biases, norms, activations and look-ups left out. It is what
-``torch.utils.flop_counter.FlopCounterMode`` counts on the meta device, and the tests hold the two equal to the last
-integer, per module. The backward pass is the true one: no gradient is taken with respect to the image, the time features
-and a frozen text encoder's output. Every formula is derived in ``docs/flops.md``.
+One FLOP is one addition or one multiplication, so a multiply-add is two. The default convention is
+``matmul``: matrix products only, the attention's two included; biases, norms, activations and look-ups left
+out. It is what ``torch.utils.flop_counter.FlopCounterMode`` counts on the meta device, and the tests hold the
+two equal to the last integer, per module. The backward pass is the true one: no gradient is taken with
+respect to the image, the time features and a frozen text encoder's output. Every formula is derived in
+``docs/flops.md``.
 """
 
 from __future__ import annotations
@@ -81,18 +82,20 @@ def count(
         image_size: pixels on a side, or (height, width). Default: the configuration's.
         batch: samples in the batch, at least 1. Default: 1.
         frames: of the model's input. Default: the configuration's.
-        lengths: image tokens of each sample of a packed batch, instead of ``image_size`` and ``batch``: no padding, and
-            attention within each sample only. Default: None.
+        lengths: image tokens of each sample of a packed batch, instead of ``image_size`` and ``batch``: no
+            padding, and attention within each sample only. Default: None.
         context_lengths: caption tokens of each sample. Default: ``config.caption_tokens`` for all.
         convention: what counts; see ``ditscale.dit.conventions.CONVENTIONS``. Default: "matmul".
-        recompute: forward work that is done again for the backward pass: "none", "block" (torch's checkpoint around each
-            block), "attention" (the two products and the softmax), or names of lines. Default: "none".
-        fused: under ``all``, count the operators of ``ditscale.kernels`` as they compute; False counts the plain
-            operations that they replace, as autograd runs them. Default: True.
+        recompute: forward work that is done again for the backward pass: "none", "block" (torch's checkpoint
+            around each block), "attention" (the two products and the softmax), or names of lines. Default:
+            "none".
+        fused: under ``all``, count the operators of ``ditscale.kernels`` as they compute; False counts the
+            plain operations that they replace, as autograd runs them. Default: True.
         dtype_bytes: of an element, for the bytes moved. Default: 2.
         optimizer: "adamw", "adam", "sgd" or "momentum" as a line beside the model. Default: None.
         ema, clip: averaging the weights and clipping the gradient as lines beside the model. Default: False.
-        autoencoder: that encodes every image on the fly, as a line: "sd", "sd3" or a specification. Default: None.
+        autoencoder: that encodes every image on the fly, as a line: "sd", "sd3" or a specification. Default:
+            None.
         text_encoders: that encode every caption on the fly, as lines: names such as "t5-xxl". Default: ().
         text_tokens: tokens of a caption for them. Default: ``config.caption_tokens``.
 
@@ -122,7 +125,7 @@ def count(
     if convention not in COUNTED:
         convention, counted = resolve(convention), "matmul"
     walk = Walk(config, work, elementwise=counted == "all", fused=fused, size=dtype_bytes)
-    ledger = walk.lines(recompute, score_recompute=counted == "hardware")
+    ledger = walk.lines(recompute, hardware=counted == "hardware")
     forward = backward = again = products = 0
     for line in ledger:
         forward += line.forward
@@ -174,7 +177,9 @@ def count(
 
 def count_params(config: DiTConfig) -> ParamCount:
     """Trainable parameters, biases included, by how often they work."""
-    return Walk(config, Workload(((1, config.tokens, condition_tokens(config)),), config.grid(config.image_size)[0])).params
+    frames = config.grid(config.image_size, config.image_width)[0]
+    work = Workload(((1, config.tokens, condition_tokens(config)),), frames)
+    return Walk(config, work, elementwise=False, fused=True, size=2).params
 
 
 def condition_tokens(config: DiTConfig) -> int:
@@ -197,7 +202,9 @@ def _packed(
     for name, given in (("lengths", lengths), ("context_lengths", context_lengths)):
         bad = [n for n in given or () if isinstance(n, bool) or not isinstance(n, int) or n < 1]
         if bad or (given is not None and not given):
-            raise InputError(f"{name}: expected whole numbers of at least 1, got {bad[0] if bad else 'none'!r}")
+            raise InputError(
+                f"{name}: expected whole numbers of at least 1, got {bad[0] if bad else 'none'!r}"
+            )
     if lengths is not None and config.attention != "full":
         raise InputError(f"lengths: expected none where attention is {config.attention}, got some")
     if context_lengths is not None and (config.condition != "caption" or config.context == "pooled"):

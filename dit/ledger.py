@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-OPERATIONS = ("matmul", "attention", "norm", "modulation", "activation", "embedding", "elementwise", "optimizer")
+OPERATIONS = (
+    "matmul",
+    "attention",
+    "norm",
+    "modulation",
+    "activation",
+    "embedding",
+    "elementwise",
+    "optimizer",
+)
 
 
 class LedgerLine(NamedTuple):
@@ -19,7 +28,8 @@ class LedgerLine(NamedTuple):
         forward: FLOPs of the forward pass.
         backward: FLOPs of the backward pass, gradients that nobody needs left out.
         recompute: FLOPs of doing forward work again for the backward pass.
-        bytes_forward, bytes_backward: compulsory traffic to memory: every operand read once, every result written once.
+        bytes_forward, bytes_backward: compulsory traffic to memory: every operand read once, every result
+            written once.
     """
 
     name: str
@@ -42,17 +52,20 @@ class LedgerLine(NamedTuple):
 
 
 class ParamCount(NamedTuple):
-    """Trainable parameters by how often they work; ``total`` is ``per_token + per_context + per_sample + embedding``.
+    """Trainable parameters by how often they work; ``total`` is ``per_token + per_context + per_sample +
+    embedding``.
 
     Attributes:
         total: all parameters; ditscale's models train all of them. A fixed position table is not one.
-        per_token: work for every token of the image's stream (patches, attention, feed-forward, norms, output).
+        per_token: work for every token of the image's stream (patches, attention, feed-forward, norms,
+            output).
         per_sample: work once for every image (time, pooled condition, modulation).
         embedding: rows that are looked up (labels, words, learned positions).
-        per_context: work for every token of the caption, apart from the image's (its projection, the keys and values of
-            cross-attention, the caption's stream in joint blocks).
+        per_context: work for every token of the caption, apart from the image's (its projection, the keys and
+            values of cross-attention, the caption's stream in joint blocks).
         active: ``total`` without the experts that a token is not sent to.
-        body: weights of the blocks' matrix products that work for one image token, no biases: 12 L D^2 for a DiT.
+        body: weights of the blocks' matrix products that work for one image token, no biases: 12 L D^2 for a
+            DiT.
     """
 
     total: int
@@ -85,10 +98,12 @@ class FlopReport:
         recompute: FLOPs of forward work that is done again; 0 where none was asked for.
         train: what a training step costs by the convention: ``forward + backward``, and ``recompute`` under
             ``hardware``. The optimizer is not in it.
-        macs_forward: multiply-adds of the forward pass's matrix products, the unit that the DiT paper calls Gflops.
+        macs_forward: multiply-adds of the forward pass's matrix products, the unit that the DiT paper calls
+            Gflops.
         params: see :class:`ParamCount`.
         ledger: the lines that the sums are made of.
-        extras: lines beside the model: optimizer, averaged weights, autoencoder, text encoder. In no sum but ``step``.
+        extras: lines beside the model: optimizer, averaged weights, autoencoder, text encoder. In no sum but
+            ``step``.
         convention: what is counted.
     """
 
@@ -121,7 +136,9 @@ class FlopReport:
     @property
     def step(self) -> int:
         """FLOPs of a whole training step: the model's, recomputed ones, and the extras."""
-        return self.forward + self.backward + self.recompute + sum(x.forward + x.backward for x in self.extras)
+        return (
+            self.forward + self.backward + self.recompute + sum(x.forward + x.backward for x in self.extras)
+        )
 
     def line(self, name: str) -> LedgerLine:
         """The line of that name; KeyError where there is none."""
@@ -195,7 +212,10 @@ class FlopReport:
 
     def to_markdown(self) -> str:
         """The ledger as a Markdown table with its sums and its convention."""
-        body = [*self.rows(), ("total", "", f"train {self.train:,}", f"{self.forward:,}", f"{self.backward:,}", "100 %")]
+        body = [
+            *self.rows(),
+            ("total", "", f"train {self.train:,}", f"{self.forward:,}", f"{self.backward:,}", "100 %"),
+        ]
         table = ["| line | class | formula | forward | backward | share |", "|---|---|---|---:|---:|---:|"]
         table += ["| " + " | ".join(row) + " |" for row in body]
         return f"{self.title}, convention `{self.convention}`\n\n" + "\n".join(table) + "\n"
@@ -212,7 +232,10 @@ def aligned(rows: Iterable[tuple[str, ...]], *, right: int) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     left = len(widths) - right
     return "\n".join(
-        "  ".join(cell.rjust(w) if i >= left else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.rjust(w) if i >= left else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in table
     )
 

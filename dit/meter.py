@@ -1,4 +1,6 @@
-"""What a training loop has spent: model, hardware and encoder FLOPs, its share of the peak, and what a budget still pays for."""
+"""What a training loop has spent: model, hardware and encoder FLOPs, its share of the peak, and what a budget
+still pays for.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from ditscale.errors import InputError
 CHARGES = ("model", "hardware", "everything")
 _WINDOW = 20
 _COUNTERS = (
-    "steps", "samples", "tokens", "model_flops", "hardware_flops", "encoder_flops", "optimizer_flops", "nanoseconds",
+    "steps",
+    "samples",
+    "tokens",
+    "model_flops",
+    "hardware_flops",
+    "encoder_flops",
+    "optimizer_flops",
+    "nanoseconds",
 )
 
 
@@ -25,8 +34,10 @@ class StepCost(NamedTuple):
     """FLOPs of one step, over all devices.
 
     Attributes:
-        model: forward and backward of the model, as the mathematics needs them (for MFU and for scaling laws).
-        hardware: the same, with recomputed activations and the scores that fused attention forms again (for HFU).
+        model: forward and backward of the model, as the mathematics needs them (for MFU and for scaling
+            laws).
+        hardware: the same, with recomputed activations and the scores that fused attention forms again (for
+            HFU).
         encoder: frozen encoders that run on the fly.
         optimizer: update, averaging and clipping.
         tokens: image tokens.
@@ -52,8 +63,8 @@ class FlopMeter:
         dtype: of the matrix products. Default: "bfloat16".
         devices: accelerators that work together. Default: 1.
         budget: FLOPs to spend. Default: None.
-        charge: what the budget pays for: "model", "hardware" or "everything" (hardware, encoders, optimizer). Default:
-            "model".
+        charge: what the budget pays for: "model", "hardware" or "everything" (hardware, encoders, optimizer).
+            Default: "model".
 
     Raises:
         InputError: an argument is not possible.
@@ -104,17 +115,30 @@ class FlopMeter:
         self.cost(1)  # what cannot be counted should be known before training, not in its first step
 
     def cost(
-        self, batch: int = 1, *, lengths: Sequence[int] | None = None, context_lengths: Sequence[int] | None = None
+        self,
+        batch: int = 1,
+        *,
+        lengths: Sequence[int] | None = None,
+        context_lengths: Sequence[int] | None = None,
     ) -> StepCost:
         """FLOPs of one step on a batch; packed batches by their lengths, as in ``count``."""
-        key = (batch, None if lengths is None else tuple(lengths), None if context_lengths is None else tuple(context_lengths))
+        key = (
+            batch,
+            None if lengths is None else tuple(lengths),
+            None if context_lengths is None else tuple(context_lengths),
+        )
         known = self._costs.get(key)
         if known is not None:
             return known
         packed = {"lengths": lengths, "context_lengths": context_lengths}
         report = count(self.config, self._image_size, batch, **packed, **self._extras)  # type: ignore[arg-type]
         spent = count(
-            self.config, self._image_size, batch, convention="hardware", recompute=self._recompute, **packed  # type: ignore[arg-type]
+            self.config,
+            self._image_size,
+            batch,
+            convention="hardware",
+            recompute=self._recompute,
+            **packed,  # type: ignore[arg-type]
         ).train
         optimizer = sum(line.forward for line in report.extras if line.operation == "optimizer")
         encoder = sum(line.forward for line in report.extras) - optimizer
@@ -174,7 +198,9 @@ class FlopMeter:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs a second over the peak of all devices, in the last steps that had a time; None where unknown."""
+        """Model FLOPs a second over the peak of all devices, in the last steps that had a time; None where
+        unknown.
+        """
         return self._share("model")
 
     @property
@@ -198,8 +224,18 @@ class FlopMeter:
     def summary(self) -> dict[str, Any]:
         """All counters and ratios as plain values, for a log line or a run's record."""
         content: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS if name != "nanoseconds"}
-        content |= {"seconds": self.nanoseconds / 1e9, "mfu": self.mfu, "hfu": self.hfu, "budget": self.budget}
-        content |= {"convention": "matmul", "charge": self.charge, "spent": self.spent, "devices": self.devices}
+        content |= {
+            "seconds": self.nanoseconds / 1e9,
+            "mfu": self.mfu,
+            "hfu": self.hfu,
+            "budget": self.budget,
+        }
+        content |= {
+            "convention": "matmul",
+            "charge": self.charge,
+            "spent": self.spent,
+            "devices": self.devices,
+        }
         return content | {"peak": None if self.peak is None else self.peak._asdict()}
 
     def state_dict(self) -> dict[str, Any]:

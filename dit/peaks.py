@@ -1,4 +1,6 @@
-"""Peak arithmetic of accelerators, dense (no sparsity), one device (one chip, one GCD), with the source of each. No torch."""
+"""Peak arithmetic of accelerators, dense (no sparsity), one device (one chip, one GCD), with the source of
+each. No torch.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,21 @@ class _Device(NamedTuple):
     tera: dict[str, float]
 
 
-def _tensor(bfloat16: float, tf32: float | None = None, float32: float | None = None, float8: float | None = None) -> dict[str, float]:
+def _tensor(
+    bfloat16: float, tf32: float | None = None, float32: float | None = None, float8: float | None = None
+) -> dict[str, float]:
     given = {"bfloat16": bfloat16, "float16": bfloat16, "tf32": tf32, "float32": float32, "float8": float8}
     return {dtype: value for dtype, value in given.items() if value is not None}
 
 
-# The first pattern that matches a device's name wins, so variants stand before their family. Where a data sheet prints
-# figures with sparsity only, half of them is meant.
+# The first pattern that matches a device's name wins, so variants stand before their family. Where a data
+# sheet prints figures with sparsity only, half of them is meant.
 _DEVICES: dict[str, _Device] = {
     "H100 PCIe": _Device(r"h100.*pcie", "NVIDIA H100 data sheet", _tensor(756.5, 378, 51, 1513)),
     "H100 NVL": _Device(r"h100.*nvl", "NVIDIA H100 NVL data sheet", _tensor(835, 418, 60, 1671)),
-    "H100 SXM": _Device(r"\bg?h100\b", "NVIDIA H100 architecture white paper", _tensor(989.4, 494.7, 66.9, 1978.9)),
+    "H100 SXM": _Device(
+        r"\bg?h100\b", "NVIDIA H100 architecture white paper", _tensor(989.4, 494.7, 66.9, 1978.9)
+    ),
     "H200 SXM": _Device(r"\b(gh200|h200)\b", "NVIDIA H200 data sheet", _tensor(989.4, 494.7, 66.9, 1978.9)),
     "H20": _Device(r"\bh20\b", "NVIDIA H20 data sheet", _tensor(148, 74, 44, 296)),
     "GB200": _Device(r"\bgb200\b", "NVIDIA GB200 NVL72 data sheet", _tensor(2500, 1250, 80, 5000)),
@@ -53,12 +59,24 @@ _DEVICES: dict[str, _Device] = {
     "L4": _Device(r"\bl4\b", "NVIDIA L4 data sheet", _tensor(121, 60, 30.3, 242)),
     "V100": _Device(r"\bv100\b", "NVIDIA V100 data sheet (SXM2)", {"float16": 125, "float32": 15.7}),
     "T4": _Device(r"\bt4\b", "NVIDIA T4 data sheet", {"float16": 65, "float32": 8.1}),
-    "RTX 5090": _Device(r"rtx 5090", "NVIDIA RTX Blackwell white paper, float32 accumulation", _tensor(209.5, 104.8, 104.8, 419)),
-    "RTX 4090": _Device(r"rtx 4090", "NVIDIA Ada white paper, float32 accumulation", _tensor(165.2, 82.6, 82.6, 330.3)),
-    "RTX 3090": _Device(r"rtx 3090(?! ti)", "NVIDIA Ampere GA102 white paper, float32 accumulation", _tensor(71, 35.6, 35.6)),
+    "RTX 5090": _Device(
+        r"rtx 5090",
+        "NVIDIA RTX Blackwell white paper, float32 accumulation",
+        _tensor(209.5, 104.8, 104.8, 419),
+    ),
+    "RTX 4090": _Device(
+        r"rtx 4090", "NVIDIA Ada white paper, float32 accumulation", _tensor(165.2, 82.6, 82.6, 330.3)
+    ),
+    "RTX 3090": _Device(
+        r"rtx 3090(?! ti)", "NVIDIA Ampere GA102 white paper, float32 accumulation", _tensor(71, 35.6, 35.6)
+    ),
     "MI300X": _Device(r"\bmi300x\b", "AMD Instinct MI300X data sheet", _tensor(1307.4, 653.7, 163.4, 2614.9)),
     "MI325X": _Device(r"\bmi325x\b", "AMD Instinct MI325X data sheet", _tensor(1307.4, 653.7, 163.4, 2614.9)),
-    "MI250X": _Device(r"\bmi250x\b", "AMD Instinct MI250X data sheet, one of two dies", {"bfloat16": 191.5, "float16": 191.5, "float32": 23.95}),
+    "MI250X": _Device(
+        r"\bmi250x\b",
+        "AMD Instinct MI250X data sheet, one of two dies",
+        {"bfloat16": 191.5, "float16": 191.5, "float32": 23.95},
+    ),
     "TPU v4": _Device(r"tpu ?v4\b", "Google Cloud documentation, TPU v4", {"bfloat16": 275}),
     "TPU v5e": _Device(r"tpu ?v5 ?(e|lite)\b", "Google Cloud documentation, TPU v5e", {"bfloat16": 197}),
     "TPU v5p": _Device(r"tpu ?v5p?\b", "Google Cloud documentation, TPU v5p", {"bfloat16": 459}),
@@ -75,7 +93,8 @@ def find_peak(device: str | None, dtype: str = "bfloat16") -> Peak | None:
         dtype: "bfloat16" (or "bf16"), "float16", "tf32", "float32" or "float8". Default: "bfloat16".
 
     Returns:
-        Peak, or None where the device or its figure for that dtype is not in the table: a guess would be worse.
+        Peak, or None where the device or its figure for that dtype is not in the table: a guess would be
+            worse.
     """
     if device is None:
         return None

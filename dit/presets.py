@@ -1,4 +1,6 @@
-"""Published models by name. Each entry holds the fields of :class:`ditscale.dit.DiTConfig` that differ from its defaults."""
+"""Published models by name. Each entry holds the fields of :class:`ditscale.dit.DiTConfig` that differ from
+its defaults.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,13 @@ from typing import Any
 
 Fields = dict[str, Any]
 
-# Peebles & Xie, arXiv:2212.09748, table 1: depth, width, heads. SiT (Ma et al., arXiv:2401.08740) has the same models.
+# Peebles & Xie, arXiv:2212.09748, table 1: depth, width, heads. SiT (Ma et al., arXiv:2401.08740) has the
+# same models.
 _DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 _DIT_PATCHES = (2, 4, 8)
 
-# The conditionings that the DiT paper compares in its figure 5. In the two that have no modulation the time and the
-# label are tokens.
+# The conditionings that the DiT paper compares in its figure 5. In the two that have no modulation the time
+# and the label are tokens.
 _DIT_CONDITIONINGS: dict[str, Fields] = {
     "adaln": {"modulation": "adaln"},
     "in-context": {"modulation": "none", "context": "in-context"},
@@ -32,7 +35,8 @@ _PIXART: Fields = {
     "cross_norm": False,
 }
 
-# Esser et al., arXiv:2403.03206, the released 2B model: width 64 x depth; 77 CLIP and 77 T5 features side by side.
+# Esser et al., arXiv:2403.03206, the released 2B model: width 64 x depth; 77 CLIP and 77 T5 features side by
+# side.
 _SD3: Fields = {
     "image_size": 1024,
     "in_channels": 16,
@@ -67,7 +71,8 @@ _FLUX: Fields = {
     "learn_sigma": False,
 }
 
-# Wan 2.1 text-to-video (arXiv:2503.20314 and its released configurations): 81 frames are 21 latent ones, 480p.
+# Wan 2.1 text-to-video (arXiv:2503.20314 and its released configurations): 81 frames are 21 latent ones,
+# 480p.
 _WAN: Fields = {
     "image_size": 480,
     "image_width": 832,
@@ -87,11 +92,18 @@ _WAN: Fields = {
 }
 
 # Ma et al., arXiv:2401.03048: DiT-XL/2 on 16 frames, blocks within frames and along time in turn.
-_LATTE: Fields = {"depth": 28, "width": 1152, "heads": 16, "frames": 16, "attention": "alternating", "condition": "none"}
+_LATTE: Fields = {
+    "depth": 28,
+    "width": 1152,
+    "heads": 16,
+    "frames": 16,
+    "attention": "alternating",
+    "condition": "none",
+}
 
-# Liang et al., arXiv:2410.08184: "a vanilla Transformer design ... using a concatenation of image, text, and time
-# tokens", 2 to 15 layers, width 64 x depth. The paper's resolution, autoencoder and caption length were not to be
-# read anywhere: 256 px, the Stable Diffusion autoencoder and 77 CLIP features are assumptions.
+# Liang et al., arXiv:2410.08184: "a vanilla Transformer design ... using a concatenation of image, text, and
+# time tokens", 2 to 15 layers, width 64 x depth. The paper's resolution, autoencoder and caption length were
+# not to be read anywhere: 256 px, the Stable Diffusion autoencoder and 77 CLIP features are assumptions.
 _LIANG: Fields = {
     "condition": "caption",
     "caption_width": 768,
@@ -109,8 +121,15 @@ def preset_table() -> dict[str, Fields]:
     for family in ("DiT", "SiT"):
         for size, (depth, width, heads) in _DIT_SIZES.items():
             for patch in _DIT_PATCHES:
-                table[f"{family}-{size}/{patch}"] = {"depth": depth, "width": width, "heads": heads, "patch": patch}
-    table |= {f"DiT-XL/2-{name}": {**table["DiT-XL/2"], **fields} for name, fields in _DIT_CONDITIONINGS.items()}
+                table[f"{family}-{size}/{patch}"] = {
+                    "depth": depth,
+                    "width": width,
+                    "heads": heads,
+                    "patch": patch,
+                }
+    table |= {
+        f"DiT-XL/2-{name}": {**table["DiT-XL/2"], **fields} for name, fields in _DIT_CONDITIONINGS.items()
+    }
     table["PixArt-alpha-256"] = _PIXART
     table["PixArt-alpha-512"] = {**_PIXART, "image_size": 512}
     table["SD3-2B"] = _SD3

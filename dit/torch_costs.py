@@ -1,8 +1,9 @@
-"""What torch's operations cost: formulas for those that multiply matrices, and a count of all others by the table.
+"""What torch's operations cost: formulas for those that multiply matrices, and a count of all others by the
+table.
 
-``matmul_formulas`` repairs what ``torch.utils.flop_counter`` leaves out or counts wrongly (torch 2.13): attention on the
-CPU, matrix-vector and dot products, grouped convolution's backward pass, grouped and integer products, the fused inference
-layers, and ditscale's own attention.
+``matmul_formulas`` repairs what ``torch.utils.flop_counter`` leaves out or counts wrongly (torch 2.13):
+attention on the CPU, matrix-vector and dot products, grouped convolution's backward pass, grouped and integer
+products, the fused inference layers, and ditscale's own attention.
 """
 
 from __future__ import annotations
@@ -21,31 +22,34 @@ Formula = Callable[..., int]
 
 aten = torch.ops.aten
 
-# Neither products nor in the table of elementwise costs: small, but without a number under the convention `all`.
+# Neither products nor in the table of elementwise costs: small, but without a number under the convention
+# `all`.
 LIGHT = frozenset(
     """
-    native_group_norm native_group_norm_backward native_batch_norm native_batch_norm_backward _native_batch_norm_legit
-    _batch_norm_with_update _batch_norm_no_update batch_norm_backward cudnn_batch_norm cudnn_batch_norm_backward
-    max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward
-    max_pool3d_with_indices max_pool3d_with_indices_backward _adaptive_avg_pool2d _adaptive_avg_pool2d_backward
-    _adaptive_avg_pool3d _adaptive_avg_pool3d_backward upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    _upsample_nearest_exact2d upsample_nearest1d_backward upsample_nearest2d_backward upsample_nearest3d_backward
-    upsample_bilinear2d upsample_bilinear2d_backward upsample_bicubic2d upsample_bicubic2d_backward upsample_trilinear3d
-    upsample_trilinear3d_backward grid_sampler_2d grid_sampler_2d_backward grid_sampler_3d grid_sampler_3d_backward
-    reflection_pad1d reflection_pad2d reflection_pad2d_backward replication_pad2d replication_pad2d_backward col2im im2col
-    _fft_c2c _fft_r2c _fft_c2r nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward _embedding_bag
-    _embedding_bag_dense_backward addr glu glu_backward cummax cummin logcumsumexp kthvalue median mode quantile var_mean
-    std std_mean cumprod renorm _weight_norm_interface _weight_norm_interface_backward _fused_rms_norm
-    _fused_rms_norm_backward scatter_reduce index_reduce _foreach_norm _pdist_forward
-    """.split()
+    native_group_norm native_group_norm_backward native_batch_norm native_batch_norm_backward
+    _native_batch_norm_legit _batch_norm_with_update _batch_norm_no_update batch_norm_backward
+    cudnn_batch_norm cudnn_batch_norm_backward max_pool2d_with_indices max_pool2d_with_indices_backward
+    avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward max_pool3d_with_indices
+    max_pool3d_with_indices_backward _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d
+    _adaptive_avg_pool3d_backward upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    _upsample_nearest_exact2d upsample_nearest1d_backward upsample_nearest2d_backward
+    upsample_nearest3d_backward upsample_bilinear2d upsample_bilinear2d_backward upsample_bicubic2d
+    upsample_bicubic2d_backward upsample_trilinear3d upsample_trilinear3d_backward grid_sampler_2d
+    grid_sampler_2d_backward grid_sampler_3d grid_sampler_3d_backward reflection_pad1d reflection_pad2d
+    reflection_pad2d_backward replication_pad2d replication_pad2d_backward col2im im2col _fft_c2c _fft_r2c
+    _fft_c2r nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward _embedding_bag
+    _embedding_bag_dense_backward addr glu glu_backward cummax cummin logcumsumexp kthvalue median mode
+    quantile var_mean std std_mean cumprod renorm _weight_norm_interface _weight_norm_interface_backward
+    _fused_rms_norm _fused_rms_norm_backward scatter_reduce index_reduce _foreach_norm _pdist_forward
+    """.split()  # noqa: SIM905
 )
 
 
 def convolution_flops(batch: int, positions: Sequence[int], weight: Sequence[int]) -> int:
     """A convolution's multiply-adds, twice; ``positions`` are the output's (a transposed one's: the input's).
 
-    ``weight`` is [out, in / groups, *kernel] ([in, out / groups, *kernel] transposed), so groups need no mention. The
-    gradient of the input and that of the weight cost the same again each.
+    ``weight`` is [out, in / groups, *kernel] ([in, out / groups, *kernel] transposed), so groups need no
+    mention. The gradient of the input and that of the weight cost the same again each.
     """
     return 2 * batch * prod(positions) * prod(weight)
 
@@ -97,8 +101,9 @@ def _multi_head(q: Tensor, k: Tensor, _v: Tensor, width: int, *_: Any, **__: Any
 
 
 def _encoder_layer(x: Tensor, width: int, *rest: Any, **_: Any) -> int:
-    first = next(i for i, w in enumerate(rest) if isinstance(w, Tensor) and w.dim() == 2 and i > 4)
-    return _multi_head(x, x, x, width) + 4 * x.shape[0] * x.shape[1] * width * rest[first].shape[0]
+    # Of the matrices after the attention's own two, the first is the feed-forward's: [hidden, width].
+    hidden = [w for w in rest if isinstance(w, Tensor) and w.dim() == 2][2].shape[0]
+    return _multi_head(x, x, x, width) + 4 * x.shape[0] * x.shape[1] * width * hidden
 
 
 def _ours_forward(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
@@ -110,13 +115,23 @@ def _ours_backward(dout: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> in
 
 
 def _ours_qkv_forward(qkv: Tensor, *_: Any, **__: Any) -> int:
-    b, t, _, h, k = qkv.shape
+    b, t, _three, h, k = qkv.shape
     return attention_cost.attention_flops_forward(b, h, t, t, k)
 
 
 def _ours_qkv_backward(dout: Tensor, qkv: Tensor, *_: Any, **__: Any) -> int:
-    b, t, _, h, k = qkv.shape
+    b, t, _three, h, k = qkv.shape
     return attention_cost.attention_flops_backward(b, h, t, t, k)
+
+
+def _ours_backward_hardware(dout: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
+    sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    return attention_cost.attention_flops_backward_hardware(*sizes)
+
+
+def _ours_qkv_backward_hardware(dout: Tensor, qkv: Tensor, *_: Any, **__: Any) -> int:
+    b, t, _three, h, k = qkv.shape
+    return attention_cost.attention_flops_backward_hardware(b, h, t, t, k)
 
 
 # name in aten -> formula of (arguments, out_val); raw tensors, not shapes.
@@ -138,9 +153,13 @@ _PRODUCTS: dict[str, Formula] = {
     "_scaled_grouped_mm": _grouped_product,
     "convolution": _convolution,
     "_convolution": _convolution,
-    "cudnn_convolution": lambda x, w, *_, out_val, **__: convolution_flops(x.shape[0], out_val.shape[2:], w.shape),
+    "cudnn_convolution": lambda x, w, *_, out_val, **__: convolution_flops(
+        x.shape[0], out_val.shape[2:], w.shape
+    ),
     "convolution_overrideable": _convolution,
-    "_slow_conv2d_forward": lambda x, w, *_, out_val, **__: convolution_flops(x.shape[0], out_val.shape[2:], w.shape),
+    "_slow_conv2d_forward": lambda x, w, *_, out_val, **__: convolution_flops(
+        x.shape[0], out_val.shape[2:], w.shape
+    ),
     "convolution_backward": _convolution_backward,
     "_native_multi_head_attention": _multi_head,
     "_transformer_encoder_layer_fwd": _encoder_layer,
@@ -153,20 +172,26 @@ _ATTENTION_FORWARD = (
     "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_attention_math_for_mps",
 )
-_ATTENTION_BACKWARD = tuple(
-    f"{name}_backward" for name in _ATTENTION_FORWARD if not name.endswith("_mps")
-)
-# The packets of torch's registry whose formula for lengths that vary is right as it stands.
-_KEPT = ("_flash_attention_forward", "_efficient_attention_forward", "_flash_attention_backward", "_efficient_attention_backward")
+_ATTENTION_BACKWARD = tuple(f"{name}_backward" for name in _ATTENTION_FORWARD if not name.endswith("_mps"))
 _OURS: dict[str, Formula] = {
     "attention_fwd": _ours_forward,
     "attention_bwd": _ours_backward,
     "attention_qkv_fwd": _ours_qkv_forward,
     "attention_qkv_bwd": _ours_qkv_backward,
 }
+_OURS_HARDWARE: dict[str, Formula] = {
+    "attention_bwd": _ours_backward_hardware,
+    "attention_qkv_bwd": _ours_qkv_backward_hardware,
+}
 OWN_LIGHT = frozenset(
     f"{name}_{way}"
-    for name in ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate", "bias_gelu", "qk_norm_rope")
+    for name in (
+        "layernorm_modulate",
+        "gate_residual",
+        "gate_residual_layernorm_modulate",
+        "bias_gelu",
+        "qk_norm_rope",
+    )
     for way in ("fwd", "bwd")
 )
 
@@ -178,17 +203,15 @@ def matmul_formulas(*, hardware: bool = False) -> dict[Any, Formula]:
         hardware: attention's backward pass forms the scores again, as fused kernels do. Default: False.
     """
     table: dict[Any, Formula] = {}
-    backward = _attention_backward_hardware if hardware else _attention_backward
-    for names, formula in (
-        *(((name,), formula) for name, formula in _PRODUCTS.items()),
-        (_ATTENTION_FORWARD, _attention_forward),
-        (_ATTENTION_BACKWARD, backward),
-    ):
-        for name in names:
-            packet = _operator("aten", name)
-            if packet is not None:
-                table[packet] = _raw(formula)
-    for name, formula in _OURS.items():
+    backward: Formula = _attention_backward_hardware if hardware else _attention_backward
+    attention: dict[str, Formula] = dict.fromkeys(_ATTENTION_FORWARD, _attention_forward)
+    attention |= dict.fromkeys(_ATTENTION_BACKWARD, backward)
+    for name, formula in (_PRODUCTS | attention).items():
+        packet = _operator("aten", name)
+        if packet is not None:
+            table[packet] = _raw(formula)
+    ours = _OURS | (_OURS_HARDWARE if hardware else {})
+    for name, formula in ours.items():
         packet = _operator("ditscale", name)
         if packet is not None:
             table[packet] = _raw(formula)
@@ -198,7 +221,9 @@ def matmul_formulas(*, hardware: bool = False) -> dict[Any, Formula]:
     return table
 
 
-def all_cost(packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, formulas: dict[Any, Formula]) -> int | None:
+def all_cost(
+    packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, formulas: dict[Any, Formula]
+) -> int | None:
     """FLOPs of one operation under the convention ``all``; None where nothing is known of it."""
     name = packet.__name__.rstrip("_") if packet.__name__ not in ew.FREE else packet.__name__
     if packet in formulas:
@@ -208,23 +233,27 @@ def all_cost(packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any,
     result = out[0] if isinstance(out, (tuple, list)) else out
     if name in ew.PER_OUTPUT:
         cost = ew.PER_OUTPUT[name]
+        if name in ("add", "sub", "rsub") and kwargs.get("alpha", 1) != 1:
+            cost += 1  # one of the two is scaled on its way
         if result.is_complex():
             cost *= 6 if name == "mul" else 2
-        return cost * result.numel()
+        return cost * int(result.numel())
     if name == "mean":
         return int(args[0].numel()) + int(result.numel())
     if name in ew.PER_INPUT:
         return ew.PER_INPUT[name] * int(args[0].numel())
     if name in ew.PER_SOURCE:
-        source = args[ew.PER_SOURCE[name]] if len(args) > ew.PER_SOURCE[name] else kwargs.get("source", kwargs.get("src"))
+        place = ew.PER_SOURCE[name]
+        source: Any = args[place] if len(args) > place else kwargs.get("source", kwargs.get("src"))
         return int(source.numel())
     if name == "native_layer_norm":
-        width = prod(args[1])
-        rows = args[0].numel() // width
-        return ew.layer_norm(rows, width, affine=False)[0] + rows * width * sum(w is not None for w in args[2:4])
+        width = int(prod(args[1]))
+        rows = int(args[0].numel()) // width
+        weights = sum(w is not None for w in args[2:4])
+        return ew.layer_norm(rows, width, affine=False)[0] + rows * width * weights
     if name == "native_layer_norm_backward":
-        width = prod(args[2])
-        rows = args[0].numel() // width
+        width = int(prod(args[2]))
+        rows = int(args[0].numel()) // width
         weight, bias = args[5] is not None, args[6] is not None and args[7][2]
         return ew.layer_norm(rows, width, affine=False)[1] + rows * width * (3 * weight + bias)
     return None
@@ -248,7 +277,14 @@ def is_light(func: Any) -> bool:
         return True
     if getattr(torch.Tag, "reduction", None) in tags:
         return True
-    known = (ew.FREE, ew.PER_OUTPUT, ew.PER_INPUT, ew.PER_SOURCE, LIGHT, ("mean", "native_layer_norm", "native_layer_norm_backward"))
+    known = (
+        ew.FREE,
+        ew.PER_OUTPUT,
+        ew.PER_INPUT,
+        ew.PER_SOURCE,
+        LIGHT,
+        ("mean", "native_layer_norm", "native_layer_norm_backward"),
+    )
     return any(base in group or name in group for group in known) or base.startswith("_foreach_")
 
 

@@ -1,4 +1,6 @@
-"""Counting any torch model: a twin on the meta device runs once under torch's counter, with repairs, and nothing unknown passes."""
+"""Counting any torch model: a twin on the meta device runs once under torch's counter, with repairs, and
+nothing unknown passes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,8 +34,8 @@ class TraceReport:
         convention: "matmul", "all" or "hardware".
         forward, backward: FLOPs.
         params, trainable: numbers in its parameters.
-        modules: (name, forward, backward) of every module that did counted work, parents before children; a module's
-            numbers hold its children's.
+        modules: (name, forward, backward) of every module that did counted work, parents before children; a
+            module's numbers hold its children's.
         operations: (operation, forward, backward), largest first.
     """
 
@@ -91,28 +93,31 @@ def trace(
 ) -> TraceReport:
     """Count any torch model exactly, without running it on its device.
 
-    A copy of the model with empty tensors on the meta device runs once, under ``torch.utils.flop_counter`` with the
-    formulas that torch misses (see ``ditscale.dit.torch_costs``). The model itself is neither run nor changed: never wrap
-    a training loop in a counter, count a twin once.
+    A copy of the model with empty tensors on the meta device runs once, under ``torch.utils.flop_counter``
+    with the formulas that torch misses (see ``ditscale.dit.torch_costs``). The model itself is neither run
+    nor changed: never wrap a training loop in a counter, count a twin once.
 
     Args:
         model: in the mode (train or eval) that is to be counted; frozen parameters take no gradient.
-        inputs, keyword_inputs: what ``model`` is called with. Tensors give shape, dtype and ``requires_grad`` only.
+        inputs, keyword_inputs: what ``model`` is called with. Tensors give shape, dtype and ``requires_grad``
+            only.
         backward: count the backward pass too. Default: True.
-        loss: from the model's output to what is differentiated. Default: every floating-point tensor of the output.
-        convention: "matmul" (matrix products), "hardware" (and the scores that fused attention forms again) or "all"
-            (every operation by the table of ``ditscale.dit.elementwise``). Default: "matmul".
-        formulas: operator packets, such as ``torch.ops.my.operator``, to a function of its arguments and ``out_val``, or
-            to 0 for work that need not be counted. Default: None.
-        sharded: for tensors sharded over a mesh, count what this rank does ("local") or what all do together ("global").
-            Default: "local".
+        loss: from the model's output to what is differentiated. Default: every floating-point tensor of the
+            output.
+        convention: "matmul" (matrix products), "hardware" (and the scores that fused attention forms again)
+            or "all" (every operation by the table of ``ditscale.dit.elementwise``). Default: "matmul".
+        formulas: operator packets, such as ``torch.ops.my.operator``, to a function of its arguments and
+            ``out_val``, or to 0 for work that need not be counted. Default: None.
+        sharded: for tensors sharded over a mesh, count what this rank does ("local") or what all do together
+            ("global"). Default: "local".
 
     Returns:
         TraceReport.
 
     Raises:
-        InputError: an operation was met that might multiply matrices and that no formula counts (all are listed); the
-            model cannot be copied or does not run on the meta device; nothing of the output can be differentiated.
+        InputError: an operation was met that might multiply matrices and that no formula counts (all are
+            listed); the model cannot be copied or does not run on the meta device; nothing of the output can
+            be differentiated.
     """
     if convention not in CONVENTIONS:
         raise InputError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {convention!r}")
@@ -123,9 +128,11 @@ def trace(
     table = matmul_formulas(hardware=convention == "hardware") | _as_formulas(formulas or {})
     counter = FlopCounterMode(display=False, custom_mapping=table)
     attribution = ModuleAttribution(twin)
-    counter.mod_tracker = attribution
+    counter.mod_tracker = attribution  # type: ignore[assignment]
     watch = Watch(attribution, table, everything=convention == "all")
-    local: contextlib.AbstractContextManager[Any] = _LocalShards() if sharded == "local" else contextlib.nullcontext()
+    local: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if sharded == "local":
+        local = _LocalShards()  # type: ignore[no-untyped-call]
     # Modes nest: what the counter does not take apart reaches the watch below it.
     with _slow_path(), watch, counter, local:
         out = _run(lambda: twin(*args, **kwargs))
@@ -136,7 +143,8 @@ def trace(
     if watch.uncounted:
         found = ", ".join(f"{name} ({times})" for name, times in sorted(watch.uncounted.items()))
         raise InputError(
-            f"model: expected operations whose cost is known, got {found}; give formulas={{operator: function}} for them"
+            f"model: expected operations whose cost is known, got {found}; "
+            "give formulas={operator: function} for them"
         )
     return _report(model, convention, after_forward, after_all)
 
@@ -155,20 +163,26 @@ def meta_twin(model: nn.Module) -> nn.Module:
         for tensor in tree_leaves([module._parameters, module._buffers, _plain_tensors(module)]):
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
                 empty = tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
-                memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                memo[id(tensor)] = (
+                    nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                )
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"model: expected a module that can be copied to be counted, got {error}") from error
 
 
-class Watch(TorchDispatchMode):
-    """Sees every operation that torch's counter runs: notes those that nobody counts, and counts all by the table."""
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation that torch's counter runs: notes those that nobody counts, and counts all by the
+    table.
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(self, attribution: ModuleAttribution, table: dict[Any, Formula], *, everything: bool) -> None:
-        super().__init__()
+    def __init__(
+        self, attribution: ModuleAttribution, table: dict[Any, Formula], *, everything: bool
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         from torch.utils.flop_counter import flop_registry
 
         self.uncounted: Counter[str] = Counter()
@@ -178,13 +192,14 @@ class Watch(TorchDispatchMode):
         self._counted = {**flop_registry, **table}
         self._table = table
         self._outer = _OuterProducts()
+        self._light: dict[Any, bool] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = self.run(func, args, kwargs)
         packet = getattr(func, "_overloadpacket", func)
         if packet not in self._counted:
-            if isinstance(func, torch._ops.HigherOrderOperator) or not is_light(func):
+            if not self._known_light(func):
                 self.uncounted[str(packet)] += 1
             elif self._outer.is_product(func, args, out):
                 self.uncounted[f"{packet} of a broadcast product"] += 1
@@ -198,6 +213,10 @@ class Watch(TorchDispatchMode):
                     self.flops.setdefault(name, Counter())[str(packet)] += cost
         return out
 
+    def _known_light(self, func: Any) -> bool:
+        if func not in self._light:
+            self._light[func] = not isinstance(func, torch._ops.HigherOrderOperator) and is_light(func)
+        return self._light[func]
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the operation itself."""
@@ -205,7 +224,9 @@ class Watch(TorchDispatchMode):
 
 
 class _OuterProducts:
-    """Finds matrix products written as a broadcast multiplication and a sum: ``(a[:, :, None] * b[None]).sum(1)``."""
+    """Finds matrix products written as a broadcast multiplication and a sum: ``(a[:, :, None] *
+    b[None]).sum(1)``.
+    """
 
     def __init__(self) -> None:
         self._marked: dict[int, Tensor] = {}
@@ -226,12 +247,16 @@ class _OuterProducts:
         return name in ("sum", "mean") and out.numel() < tensors[0].numel()
 
 
-class _LocalShards(TorchDispatchMode):
+class _LocalShards(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets sharded tensors take themselves apart first, so that the counter sees this rank's share."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(t.__name__ == "DTensor" for t in types):
+        names = {t.__name__ for t in types}
+        if "DTensor" in names:
             return NotImplemented
+        if "FakeTensor" in names:  # how a sharded operation finds its result's shape: no work of the model's
+            with _disable_current_modes():
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -263,7 +288,9 @@ def _backward(out: Any, twin: nn.Module) -> None:
     if not ends:
         if not any(p.requires_grad for p in twin.parameters()):
             return
-        raise InputError("model: expected an output that can be differentiated, got none; give backward=False or loss=")
+        raise InputError(
+            "model: expected an output that can be differentiated, got none; give backward=False or loss="
+        )
     torch.autograd.backward(ends, [torch.empty_like(t) for t in ends])
 
 
@@ -304,7 +331,9 @@ def _report(
 
 def _to_meta(value: Any) -> Any:
     def empty(leaf: Any) -> Any:
-        return leaf.detach().to("meta").requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+        return (
+            leaf.detach().to("meta").requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+        )
 
     return tree_map(empty, value)
 
@@ -312,7 +341,9 @@ def _to_meta(value: Any) -> Any:
 def _plain_tensors(module: nn.Module) -> list[Any]:
     """Tensors that a module holds as ordinary attributes, in lists, tuples or dictionaries too."""
     hidden = ("_parameters", "_buffers", "_modules")
-    return [value for name, value in vars(module).items() if name not in hidden and not name.endswith("_hooks")]
+    return [
+        value for name, value in vars(module).items() if name not in hidden and not name.endswith("_hooks")
+    ]
 
 
 def _as_formulas(given: Mapping[Any, Formula | int]) -> dict[Any, Formula]:

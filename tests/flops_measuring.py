@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
+from flops_variants import Inputs, Variant
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from flops_variants import Inputs, Variant
 
 from ditscale.dit import DiTConfig
 from ditscale.dit.attribution import EVERYTHING, ModuleAttribution
-from ditscale.dit.flops import condition_tokens
+from ditscale.dit.flops import ParamCount, condition_tokens
 from ditscale.dit.torch_costs import matmul_formulas
 from ditscale.dit.tracing import Watch
-
 
 FORMULAS = matmul_formulas()
 
 
 @dataclass
 class Measured:
-    """FLOPs as (forward, backward): by torch's counter in total and by module, and of all operations by the table."""
+    """FLOPs as (forward, backward): by torch's counter in total and by module, and of all operations by the
+    table.
+    """
 
     total: tuple[int, int] = (0, 0)
     modules: dict[str, tuple[int, int]] = field(default_factory=dict)
     everything: tuple[int, int] = (0, 0)
     by_operation: dict[str, tuple[int, int]] = field(default_factory=dict)
-    params: int = 0
+    params: ParamCount | None = None
 
 
 class QuickWatch(Watch):
-    """Torch's own meta kernels of some operations are slow Python; an empty tensor of the right shape is all they give.
+    """Torch's own meta kernels of some operations are slow Python; an empty tensor of the right shape is all
+    they give.
 
     It stands in for them after everything that counts has seen the operation.
     """
@@ -44,10 +48,10 @@ class QuickWatch(Watch):
         self.table = {
             aten.add.Tensor: self.broadcast,
             aten.mul.Tensor: self.broadcast,
-            aten.addmm.default: lambda bias, a, b: a.new_empty(a.shape[0], b.shape[1]),
-            aten.gelu.default: lambda x, **_: x.new_empty(x.shape),
-            aten.gelu_backward.default: lambda dy, x, **_: x.new_empty(x.shape),
-            aten._softmax_backward_data.default: lambda dy, y, *_: y.new_empty(y.shape),
+            aten.addmm.default: lambda bias, a, b: empty(a, (a.shape[0], b.shape[1])),
+            aten.gelu.default: lambda x, **_: empty(x, x.shape),
+            aten.gelu_backward.default: lambda dy, x, **_: empty(x, x.shape),
+            aten._softmax_backward_data.default: lambda dy, y, *_: empty(y, y.shape),
             aten.native_layer_norm.default: self.layer_norm,
             aten.native_layer_norm_backward.default: self.layer_norm_backward,
             aten.sum.dim_IntList: self.sum,
@@ -61,27 +65,40 @@ class QuickWatch(Watch):
     @staticmethod
     def broadcast(a: Tensor, b: Any) -> Tensor | None:
         if not isinstance(b, Tensor):
-            return a.new_empty(a.shape)
+            return empty(a, a.shape)
         if a.dtype != b.dtype:
             return None
-        return a.new_empty(a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape))
+        return empty(a, a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape))
 
     @staticmethod
     def layer_norm(x: Tensor, *_: object) -> tuple[Tensor, ...]:
         row = (*x.shape[:-1], 1)
-        return x.new_empty(x.shape), x.new_empty(row), x.new_empty(row)
+        return empty(x, x.shape), empty(x, row), empty(x, row)
 
     @staticmethod
     def layer_norm_backward(
-        dy: Tensor, x: Tensor, shape: object, mean: object, rstd: object, w: Tensor | None, b: Tensor | None, mask: list[bool]
+        dy: Tensor,
+        x: Tensor,
+        shape: object,
+        mean: object,
+        rstd: object,
+        w: Tensor | None,
+        b: Tensor | None,
+        mask: list[bool],
     ) -> tuple[Tensor | None, ...]:
-        return tuple(None if t is None or not m else t.new_empty(t.shape) for t, m in zip((x, w, b), mask, strict=True))
+        return tuple(
+            None if t is None or not m else empty(t, t.shape) for t, m in zip((x, w, b), mask, strict=True)
+        )
 
     @staticmethod
     def sum(x: Tensor, dims: list[int], keepdim: bool = False, **_: object) -> Tensor:
         gone = {d % x.dim() for d in dims} if x.dim() else set()
         shape = [1 if i in gone else n for i, n in enumerate(x.shape) if keepdim or i not in gone]
-        return x.new_empty(shape)
+        return empty(x, shape)
+
+
+def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device="meta")
 
 
 def inputs_of(config: DiTConfig, batch: int, lengths: list[int] | None, contexts: list[int] | None) -> Inputs:
@@ -92,7 +109,13 @@ def inputs_of(config: DiTConfig, batch: int, lengths: list[int] | None, contexts
 
 
 def measure(
-    config: DiTConfig, inputs: Inputs, *, flash: bool = False, custom: dict | None = None, quick: bool = True, **options: bool
+    config: DiTConfig,
+    inputs: Inputs,
+    *,
+    flash: bool = False,
+    custom: dict | None = None,
+    quick: bool = True,
+    **options: bool,
 ) -> Measured:
     model = Variant(config, **options)
     if flash:
@@ -114,7 +137,7 @@ def measure(
         modules={n: (forward.get(n, 0), flops - forward.get(n, 0)) for n, flops in both.items()},
         everything=(sum(all_forward.values()), sum(all_both.values()) - sum(all_forward.values())),
         by_operation={op: (all_forward.get(op, 0), n - all_forward.get(op, 0)) for op, n in all_both.items()},
-        params=sum(p.numel() for p in model.parameters()),
+        params=parameters(model),
     )
 
 
@@ -126,3 +149,39 @@ def flatten(counts: dict) -> dict[str, int]:
         name = re.sub(r"\.experts\.\d+", "", name)
         sums[name] = sums.get(name, 0) + sum(by_operation.values())
     return sums
+
+
+def parameters(model: Variant) -> ParamCount:
+    """Parameters by how often they work, told from where they stand."""
+    config = model.config
+    by = {"token": 0, "context": 0, "sample": 0, "embedding": 0}
+    idle = body = Fraction(0)
+    for name, parameter in model.named_parameters():
+        who = kind_of(name, config)
+        by[who] += parameter.numel()
+        working = Fraction(1)
+        if ".experts." in name:
+            working = Fraction(config.experts_per_token, config.experts)
+            idle += (1 - working) * parameter.numel()
+        product = parameter.dim() == 2 and not name.endswith(("norm.weight", "table"))
+        if who == "token" and product and name.startswith(("blocks.", "single.")):
+            body += working * parameter.numel()
+    total = sum(by.values())
+    active, body = total - idle, body
+    assert active.denominator == body.denominator == 1
+    return ParamCount(
+        total, by["token"], by["sample"], by["embedding"], by["context"], active.numerator, body.numerator
+    )
+
+
+def kind_of(name: str, config: DiTConfig) -> str:
+    parts = name.split(".")
+    if name in ("label", "positions", "caption.words"):
+        return "embedding"
+    if parts[0] == "caption":
+        return "sample" if config.context == "pooled" else "context"
+    if parts[0] in ("time_mlp", "guidance", "pooled") or "modulation" in parts or parts[-1] == "table":
+        return "sample"
+    if "context" in parts or (parts[-3:-1] == ["cross", "kv"]) or ("cross" in parts and "k_norm" in parts):
+        return "context"
+    return "token"

@@ -1,7 +1,8 @@
 """Every variant of diffusion transformer that the ledger counts, as plain torch modules: the ledger's oracle.
 
-Written from the papers, not from the ledger. Nothing here is fast, trained or numerically careful; what counts is which
-operations run on which shapes. Modules are named as the ledger's lines are, numbers of blocks and experts apart.
+Written from the papers, not from the ledger. Nothing here is fast, trained or numerically careful; what
+counts is which operations run on which shapes. Modules are named as the ledger's lines are, numbers of blocks
+and experts apart.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class Core(nn.Module):
 
     def one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, t, s = q.shape[0], q.shape[1], k.shape[1]
-        q = q.reshape(n, t, self.h, self.k).transpose(1, 2).reshape(n, self.g, -1, self.k)  # a group's heads side by side
+        q = (
+            q.reshape(n, t, self.h, self.k).transpose(1, 2).reshape(n, self.g, -1, self.k)
+        )  # a group's heads side by side
         k, v = (z.reshape(n, s, self.g, self.k).transpose(1, 2) for z in (k, v))
         if self.flash:
             y = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
@@ -95,7 +98,9 @@ class Core(nn.Module):
             y = self.values(self.scores(q, k).softmax(-1), v)
         return y.reshape(n, self.h, t, self.k).transpose(1, 2).reshape(n, t, self.h * self.k)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int] | None, keys: Sequence[int] | None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int] | None, keys: Sequence[int] | None
+    ) -> Tensor:
         if queries is None:
             return self.one(q, k, v)
         parts = zip(q.split(list(queries), 1), k.split(list(keys), 1), v.split(list(keys), 1), strict=True)
@@ -117,7 +122,7 @@ class QKNorm(nn.Module):
 
 def rotate(x: Tensor, k: int) -> Tensor:
     """Rotary embedding as a complex product, every pair by its own angle."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, k // 2, 2)))
+    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, k // 2, 2)))
     turn = torch.empty(x.shape[1], 1, k // 2, device="meta", dtype=torch.complex64)
     return torch.view_as_real(pairs * turn).flatten(-3)
 
@@ -151,7 +156,11 @@ class Attention(Core):
     def fold(self, z: Tensor, frames: int) -> Tensor:
         b, n, w = z.shape
         z = z.reshape(b, frames, n // frames, w)
-        return z.reshape(-1, n // frames, w) if self.along == "space" else z.transpose(1, 2).reshape(-1, frames, w)
+        return (
+            z.reshape(-1, n // frames, w)
+            if self.along == "space"
+            else z.transpose(1, 2).reshape(-1, frames, w)
+        )
 
 
 class Cross(Core):
@@ -188,7 +197,9 @@ def activate(x: Tensor, swiglu: bool) -> Tensor:
 
 
 class Mixture(nn.Module):
-    """Top-k experts; ``capacity`` rows each where given, else as many as the router sends (here: uneven shares)."""
+    """Top-k experts; ``capacity`` rows each where given, else as many as the router sends (here: uneven
+    shares).
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -250,7 +261,9 @@ class Block(nn.Module):
         elif self.kind == "adaln-single":
             self.table = nn.Parameter(empty(len(branches) * 3, d))
 
-    def forward(self, x: Tensor, c: Tensor | None, context: Tensor | None, run: Run, lengths: Sequence[int] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, c: Tensor | None, context: Tensor | None, run: Run, lengths: Sequence[int] | None
+    ) -> Tensor:
         vectors = None
         if self.kind in ("adaln-zero", "adaln"):
             vectors = run.rows(self.modulation(c), lengths).chunk(len(self.norms) * self.per_branch, -1)
@@ -512,12 +525,16 @@ class Variant(nn.Module):
             shape = (1, sum(inputs.caption)) if inputs.packed else (b, inputs.caption[0])
             features = empty(*shape, config.caption_width)
             if config.vocabulary_size:
-                features = F.embedding(torch.empty(shape, device="meta", dtype=torch.int64), self.caption.words)
+                features = F.embedding(
+                    torch.empty(shape, device="meta", dtype=torch.int64), self.caption.words
+                )
         if config.caption_layers == 1:
             return self.caption.proj(features)
         return self.caption.fc2(F.gelu(self.caption.fc1(features), approximate="tanh"))
 
-    def one_stream(self, x: Tensor, c: Tensor | None, context: Tensor | None, run: Run, sizes: list[int]) -> Tensor:
+    def one_stream(
+        self, x: Tensor, c: Tensor | None, context: Tensor | None, run: Run, sizes: list[int]
+    ) -> Tensor:
         config, inputs = self.config, run.inputs
         joined = config.context == "in-context"
         lengths = [a + b for a, b in zip(inputs.image, sizes, strict=True)] if joined else list(inputs.image)
@@ -557,7 +574,9 @@ class Variant(nn.Module):
             return x
         x = interleave(z, x, run)
         inputs = run.inputs
-        lengths = [a + b for a, b in zip(inputs.image, inputs.caption, strict=True)] if inputs.packed else None
+        lengths = (
+            [a + b for a, b in zip(inputs.image, inputs.caption, strict=True)] if inputs.packed else None
+        )
         for block in self.single:
             x = self.call(block, x, c, run, lengths)
         return part(x, run)[1]

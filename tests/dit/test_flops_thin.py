@@ -16,7 +16,8 @@ from ditscale.dit.attribution import ModuleAttribution
 from ditscale.dit.flops import count
 from ditscale.errors import InputError
 
-# From the model's module names to the ledger's lines; the feed-forward's first layer is called without its module.
+# From the model's module names to the ledger's lines; the feed-forward's first layer is called without its
+# module.
 MODULES = {
     "x_embedder": ("patch_embed",),
     "t_embedder.mlp.0": ("time_mlp.0",),
@@ -48,12 +49,17 @@ CASES = {
 
 
 def traced(config: DiTConfig, batch: int) -> tuple[dict[str, int], dict[str, int]]:
-    """FLOPs of forward and of backward by module, block numbers struck out, as torch's counter sees them on meta."""
+    """FLOPs of forward and of backward by module, block numbers struck out, as torch's counter sees them on
+    meta.
+    """
     with torch.device("meta"):
         model = DiT(config)
         x = torch.empty(batch, config.in_channels, config.input_side, config.input_side)
         t = torch.empty(batch)
-        y = {"class": torch.empty(batch, dtype=torch.int64), "caption": torch.empty(batch, 4, dtype=torch.int64)}
+        y = {
+            "class": torch.empty(batch, dtype=torch.int64),
+            "caption": torch.empty(batch, 4, dtype=torch.int64),
+        }
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = ModuleAttribution(model)
     with counter:
@@ -123,7 +129,9 @@ def test_counts_without_torch() -> None:
         "import sys; from ditscale.dit.flops import count; from ditscale.dit.config import DiTConfig\n"
         "count(DiTConfig.preset('DiT-B/4')); sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+    )
 
 
 def test_json_is_plain() -> None:
