@@ -24,7 +24,7 @@ BACKENDS: Final[dict[str, tuple[str, ...]]] = {
     "gate_residual": ("cpu", "cuda", "triton"),
     "gate_residual_layernorm_modulate": ("cpu", "cuda", "triton"),
     "bias_gelu": ("cpu", "cuda", "triton"),
-    "qk_norm_rope": (),
+    "qk_norm_rope": ("cpu",),
     "attention": ("cpu", "sdpa"),
 }
 _FAMILY: Final = {
@@ -60,6 +60,8 @@ def unavailable_reason(op: str, backend: str, device_type: str) -> str | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if device_type == "meta":
+        return "tensors on the meta device have no data"
     if device_type == "cpu" and not interpreting():
         return "Triton runs on GPUs (on CPU tensors only in its interpreter, TRITON_INTERPRET=1)"
     try:

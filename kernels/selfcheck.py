@@ -54,6 +54,9 @@ def _inputs(op: str, shape: tuple[int, int, int], device: str) -> Tensors:
         return (rows[0], rows[1], mods[2], mods[0], mods[1])
     if op == "bias_gelu":
         return (rows[0], mods[0][0])
+    if op == "qk_norm_rope":
+        q, k = _numbers((B, T, 2, D), 1, device).unsqueeze(1).unbind(3)
+        return (q, k, mods[0][0], mods[1][0])
     if op == "attention":
         return tuple(
             _numbers((B, T, 3, D), 1, device).unsqueeze(1).unbind(3)

@@ -36,4 +36,10 @@ STABLE_TORCH_LIBRARY(ditscale, m) {
   m.def("attention_qkv_fwd(Tensor qkv, Tensor? lengths, float scale, bool save_stats) -> (Tensor out, Tensor stats)");
   m.def(
       "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor stats, Tensor? lengths, float scale) -> Tensor");
+  // Queries or keys: x [B, H, T, K]; weight [K]; cos, sin [T, K / 2] or [B, T, K / 2]; norm 0 none, 1 rms, 2 layer.
+  m.def(
+      "qk_norm_rope_fwd(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, float eps, int norm, bool interleaved) -> Tensor");
+  m.def(
+      "qk_norm_rope_bwd(Tensor dout, Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, float eps, int norm, "
+      "bool interleaved) -> (Tensor dx, Tensor dweight)");
 }

@@ -1,9 +1,7 @@
 // Attention on the CPU: checks, allocation and the split over threads; the arithmetic is in attention_blocks.inl.
 #include "attention_blocks.h"
 #include "adaln_rows.h"
-#include "../common/tensors.h"
-
-#include <memory>
+#include "scratch.h"
 
 namespace ditscale::cpu {
 namespace {
@@ -19,18 +17,6 @@ const AttentionTable& attention_table() {
   return chosen;
 }
 
-struct Scratch {
-  std::unique_ptr<float[]> data;
-  int64_t size = 0;
-  float* get(int64_t n) {
-    if (n > size) {
-      data.reset(new float[n]);
-      size = n;
-      if (poisoned()) std::memset(data.get(), 0xFF, sizeof(float) * n);
-    }
-    return data.get();
-  }
-};
 thread_local Scratch scratch_of_thread;
 
 // Pieces of the backward pass that a call is cut into where it has fewer heads: each makes its own sums for dk and dv.

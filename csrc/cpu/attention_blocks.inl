@@ -3,28 +3,10 @@
 // Lanes are queries. Scores are held transposed, [key, query], so that maxima, sums and exponentials of a row never cross
 // lanes, a head width of 72 costs 72 and keys and values are read as single numbers from wherever they are stored.
 #include "attention_blocks.h"
-#include "vec.h"
+#include "lanes.h"
 
 namespace ditscale::cpu {
 namespace {
-
-typedef float v8 __attribute__((vector_size(32)));
-typedef v8 v8_at __attribute__((aligned(4), may_alias));
-
-template <class V>
-struct in_memory {
-  typedef V type __attribute__((aligned(4), may_alias));
-};
-template <class V>
-DS_INLINE V get_at(const float* p) {
-  return *(const typename in_memory<V>::type*)p;
-}
-template <class V>
-DS_INLINE void put_at(float* p, V a) {
-  *(typename in_memory<V>::type*)p = a;
-}
-template <class V>
-constexpr int lanes_of = sizeof(V) / 4;
 
 // Rows of numbers are a whole number of these wide: vectors of 16 hand their last half to vectors of 8.
 #if defined(__AVX2__)

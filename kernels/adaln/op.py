@@ -110,7 +110,7 @@ def _check_rows(x: Tensor) -> None:
 def _like_x(name: str, t: Tensor, x: Tensor) -> Tensor:
     if not isinstance(t, Tensor):
         dispatch.check_float(name, t)
-    if t.shape != x.shape or t.get_device() != x.get_device():
+    if t.shape != x.shape or t.device != x.device:
         raise InputError(
             f"{name}: expected the shape and device of x, {list(x.shape)} on {x.device}, "
             f"got {list(t.shape)} on {t.device}"
@@ -122,13 +122,13 @@ def _modulations(x: Tensor, names: tuple[str, ...], given: tuple[Tensor, ...]) -
     """Check shift, scale and gate and bring those of one call to one rank and dtype; as they are where nothing differs."""
     # The common call, in as few Python steps as there can be: a small call lasts three microseconds in all.
     first = given[0]
-    shape, dtype, device = first.shape, first.dtype, x.get_device()
+    shape, dtype, device = first.shape, first.dtype, x.device
     B, T, D = x.shape
     if (shape == (B, D) or shape == (D,) or shape == (B, T, D)) and (
         dtype is x.dtype or dtype is torch.float32
     ):
         for m in given:
-            if m.get_device() != device or (m is not first and (m.shape != shape or m.dtype is not dtype)):
+            if m.device != device or (m is not first and (m.shape != shape or m.dtype is not dtype)):
                 break
         else:
             return given

@@ -1,13 +1,98 @@
-"""The public ``qk_norm_rope``: checks and choice of a backend."""
+"""The public ``qk_norm_rope``: checks, choice of a backend and autograd."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
+import torch
 from torch import Tensor
 
 from ditscale.errors import InputError
 from ditscale.kernels import dispatch
 from ditscale.kernels.dispatch import Backend
-from ditscale.kernels.rotary import reference
+from ditscale.kernels.library import missing_reason
+from ditscale.kernels.rotary import cost, reference
+
+HeadNorm = Literal["rms", "layer", "none"]
+
+if missing_reason("cpu") is None:
+    from ditscale.kernels.rotary import native as _native  # noqa: F401 (shapes and FLOPs of the loaded operators)
+
+
+def _ops(backend: str) -> Any:
+    """The operators of a backend; both namespaces have the same names and schemas."""
+    return torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        weight: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        eps: float,
+        norm: str,
+        interleaved: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.backend, ctx.eps, ctx.norm, ctx.interleaved = backend, eps, norm, interleaved
+        return _ops(backend).qk_norm_rope_fwd(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: to be differentiated itself
+            out = reference.norm_rope_ref(x, weight, cos, sin, eps=ctx.eps, norm=ctx.norm, interleaved=ctx.interleaved)
+            used = [t for t in (x, weight) if t is not None and t.requires_grad]
+            found = iter(torch.autograd.grad(out, used, dout, create_graph=True))
+            dx, dw = (next(found) if t is not None and t.requires_grad else None for t in (x, weight))
+            return None, dx, dw, None, None, None, None, None
+        dx, dw = _ops(ctx.backend).qk_norm_rope_bwd(
+            dout, x, weight, cos, sin, ctx.eps, cost.NORMS.index(ctx.norm), ctx.interleaved
+        )
+        return None, dx, None if weight is None else dw, None, None, None, None, None
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    norm: str,
+) -> None:
+    for name, t in (("q", q), ("k", k)):
+        dispatch.check_float(name, t)
+        if t.dim() != 4 or t.shape[3] < 1:
+            raise InputError(f"{name}: expected [B, H, T, K] with K >= 1, got shape {list(t.shape)}")
+    K = q.shape[-1]
+    if k.shape[-1] != K or k.device != q.device:
+        raise InputError(f"k: expected width {K} on {q.device} as q, got {k.shape[-1]} on {k.device}")
+    if norm not in cost.NORMS:
+        raise InputError(f"norm: expected 'rms', 'layer' or 'none', got {norm!r}")
+    for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if w is not None and (w.shape != (K,) or not w.is_floating_point()):
+            raise InputError(f"{name}: expected a floating-point [{K}], got {list(w.shape)} {w.dtype}")
+    if (cos is None) != (sin is None):
+        raise InputError("cos, sin: expected both or neither, got one")
+    if cos is None or sin is None:
+        return
+    if K % 2:
+        raise InputError(f"q: expected an even head width K for a rotation, got {K}")
+    B, T = q.shape[0], q.shape[2]
+    if k.shape[2] != T or k.shape[0] != B:
+        raise InputError(f"k: expected the {B} samples of {T} tokens of q for a rotation, got {list(k.shape)}")
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.shape not in ((T, K // 2), (B, T, K // 2)) or t.shape != cos.shape:
+            raise InputError(f"{name}: expected [T, K / 2] = [{T}, {K // 2}] or [B, T, K / 2], got {list(t.shape)}")
+
+
+def _table(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
 
 
 def qk_norm_rope(
@@ -19,44 +104,52 @@ def qk_norm_rope(
     sin: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    norm: HeadNorm = "rms",
     interleaved: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """RMS norm of queries and keys over the width of a head, then rotary position embedding.
+    """Norm of queries and keys over the width of a head, then rotary position embedding.
 
     Args:
-        q, k: [B, H, T, K], strided views welcome.
-        q_weight, k_weight: [K], the norm's weight. Default: none.
-        cos, sin: [T, K / 2] or [B, T, K / 2], given together: the angles' cosines and sines. Default: no rotation.
-        eps: added to the mean square. Default: 1e-6.
+        q: [B, H, T, K]; k: [B, H_kv, T, K]; float32, bfloat16 or float16 (float64 on the reference); any strides, only a last
+            dimension that is not contiguous is copied. Without a rotation k may have another number of tokens.
+        q_weight, k_weight: [K], the norm's weight, in any dtype. Default: none.
+        cos, sin: [T, K / 2] or [B, T, K / 2], given together: cosines and sines of the angles, as
+            ``ditscale.kernels.rotary.tables.rotary_table`` makes them (text tokens have angle 0). Default: no rotation.
+        eps: added to the mean square (variance). Default: 1e-6.
+        norm: "rms", "layer" (with weight and no bias) or "none". Default: "rms".
         interleaved: rotate the pairs (0, 1), (2, 3), ...; False pairs i with i + K / 2. Default: False.
-        backend: "auto" or "reference". Default: "auto".
+        backend: "auto", "cpu" or "reference". Default: "auto".
 
     Returns:
-        (q, k), the shapes and dtypes of the inputs.
+        (q, k), the shapes and dtypes of the inputs; from "cpu" views of memory laid out [B, T, H, K].
 
     Raises:
         InputError: a shape is not as above.
         BackendUnavailable: the backend was named and cannot run here (says why).
 
-    Numerics: float32 inside (float64 for float64), one rounding.
+    Numerics: float32 inside, one rounding. The gradients of the weights are sums in an order fixed by the shape: two runs are
+    equal to the bit, for any number of threads. No statistics are kept: backward makes them again. Gradients of cos and sin,
+    second derivatives, forward mode and torch.func transforms: the reference.
+    Cost: ``ditscale.kernels.rotary.cost.norm_rope_*``.
     Source: QK-norm arXiv:2010.04245, arXiv:2302.05442; RoPE arXiv:2104.09864.
     """
-    for name, t in (("q", q), ("k", k)):
-        dispatch.check_float(name, t)
-        if t.dim() != 4:
-            raise InputError(f"{name}: expected [B, H, T, K], got shape {list(t.shape)}")
-    K = q.shape[-1]
-    for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if w is not None and w.shape != (K,):
-            raise InputError(f"{name}: expected [{K}], got {list(w.shape)}")
-    if (cos is None) != (sin is None):
-        raise InputError("cos, sin: expected both or neither, got one")
-    if cos is not None and sin is not None:
-        if K % 2:
-            raise InputError(f"q: expected an even head width K for a rotation, got {K}")
-        for name, t in (("cos", cos), ("sin", sin)):
-            if t.shape not in ((q.shape[2], K // 2), (q.shape[0], q.shape[2], K // 2)):
-                raise InputError(f"{name}: expected [T, K / 2] = [{q.shape[2]}, {K // 2}] or [B, T, K / 2], got {list(t.shape)}")
-    dispatch.choose("qk_norm_rope", backend, q)
-    return reference.qk_norm_rope_ref(q, k, q_weight, k_weight, cos, sin, eps=eps, interleaved=interleaved)
+    _check(q, k, q_weight, k_weight, cos, sin, norm)
+    chosen = dispatch.choose("qk_norm_rope", backend, q)
+    if any(t is not None and t.requires_grad for t in (cos, sin)) or k.dtype != q.dtype:
+        chosen = "reference"
+    if chosen == "reference":
+        options = {"eps": eps, "norm": norm, "interleaved": interleaved}
+        return (
+            reference.norm_rope_ref(q, q_weight, cos, sin, **options),  # type: ignore[arg-type]
+            reference.norm_rope_ref(k, k_weight, cos, sin, **options),  # type: ignore[arg-type]
+        )
+    cos, sin = _table(cos), _table(sin)
+    out = []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        w = _table(weight)
+        if torch.is_grad_enabled() and (x.requires_grad or (w is not None and w.requires_grad)):
+            out.append(_NormRope.apply(chosen, x, w, cos, sin, eps, norm, interleaved))
+        else:
+            out.append(_ops(chosen).qk_norm_rope_fwd(x, w, cos, sin, eps, cost.NORMS.index(norm), interleaved))
+    return out[0], out[1]

@@ -1,4 +1,4 @@
-"""RMS norm of queries and keys per head and rotary position embedding in plain PyTorch."""
+"""Norm of queries and keys per head and rotary position embedding in plain PyTorch; differentiable to any order."""
 
 from __future__ import annotations
 
@@ -10,9 +10,25 @@ def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _one(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool) -> Tensor:
+def norm_rope_ref(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    norm: str = "rms",
+    interleaved: bool = False,
+) -> Tensor:
+    """Norm over K ("rms", "layer", "none"), weight [K], rotation by cos, sin [T, K / 2] or [B, T, K / 2]; x [B, H, T, K].
+
+    float32 inside (float64 for float64), one rounding.
+    """
     a = _wide(x)
-    a = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + eps)
+    if norm == "layer":
+        a = a - a.mean(-1, keepdim=True)
+    if norm != "none":
+        a = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         a = a * _wide(weight)
     if cos is not None and sin is not None:
@@ -26,18 +42,3 @@ def _one(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | Non
             first, second = a.chunk(2, dim=-1)
             a = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
     return a.to(x.dtype)
-
-
-def qk_norm_rope_ref(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    eps: float = 1e-6,
-    interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """RMS norm over K, weight, then rotation; q, k [B, H, T, K]; cos, sin [T, K / 2] or [B, T, K / 2]."""
-    return _one(q, q_weight, cos, sin, eps, interleaved), _one(k, k_weight, cos, sin, eps, interleaved)

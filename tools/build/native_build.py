@@ -29,27 +29,12 @@ TARGET = "0x020a000000000000"  # torch 2.10: the oldest whose C shim has paralle
 HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
 HOST_FLAGS += ["-Wall", "-Wno-maybe-uninitialized"]  # GCC 12 sees its own AVX-512 header as uninitialised
 LINK_FLAGS = ["-shared", "-Wl,-s"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 X86_UNITS: dict[str, list[str]] = {
-    "cpu/adaln_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "cpu/adaln_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mfma",
-        "-mf16c",
-        "-mavx2",
-    ],
-    "cpu/attention_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "cpu/attention_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mfma",
-        "-mf16c",
-        "-mavx2",
-    ],
+    f"cpu/{family}_{isa}.cpp": flags
+    for family in ("attention", "adaln", "rotary")
+    for isa, flags in (("avx512", AVX512), ("avx2", AVX2))
 }
 CPU_UNITS: dict[str, list[str]] = {
     **(X86_UNITS if platform.machine() in ("x86_64", "AMD64") else {}),  # the slow ones first
@@ -57,6 +42,8 @@ CPU_UNITS: dict[str, list[str]] = {
     "cpu/adaln_portable.cpp": [],
     "cpu/attention.cpp": [],
     "cpu/attention_portable.cpp": [],
+    "cpu/rotary.cpp": [],
+    "cpu/rotary_portable.cpp": [],
     "bindings/schemas.cpp": [],
     "cpu/isa.cpp": [],
 }
@@ -192,3 +179,22 @@ def build_all(out: Path) -> list[Path]:
     built = sorted(out.glob("libditscale_*.so"))
     say(f"built {' and '.join(p.name for p in built)} in {time.monotonic() - start:.0f} s")
     return built
+
+
+def build_emulated(out: Path) -> Path:
+    """The CUDA kernels compiled for the host (csrc/cuda/host_shim.h) as operators of their own, for tests without a GPU."""
+    torch = find_torch()
+    if torch is None:
+        raise RuntimeError("no torch to build against")
+    target = out / "libditscale_emulated.so"
+    with tempfile.TemporaryDirectory() as folder:
+        objects, commands = [], []
+        for unit in CUDA_KERNELS + CUDA_BINDINGS:
+            objects.append(str(Path(folder) / (unit.replace("/", "_") + ".o")))
+            # The least optimisation that keeps the run short: the compile is most of the cost.
+            command = _host_command(torch, unit, ["-O1", "-DDITSCALE_HOST_SHIM", "-Wno-unknown-pragmas"], objects[-1])
+            commands.append([*command[:-4], "-x", "c++", *command[-4:]])
+        _run_all(commands)
+        compiler = shlex.split(os.environ.get("CXX", "g++"))
+        _link([*compiler, *LINK_FLAGS, *objects, f"-L{torch}/lib", "-ltorch_cpu"], target)
+    return target

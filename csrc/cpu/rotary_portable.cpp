@@ -1,0 +1,5 @@
+#include "rotary_rows.inl"
+
+namespace ditscale::cpu {
+extern const RotaryTable rotary_portable = {{kernels<float>(), kernels<bf16>(), kernels<f16>()}};
+}

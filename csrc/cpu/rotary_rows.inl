@@ -1,0 +1,208 @@
+// RMS or layer norm over the width of a head, its weight, and rotary position embedding, one row at a time and once for every
+// instruction set. Mathematics: docs/attention.md.
+#include "lanes.h"
+#include "rotary_rows.h"
+
+namespace ditscale::cpu {
+namespace {
+
+template <class T>
+DS_INLINE const float* widen(const T* from, int64_t n, float* room) {
+  if constexpr (sizeof(T) == 4) return (const float*)from;
+  for_row(n, [&](auto whole, int64_t i, int64_t m) { put<whole.value>(room + i, get<whole.value>(from + i, m), m); });
+  return room;
+}
+template <class T>
+DS_INLINE void narrow(const float* from, int64_t n, T* to) {
+  if ((const void*)from == (const void*)to) return;
+  for_row(n, [&](auto whole, int64_t i, int64_t m) { put<whole.value>(to + i, get<whole.value>(from + i, m), m); });
+}
+template <class T>
+DS_INLINE float* place(T* to, float* room) {
+  if constexpr (sizeof(T) == 4) return (float*)to;
+  return room;
+}
+
+// Pairs (2 i, 2 i + 1) laid out as (i, i + K / 2), and back: the norm does not care, and the rotation knows one layout only.
+DS_INLINE const float* part_pairs(const float* from, int64_t K, float* to) {
+  for (int64_t i = 0; i < K / 2; ++i) {
+    to[i] = from[2 * i];
+    to[K / 2 + i] = from[2 * i + 1];
+  }
+  return to;
+}
+DS_INLINE void join_pairs(const float* from, int64_t K, float* to) {
+  for (int64_t i = 0; i < K / 2; ++i) {
+    to[2 * i] = from[i];
+    to[2 * i + 1] = from[K / 2 + i];
+  }
+}
+
+struct RowNorm {
+  float mean, rstd;
+};
+
+DS_INLINE RowNorm row_norm(const float* x, int64_t K, int norm, float eps) {
+  if (norm == (int)HeadNorm::none) return {0.f, 1.f};
+  float mean = 0.f;
+  if (norm == (int)HeadNorm::layer) {
+    Total total;
+    for_span(K, [&](auto v, int64_t i) { total.add(get_at<decltype(v)>(x + i)); });
+    mean = total.get() / (float)K;
+  }
+  Total squares;
+  for_span(K, [&](auto v, int64_t i) {
+    const auto a = get_at<decltype(v)>(x + i) - mean;
+    squares.add(a * a);
+  });
+  return {mean, 1.f / __builtin_sqrtf(squares.get() / (float)K + eps)};
+}
+
+template <bool WEIGHT, bool TURN, class T>
+DS_INLINE void forward_rows(const RotaryArgs& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t K = a.K, half = K / 2;
+  float *x_room = scratch, *y_room = scratch + K, *x_parts = scratch + 2 * K, *w_parts = scratch + 3 * K;
+  const bool pairs = TURN && a.interleaved;
+  const float* w = WEIGHT && pairs ? part_pairs(a.weight, K, w_parts) : a.weight;
+  int64_t b = begin / a.T, t = begin % a.T;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t angles = b * a.table_b + t * a.table_t;
+    for (int64_t h = 0; h < a.H; ++h) {
+      const float* x = widen((const T*)a.x.data + b * a.x.b + h * a.x.h + t * a.x.t, K, x_room);
+      if (pairs) x = part_pairs(x, K, x_parts);
+      T* to = (T*)a.out.data + b * a.out.b + h * a.out.h + t * a.out.t;
+      float *row = place(to, y_room), *y = pairs ? x_parts : row;  // a pair is read before it is written
+      const RowNorm m = row_norm(x, K, a.norm, a.eps);
+      const auto normed = [&](auto v, int64_t i) {
+        typedef decltype(v) V;
+        V n = (get_at<V>(x + i) - m.mean) * m.rstd;
+        if constexpr (WEIGHT) n *= get_at<V>(w + i);
+        return n;
+      };
+      if constexpr (TURN) {
+        for_span(half, [&](auto v, int64_t i) {
+          typedef decltype(v) V;
+          const V first = normed(v, i), second = normed(v, half + i);
+          const V c = get_at<V>(a.cos + angles + i), s = get_at<V>(a.sin + angles + i);
+          put_at(y + i, first * c - second * s);
+          put_at(y + half + i, second * c + first * s);
+        });
+      } else {
+        for_span(K, [&](auto v, int64_t i) { put_at(y + i, normed(v, i)); });
+      }
+      if (pairs) join_pairs(y, K, row);
+      narrow(row, K, to);
+    }
+    if (++t == a.T) {
+      t = 0;
+      ++b;
+    }
+  }
+}
+
+template <bool WEIGHT, bool TURN, class T>
+DS_INLINE void backward_rows(const RotaryArgs& a, int64_t begin, int64_t end, float* dweight, float* scratch) {
+  const int64_t K = a.K, half = K / 2;
+  float *x_room = scratch, *dy_room = scratch + K, *dx_room = scratch + 2 * K;
+  float *x_parts = scratch + 3 * K, *dy_parts = scratch + 4 * K, *w_parts = scratch + 5 * K, *sums = scratch + 6 * K;
+  const bool pairs = TURN && a.interleaved;
+  const float* w = WEIGHT && pairs ? part_pairs(a.weight, K, w_parts) : a.weight;
+  if constexpr (WEIGHT) __builtin_memset(sums, 0, sizeof(float) * K);
+  int64_t b = begin / a.T, t = begin % a.T;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t angles = b * a.table_b + t * a.table_t;
+    for (int64_t h = 0; h < a.H; ++h) {
+      const float* x = widen((const T*)a.x.data + b * a.x.b + h * a.x.h + t * a.x.t, K, x_room);
+      const float* dy = widen((const T*)a.dout.data + b * a.dout.b + h * a.dout.h + t * a.dout.t, K, dy_room);
+      if (pairs) {
+        x = part_pairs(x, K, x_parts);
+        dy = part_pairs(dy, K, dy_parts);
+      }
+      T* to = (T*)a.out.data + b * a.out.b + h * a.out.h + t * a.out.t;
+      float *row = place(to, dx_room), *dx = pairs ? dy_parts : row;
+      const RowNorm m = row_norm(x, K, a.norm, a.eps);
+      Total mean, along;  // of the normalised row's gradient, and of its product with the row
+      const auto take = [&](auto v, int64_t i, auto g) {
+        typedef decltype(v) V;
+        const V n = (get_at<V>(x + i) - m.mean) * m.rstd;
+        if constexpr (WEIGHT) {
+          put_at(sums + i, get_at<V>(sums + i) + g * n);
+          g *= get_at<V>(w + i);
+        }
+        mean.add(g);
+        along.add(g * n);
+        put_at(dx + i, g);
+      };
+      const auto give = [&](int64_t from, int64_t n, float c1, float c2) {
+        for_span(n, [&](auto v, int64_t i) {
+          typedef decltype(v) V;
+          const V normed = (get_at<V>(x + from + i) - m.mean) * m.rstd;
+          put_at(dx + from + i, (get_at<V>(dx + from + i) - c1 - normed * c2) * m.rstd);
+        });
+      };
+      if constexpr (TURN) {
+        for_span(half, [&](auto v, int64_t i) {
+          typedef decltype(v) V;
+          const V first = get_at<V>(dy + i), second = get_at<V>(dy + half + i);
+          const V c = get_at<V>(a.cos + angles + i), s = get_at<V>(a.sin + angles + i);
+          take(v, i, V(first * c + second * s));
+          take(v, half + i, V(second * c - first * s));
+        });
+      } else {
+        for_span(K, [&](auto v, int64_t i) { take(v, i, get_at<decltype(v)>(dy + i)); });
+      }
+      if (a.norm != (int)HeadNorm::none) {
+        const float c1 = a.norm == (int)HeadNorm::layer ? mean.get() / (float)K : 0.f, c2 = along.get() / (float)K;
+        if constexpr (TURN) {  // the vectors that were stored are loaded again as they are
+          give(0, half, c1, c2);
+          give(half, half, c1, c2);
+        } else {
+          give(0, K, c1, c2);
+        }
+      }
+      if (pairs) join_pairs(dx, K, row);
+      narrow(row, K, to);
+    }
+    if (++t == a.T) {
+      t = 0;
+      ++b;
+    }
+  }
+  if constexpr (WEIGHT) {
+    if (pairs) {
+      join_pairs(sums, K, dweight);
+    } else {
+      __builtin_memcpy(dweight, sums, sizeof(float) * K);
+    }
+  }
+}
+
+template <class T>
+void forward(const RotaryArgs& a, int64_t begin, int64_t end, float* scratch) {
+  if (begin >= end) return;
+  if (a.cos != nullptr) {
+    if (a.weight != nullptr) return forward_rows<true, true, T>(a, begin, end, scratch);
+    return forward_rows<false, true, T>(a, begin, end, scratch);
+  }
+  if (a.weight != nullptr) return forward_rows<true, false, T>(a, begin, end, scratch);
+  return forward_rows<false, false, T>(a, begin, end, scratch);
+}
+
+template <class T>
+void backward(const RotaryArgs& a, int64_t begin, int64_t end, float* dweight, float* scratch) {
+  if (begin >= end) return;
+  if (a.cos != nullptr) {
+    if (a.weight != nullptr) return backward_rows<true, true, T>(a, begin, end, dweight, scratch);
+    return backward_rows<false, true, T>(a, begin, end, dweight, scratch);
+  }
+  if (a.weight != nullptr) return backward_rows<true, false, T>(a, begin, end, dweight, scratch);
+  return backward_rows<false, false, T>(a, begin, end, dweight, scratch);
+}
+
+template <class T>
+constexpr RotaryKernels kernels() {
+  return {forward<T>, backward<T>};
+}
+
+}  // namespace
+}  // namespace ditscale::cpu
