@@ -4,6 +4,7 @@
 // those of the device source, rounding instructions in software.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -33,16 +34,18 @@ using cudaStream_t = void*;
 
 namespace ditscale::shim {
 
+// Entered once through its context, then switched by jumps, which unlike swapcontext make no system call.
 struct Fiber {
   ucontext_t context;
+  jmp_buf at;
   std::unique_ptr<char[]> stack;
-  bool done = false;
+  bool started = false, done = false;
 };
 
 // What all threads of the running block see. A fiber that waits records at which meeting it stands.
 struct Block {
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   unsigned current = 0;
   std::function<void()> body;
   std::vector<uint32_t> lanes;  // what each thread offers to a shuffle
@@ -54,13 +57,23 @@ inline dim3 grid_index, thread_index, block_size, grid_size;
 inline void entry() {
   running->body();
   running->fibers[running->current].done = true;
-  swapcontext(&running->fibers[running->current].context, &running->scheduler);
+  _longjmp(running->scheduler, 1);
 }
 
 inline void yield() {
   const unsigned me = running->current;
-  swapcontext(&running->fibers[me].context, &running->scheduler);
-  thread_index = dim3(me);
+  if (_setjmp(running->fibers[me].at) == 0) _longjmp(running->scheduler, 1);
+}
+
+// Runs fiber t to its next meeting point. Its own function: nothing here is kept in a register over the jump back.
+inline void resume(Block& b, unsigned t) {
+  b.current = t;
+  thread_index = dim3(t);
+  if (_setjmp(b.scheduler) != 0) return;
+  Fiber& f = b.fibers[t];
+  if (f.started) _longjmp(f.at, 1);
+  f.started = true;
+  setcontext(&f.context);
 }
 
 constexpr size_t STACK = 64 * 1024;
@@ -80,7 +93,7 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> body) {
     for (unsigned x = 0; x < grid.x; ++x) {
       grid_index = dim3(x, y);
       for (Fiber& f : b.fibers) {
-        f.done = false;
+        f.started = f.done = false;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.get();
         f.context.uc_stack.ss_size = STACK;
@@ -91,9 +104,7 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> body) {
         live = 0;
         for (unsigned t = 0; t < block.x; ++t) {
           if (b.fibers[t].done) continue;
-          b.current = t;
-          thread_index = dim3(t);
-          swapcontext(&b.scheduler, &b.fibers[t].context);
+          resume(b, t);
           if (!b.fibers[t].done) ++live;
         }
       }

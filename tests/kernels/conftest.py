@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,11 +18,23 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 
 from ditscale.kernels import library  # noqa: E402
+from ditscale.kernels.adaln import op as adaln_op  # noqa: E402
+from ditscale.kernels.adaln import shapes as adaln_shapes  # noqa: E402
+from ditscale.kernels.gelu import op as gelu_op  # noqa: E402
+from ditscale.kernels.gelu import shapes as gelu_shapes  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["reference", "cpu", "triton", "emulated"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name to pass as ``backend``. "emulated" asks for the CPU kernels and is given the CUDA ones on the host."""
     name: str = request.param
+    if name == "emulated":
+        operators = request.getfixturevalue("emulated_operators")
+        for module in (adaln_op, gelu_op):
+            monkeypatch.setattr(module, "_ops", lambda backend: operators)
+        return "cpu"
     if name == "triton" and not importlib.util.find_spec("triton"):
         pytest.skip("triton is not installed")
     if name == "cpu" and library.missing_reason("cpu"):
@@ -34,3 +48,31 @@ def native() -> None:
     reason = library.missing_reason("cpu")
     if reason:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def emulated_operators(request: pytest.FixtureRequest) -> object:
+    """``torch.ops.ditscale_emulated``: the CUDA source compiled for the host, built once for a state of csrc/ and torch."""
+    sys.path.insert(0, str(ROOT / "tools" / "build"))
+    import native_build
+
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the CUDA source for the host")
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted([*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "common").iterdir()]):
+        digest.update(path.read_bytes())
+    cache = request.config.cache
+    assert cache is not None
+    folder = Path(cache.mkdir("ditscale-emulated")) / digest.hexdigest()[:16]
+    library_file = folder / "libditscale_emulated.so"
+    if not library_file.is_file():
+        native_build.build_emulated(folder)
+    torch.ops.load_library(str(library_file))
+    definitions = torch.library.Library("ditscale_emulated", "FRAGMENT")
+    for name, schema in {**adaln_shapes.SCHEMAS, **gelu_shapes.SCHEMAS}.items():
+        definitions.define(name + schema)
+    _definitions.append(definitions)
+    return torch.ops.ditscale_emulated
+
+
+_definitions: list[torch.library.Library] = []

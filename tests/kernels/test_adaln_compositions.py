@@ -122,7 +122,6 @@ class TestOperators:
         for op, args in checks:
             torch.library.opcheck(op.default, args, test_utils=utilities)
 
-    @pytest.mark.xfail(strict=False, reason="reads a table that the bindings no longer have")
     def test_schemas_of_both_backends_agree(self, native):
         from ditscale.kernels.adaln import native as module
 
