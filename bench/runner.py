@@ -6,7 +6,6 @@ import datetime
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ditscale.bench import ceilings, devices
 from ditscale.bench.cases import ADALN_OPS, Case, cases
@@ -29,7 +28,7 @@ class Session:
         device: "cpu" or "cuda".
         protocol: how everything is timed.
         allow_noise: measure on a noisy machine too; every row then says so.
-        against: if not empty, only these providers, ours, and plain PyTorch, against which everything is checked.
+        against: if not empty, only these providers, ours uncompiled, and plain PyTorch, which the check needs.
         tiny: the cases of tests and dry runs.
         deadline: ``time.monotonic()`` after which cases are skipped.
         say: takes lines for a person.
@@ -94,7 +93,9 @@ class Session:
 
     def wants(self, provider: str, yardstick: str) -> bool:
         """Whether a provider is asked for."""
-        return not self.against or provider in (*self.against, yardstick) or provider.startswith("ours")
+        if not self.against or provider in (*self.against, yardstick):
+            return True
+        return provider.startswith("ours") and provider != "ours-compile"
 
     def suite(self, name: str, *, only: Sequence[Case] | None = None) -> Iterator[Row]:
         """All rows of a suite, case by case."""

@@ -1,0 +1,174 @@
+"""The hour a GPU is there: everything that needs one, in calls of under ten minutes, the most valuable first.
+
+    python -P -m ditscale.bench.gpu_day --out FOLDER              on a GPU; the same command goes on where it was
+    python -P -m ditscale.bench.gpu_day --out FOLDER --dry-run    the same stages at tiny sizes on a CPU, in under a minute
+
+Each stage leaves ``NN-name.json`` in the folder, with its status, and rows go to ``rows-SUITE.jsonl`` case by case. When all is
+done, ``<device>.jsonl`` is what belongs into ``bench/results``. No network is used. Exit code: 0 all stages are done, 1 one
+of them found something wrong, 3 the time of this call was up and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ditscale.errors import InputError
+
+DONE, PARTIAL, UNAVAILABLE, FAILED = "done", "partial", "unavailable", "failed"
+_AGAIN = 3
+
+
+@dataclass
+class Day:
+    """What the stages share.
+
+    Attributes:
+        out: the folder.
+        device: "cuda", or "cpu" in a dry run.
+        dry: tiny sizes.
+        deadline: ``time.monotonic()`` at which this call must be ready to end.
+    """
+
+    out: Path
+    device: str
+    dry: bool
+    deadline: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def seconds_left(self) -> float:
+        """Of this call."""
+        return self.deadline - time.monotonic()
+
+
+class TimeUp(Exception):
+    """The stage stopped in an orderly way; the next call goes on with it."""
+
+
+class Unavailable(Exception):
+    """What the stage needs is not on this machine; the message says what."""
+
+
+Stage = Callable[[Day], dict[str, Any]]
+
+
+def stages() -> dict[str, tuple[Stage, float]]:
+    """The stages in order, each with the seconds that it should have before it is begun."""
+    from ditscale.bench import gpu_stages as s
+
+    return {
+        "environment": (s.environment, 10),
+        "build": (s.build, 240),
+        "selfcheck": (s.selfcheck, 30),
+        "operators": (s.operators_against_float64, 60),
+        "sanitizer": (s.sanitizer, 90),
+        "adaln": (s.suite("adaln"), 60),
+        "attention": (s.suite("attention"), 60),
+        "block": (s.suite("block"), 90),
+        "step": (s.suite("step"), 120),
+        "profile": (s.profile, 120),
+        "study": (s.study, 120),
+        "results": (s.results, 10),
+    }
+
+
+def run_day(day: Day, only: Sequence[str] = ()) -> dict[str, str]:
+    """Do what is not done yet; returns the status of every stage.
+
+    Raises:
+        InputError: ``only`` names a stage that there is not.
+    """
+    table = stages()
+    unknown = [name for name in only if name not in table]
+    if unknown:
+        raise InputError(f"--only: expected one of {', '.join(table)}, got {unknown[0]!r}")
+    try:
+        day.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: expected a folder to write to, got {day.out} ({error.strerror})") from error
+    statuses: dict[str, str] = {}
+    for number, (name, (stage, seconds)) in enumerate(table.items()):
+        path = day.out / f"{number:02d}-{name}.json"
+        before = _read(path)
+        statuses[name] = before.get("status", PARTIAL)
+        if only and name not in only:
+            continue
+        # Results are gathered anew in every call: they are those of the stages before.
+        if statuses[name] in (DONE, UNAVAILABLE) and name != "results" and not only:
+            continue
+        if day.seconds_left < (0 if day.dry else seconds):
+            continue
+        statuses[name] = _run_stage(day, name, stage, path, before)
+    return statuses
+
+
+def _run_stage(day: Day, name: str, stage: Stage, path: Path, before: dict[str, Any]) -> str:
+    started = time.monotonic()
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    try:
+        content = stage(day)
+        status, reason = content.pop("status", DONE), content.pop("reason", None)
+    except Unavailable as error:
+        content, status, reason = {}, UNAVAILABLE, str(error)
+    except TimeUp as error:
+        content, status, reason = {}, PARTIAL, str(error)
+    except Exception as error:  # a stage that breaks must not cost the hour of those after it
+        content, status = {"traceback": traceback.format_exc()}, FAILED
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    seconds = round(time.monotonic() - started, 1)
+    head = {"stage": name, "status": status, "reason": reason, "seconds": seconds + before.get("seconds", 0.0)}
+    path.write_text(json.dumps(head | {"dry_run": day.dry} | content, indent=1) + "\n")
+    print(f"{name}: {status}, {seconds} s{'; ' + reason if reason else ''}", file=sys.stderr, flush=True)
+    return status
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="ditscale.bench.gpu_day", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="the folder that takes everything")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call; default 9")
+    parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="do this stage, done or not; may be repeated")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--exercise", choices=("cuda", "triton", "cpu", "reference"), help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.exercise:
+        from ditscale.bench.gpu_stages import exercise
+
+        exercise(given.exercise)
+        return 0
+    if given.out is None:
+        parser.error("--out: expected a folder")
+    import torch
+
+    if not given.dry_run and not torch.cuda.is_available():
+        parser.error("expected a GPU that torch can use, got none; --dry-run runs the stages on a CPU")
+    device = "cpu" if given.dry_run else "cuda"
+    day = Day(given.out, device, given.dry_run, time.monotonic() + 60 * given.minutes)
+    try:
+        statuses = run_day(day, given.only)
+    except InputError as error:
+        parser.error(str(error))
+    print(json.dumps(statuses))
+    if FAILED in statuses.values():
+        return 1
+    return _AGAIN if PARTIAL in statuses.values() and not given.only else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
