@@ -293,6 +293,7 @@ class SurfaceFit:
         best: Array = 0.5 * (low + high)
         return best
 
+    @np.errstate(all="ignore")  # what is not finite is written as null
     def to_json(self) -> dict[str, Any]:
         """The contract's keys of ``ditscale fit surface --json`` and everything else of the fit."""
         base = self.fit.to_json()
