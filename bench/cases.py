@@ -88,9 +88,7 @@ def _adaln_work(case: Case) -> Iterable[Work]:
             flops += getattr(adaln, f"{case.op}_flops_{direction}")(s["B"], s["T"], s["D"])
             # Inference keeps no statistics.
             more = {} if case.op == "gate_residual" else {"save_stats": case.passes != "forward"}
-            bytes_moved += getattr(adaln, f"{case.op}_bytes_{direction}")(
-                s["B"], s["T"], s["D"], size, size, **more
-            )
+            bytes_moved += getattr(adaln, f"{case.op}_bytes_{direction}")(s["B"], s["T"], s["D"], size, size, **more)
     yield Work(0, flops, bytes_moved)
 
 
@@ -100,9 +98,7 @@ def _attention_work(case: Case) -> Iterable[Work]:
     for direction in _directions(case.passes):
         flops = getattr(attention, f"attention_flops_{direction}")(B, H, T, T, K)
         if direction == "forward":
-            moved = attention.attention_bytes_forward(
-                B, H, T, T, K, size, save_stats=case.passes != "forward"
-            )
+            moved = attention.attention_bytes_forward(B, H, T, T, K, size, save_stats=case.passes != "forward")
         else:
             moved = attention.attention_bytes_backward(B, H, T, T, K, size)
         yield Work(flops, flops, moved)
@@ -169,9 +165,7 @@ def grid(
         for t in tokens:
             for b in batches:
                 if rows[0] <= b * t <= rows[1]:
-                    found.append(
-                        operator_case(op, passes, dtype, b, t, width, heads, cache=cache, label=f"DiT-{name}")
-                    )
+                    found.append(operator_case(op, passes, dtype, b, t, width, heads, cache=cache, label=f"DiT-{name}"))
     return found
 
 
@@ -209,14 +203,10 @@ def block_case(
     label: str = "",
 ) -> Case:
     """One DiT block."""
-    return Case(
-        "block", "dit_block", passes, dtype, (("B", B), ("T", T), ("D", D), ("H", H)), "resident", label
-    )
+    return Case("block", "dit_block", passes, dtype, (("B", B), ("T", T), ("D", D), ("H", H)), "resident", label)
 
 
-def step_case(
-    B: int, T: int, D: int, H: int, L: int, *, C: int = 3, dtype: str = "float32", label: str = ""
-) -> Case:
+def step_case(B: int, T: int, D: int, H: int, L: int, *, C: int = 3, dtype: str = "float32", label: str = "") -> Case:
     """One training step of a whole DiT."""
     dims = (("B", B), ("T", T), ("D", D), ("H", H), ("L", L), ("C", C))
     return Case("step", "training_step", "step", dtype, dims, "resident", label)
@@ -227,9 +217,7 @@ def _cpu() -> dict[str, list[Case]]:
     two = ("forward", "forward_backward")
     fused = "gate_residual_layernorm_modulate"
 
-    def at(
-        op: str, passes: str, B: int, T: int, model: str, dtype: str = "float32", cache: str = "rotating"
-    ) -> Case:
+    def at(op: str, passes: str, B: int, T: int, model: str, dtype: str = "float32", cache: str = "rotating") -> Case:
         D, H = MODELS[model]
         return operator_case(op, passes, dtype, B, T, D, H, cache=cache, label=f"DiT-{model}")
 
@@ -321,9 +309,7 @@ def _tiny(device: str) -> dict[str, list[Case]]:
         for op in (*ADALN_OPS, "bias_gelu")
         for p in ("forward", "forward_backward")
     ]
-    small += [
-        operator_case("layernorm_modulate", "backward", dtype, 2, 16, 32, 2, cache="resident", label="tiny")
-    ]
+    small += [operator_case("layernorm_modulate", "backward", dtype, 2, 16, 32, 2, cache="resident", label="tiny")]
     small += [operator_case("qk_norm_rope", "forward", dtype, 2, 16, 32, 2, label="tiny")]
     return {
         "adaln": small,

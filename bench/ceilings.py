@@ -51,9 +51,7 @@ def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> 
     for where, size in sizes.items():
         size = 1 << 16 if tiny else size
         sets = 4 if where == "rotating" else 1
-        timing = measure(
-            {"copy": copy_call(size, sets, device)}, sets=sets, device=device, protocol=protocol
-        )["copy"]
+        timing = measure({"copy": copy_call(size, sets, device)}, sets=sets, device=device, protocol=protocol)["copy"]
         found.append(_ceiling("copy", where, size, size // 8 * 8, timing, "float32"))
     for dtype in _dtypes(device):
         for n in (64,) if tiny else _matmul_sizes(device):
@@ -99,9 +97,5 @@ class Roof:
         memory = [w.bytes_moved / self.bandwidth for w in work]
         compute = [w.matmul_flops / rate for w in work]
         seconds = sum(map(max, memory, compute))
-        bound = (
-            "compute"
-            if sum(c for m, c in zip(memory, compute, strict=True) if c > m) > seconds / 2
-            else "memory"
-        )
+        bound = "compute" if sum(c for m, c in zip(memory, compute, strict=True) if c > m) > seconds / 2 else "memory"
         return seconds * 1e3, bound

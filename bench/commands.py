@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,24 +18,16 @@ if TYPE_CHECKING:
     from ditscale.bench.runner import Session
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Out = Annotated[Optional[Path], typer.Option(help="Write the rows to this file, one JSON object a line.")]
-Against = Annotated[
-    Optional[list[str]], typer.Option(help="Time only this provider beside ours; give it again for more.")
-]
-Only = Annotated[
-    Optional[list[str]], typer.Option(help="Only cases whose name contains this; give it again for more.")
-]
-Device = Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
-Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: all cores this process may use.")]
-Noise = Annotated[
-    bool, typer.Option("--allow-noise", help="Measure on a noisy machine too; every row says so.")
-]
-Tiny = Annotated[
-    bool, typer.Option("--tiny", help="Run every line at sizes of milliseconds; the times mean nothing.")
-]
+Out = Annotated[Path | None, typer.Option(help="Write the rows to this file, one JSON object a line.")]
+Against = Annotated[list[str] | None, typer.Option(help="Time only this provider beside ours; give it again for more.")]
+Only = Annotated[list[str] | None, typer.Option(help="Only cases whose name contains this; give it again for more.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all cores this process may use.")]
+Noise = Annotated[bool, typer.Option("--allow-noise", help="Measure on a noisy machine too; every row says so.")]
+Tiny = Annotated[bool, typer.Option("--tiny", help="Run every line at sizes of milliseconds; the times mean nothing.")]
 Seconds = Annotated[float, typer.Option(help="Time for the samples of one case.")]
 Files = Annotated[
-    Optional[list[Path]], typer.Argument(help="Files of rows. Default: those committed under bench/results.")
+    list[Path] | None, typer.Argument(help="Files of rows. Default: those committed under bench/results.")
 ]
 
 
@@ -85,9 +77,7 @@ def _suite_command(name: str) -> Callable[..., None]:
 
 def run_all(
     out: Annotated[Path, typer.Option(help="The file that takes the rows when all is done.")],
-    minutes: Annotated[
-        float, typer.Option(help="Leave out what does not fit into this time; the rows say so.")
-    ] = 9.5,
+    minutes: Annotated[float, typer.Option(help="Leave out what does not fit into this time; the rows say so.")] = 9.5,
     device: Device = None,
     threads: Threads = None,
     seconds: Seconds = 3.0,
@@ -126,12 +116,8 @@ def _write_beside(out: Path, rows: Sequence[Row]) -> None:
 def compare(
     before: Annotated[Path, typer.Argument(help="Rows of the older state.")],
     after: Annotated[Path, typer.Argument(help="Rows of the newer state.")],
-    threshold: Annotated[
-        float, typer.Option(help="Smallest change that counts, as a share, beyond the noise.")
-    ] = 0.05,
-    any_device: Annotated[
-        bool, typer.Option("--any-device", help="Compare files of different devices too.")
-    ] = False,
+    threshold: Annotated[float, typer.Option(help="Smallest change that counts, as a share, beyond the noise.")] = 0.05,
+    any_device: Annotated[bool, typer.Option("--any-device", help="Compare files of different devices too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what became slower or faster between two files, with the noise of both in mind. Exit code 1: something did."""
@@ -157,9 +143,7 @@ def compare(
 
 def table(
     files: Files = None,
-    into: Annotated[
-        Optional[Path], typer.Option(help="Write the table between the markers of this file.")
-    ] = None,
+    into: Annotated[Path | None, typer.Option(help="Write the table between the markers of this file.")] = None,
     every: Annotated[bool, typer.Option("--every", help="Every case, those where we lose first.")] = False,
     as_json: Json = False,
 ) -> None:

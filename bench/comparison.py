@@ -59,18 +59,14 @@ class Comparison:
     def regressions(self) -> list[str]:
         """Ours that became slower, and ours that ran before and do not now."""
         slower = [
-            f"{c.case} {c.provider}"
-            for c in self.changes
-            if c.verdict == "slower" and c.provider.startswith("ours")
+            f"{c.case} {c.provider}" for c in self.changes if c.verdict == "slower" and c.provider.startswith("ours")
         ]
         return slower + list(self.broken)
 
     def sentence(self) -> str:
         """The outcome in words."""
         count = {v: sum(c.verdict == v for c in self.changes) for v in VERDICTS}
-        text = (
-            f"{count['slower']} slower, {count['faster']} faster, {count['same']} the same within the noise"
-        )
+        text = f"{count['slower']} slower, {count['faster']} faster, {count['same']} the same within the noise"
         if self.broken:
             text += f"; ran before and not now: {', '.join(self.broken)}"
         gone, new = len(self.only_before), len(self.only_after)
@@ -110,8 +106,7 @@ def compare_rows(
             raise InputError(f"{name}: expected rows that hold times, got none")
     if not any_device:
         devices = [
-            sorted({(r["device"]["name"], r["device"].get("threads")) for r in rows.values()})
-            for rows in (old, new)
+            sorted({(r["device"]["name"], r["device"].get("threads")) for r in rows.values()}) for rows in (old, new)
         ]
         if devices[0] != devices[1]:
             raise InputError(
@@ -138,18 +133,14 @@ def _change(
     old: dict[tuple[str, str], Row], new: dict[tuple[str, str], Row], key: tuple[str, str], threshold: float
 ) -> Change:
     a, b = old[key], new[key]
-    yardstick = next(
-        (y for y in YARDSTICKS if y in a.get("speedup_over", {}) and y in b.get("speedup_over", {})), ""
-    )
+    yardstick = next((y for y in YARDSTICKS if y in a.get("speedup_over", {}) and y in b.get("speedup_over", {})), "")
     if yardstick:
         r, s = a["speedup_over"][yardstick], b["speedup_over"][yardstick]
         ratio = r["median"] / s["median"]
         noise = sum((x["p80"] - x["p20"]) / 2 / x["median"] for x in (r, s))
     else:
         ratio = b["time_ms"] / a["time_ms"]
-        noise = sum(
-            (x["time_ms_p80"] - x["time_ms_p20"]) / 2 / x["time_ms"] + (x.get("noise") or 0.0) for x in (a, b)
-        )
+        noise = sum((x["time_ms_p80"] - x["time_ms_p20"]) / 2 / x["time_ms"] + (x.get("noise") or 0.0) for x in (a, b))
     beyond = max(threshold, noise)
     verdict = "slower" if ratio > 1 + beyond else "faster" if ratio < 1 / (1 + beyond) else "same"
     return Change(*key, a["time_ms"], b["time_ms"], ratio, noise, yardstick, verdict)

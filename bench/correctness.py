@@ -42,9 +42,7 @@ def judge(got: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping
     reason = None
     for name, truth in exact.items():
         if got[name].shape != truth.shape:
-            return Verdict(
-                f"{name}: shape {list(got[name].shape)}, expected {list(truth.shape)}", float("inf"), 0.0
-            )
+            return Verdict(f"{name}: shape {list(got[name].shape)}, expected {list(truth.shape)}", float("inf"), 0.0)
         top = float(truth.abs().max()) if truth.numel() else 0.0
         floor = FLOOR_ULPS * torch.finfo(got[name].dtype).eps * top
         mine, theirs = _errors(got[name], truth), _errors(plain[name], truth)

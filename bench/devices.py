@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -128,9 +129,7 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "places": os.environ.get("OMP_PLACES")
-        if os.environ.get("OMP_PROC_BIND", "").lower() == "true"
-        else None,
+        "places": os.environ.get("OMP_PLACES") if os.environ.get("OMP_PROC_BIND", "").lower() == "true" else None,
         "instruction_set": cpu_isa(),
         "cache_bytes": cache_bytes(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -157,17 +156,13 @@ def state(device: str) -> dict[str, Any]:
         names = _GPU_STATE.split(",")
         return found | (dict(zip(names, values, strict=True)) if len(values) == len(names) else {})
     try:
-        clocks = [
-            float(c) for c in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.M)
-        ]
+        clocks = [float(c) for c in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.M)]
         found["clock_mhz"] = round(max(clocks)) if clocks else None
     except OSError:
         pass
     for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*/temp"))[:1]:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             found["temperature_c"] = int(zone.read_text()) / 1000
-        except (OSError, ValueError):
-            pass
     return found
 
 
@@ -181,16 +176,10 @@ def pin(threads: int | None) -> int:
 
     from ditscale.errors import InputError
 
-    usable = (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else list(range(os.cpu_count() or 1))
-    )
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     count = len(usable) if threads is None else threads
     if not 1 <= count <= len(usable):
-        raise InputError(
-            f"--threads: expected 1 to {len(usable)}, the cores this process may use, got {count}"
-        )
+        raise InputError(f"--threads: expected 1 to {len(usable)}, the cores this process may use, got {count}")
     if hasattr(os, "sched_setaffinity") and count < len(usable):
         os.sched_setaffinity(0, set(usable[:count]))
     torch.set_num_threads(count)

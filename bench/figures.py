@@ -71,9 +71,7 @@ def draw_all(rows: Sequence[Row], out: str | Path) -> list[Path]:
         mine = [r for r in rows if r["device"]["name"] == device]
         tail = f"-{mine[0]['device']['type']}" if many else ""
         for op in dict.fromkeys(r["op"] for r in mine if r.get("roof_share")):
-            paths.append(
-                _roofline([r for r in mine if r["op"] == op], op, Path(out) / f"roofline-{op}{tail}.svg")
-            )
+            paths.append(_roofline([r for r in mine if r["op"] == op], op, Path(out) / f"roofline-{op}{tail}.svg"))
         paths.append(_speedups(mine, Path(out) / f"speedups{tail}.svg"))
     return paths
 

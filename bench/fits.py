@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 KNEE = 1e-3
 # A thinning of the published 4,500 starts, which take scipy minutes: (a, b, e, alpha, beta), where A = exp(a) and so on.
-GRID = tuple(
-    itertools.product((0.0, 10.0, 20.0), (0.0, 10.0, 20.0), (-1.0, 0.0, 1.0), (0.3, 0.8), (0.3, 0.8))
-)
+GRID = tuple(itertools.product((0.0, 10.0, 20.0), (0.0, 10.0, 20.0), (-1.0, 0.0, 1.0), (0.3, 0.8), (0.3, 0.8)))
 
 
 def table(runs: int, seed: int = 0) -> tuple[Array, Array, Array]:
@@ -38,9 +36,7 @@ def table(runs: int, seed: int = 0) -> tuple[Array, Array, Array]:
     return n, d, loss * np.exp(0.005 * rng.standard_normal(runs))
 
 
-def objective(
-    theta: Array, log_n: Array, log_d: Array, log_loss: Array, weights: Array
-) -> tuple[float, Array]:
+def objective(theta: Array, log_n: Array, log_d: Array, log_loss: Array, weights: Array) -> tuple[float, Array]:
     """The sum and its gradient in (a, b, e, alpha, beta)."""
     a, b, e, alpha, beta = theta
     terms = np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])
@@ -60,9 +56,7 @@ def objective(
     return float((huber(KNEE, residual) * weights).sum()), gradient
 
 
-def scipy_fit(
-    n: Array, d: Array, loss: Array, starts: Any, weights: Array | None = None
-) -> tuple[float, Array]:
+def scipy_fit(n: Array, d: Array, loss: Array, starts: Any, weights: Array | None = None) -> tuple[float, Array]:
     """The least objective that L-BFGS-B reaches from the starts, with exact gradients, and where."""
     w = np.ones(len(n)) if weights is None else weights
     data = (np.log(n), np.log(d), np.log(loss), w)
@@ -107,9 +101,7 @@ def _bootstraps(n: Array, d: Array, loss: Array, draws: int, grid: Any) -> dict[
     from ditscale.scaling.surface import surface_law
 
     law = surface_law("surface")
-    counts = (
-        np.random.default_rng(1).multinomial(len(n), np.full(len(n), 1 / len(n)), size=draws).astype(float)
-    )
+    counts = np.random.default_rng(1).multinomial(len(n), np.full(len(n), 1 / len(n)), size=draws).astype(float)
     whole = fit_law(law, {"params": n, "data": d}, loss, loss_fn=f"huber:{KNEE}")
     start = scipy_fit(n, d, loss, grid)[1]
 

@@ -143,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ditscale.bench.gpu_day", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="the folder that takes everything")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call; default 9")
-    parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="do this stage, done or not; may be repeated")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="STAGE", help="do this stage, done or not; may be repeated"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--exercise", choices=("cuda", "triton", "cpu", "reference"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

@@ -33,7 +33,16 @@ NCU_METRICS = (
     "smsp__inst_executed_op_local_ld.sum",
 )
 # (B, T, D): primes and tails, one token, the models' widths, and many rows of few tokens.
-SHAPES = ((2, 7, 13), (3, 1, 64), (2, 70, 24), (4, 37, 384), (2, 256, 1152), (1, 1024, 768), (64, 16, 1024), (2, 33, 2240))
+SHAPES = (
+    (2, 7, 13),
+    (3, 1, 64),
+    (2, 70, 24),
+    (4, 37, 384),
+    (2, 256, 1152),
+    (1, 1024, 768),
+    (64, 16, 1024),
+    (2, 33, 2240),
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -111,7 +120,12 @@ def _checks(day: Day) -> Iterator[Row]:
                         yield row | {"status": "failed", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
                         continue
                     status = "wrong" if verdict.reason else "right"
-                    yield row | {"status": status, "reason": verdict.reason, "error": verdict.error, "plain": verdict.plain_error}
+                    yield row | {
+                        "status": status,
+                        "reason": verdict.reason,
+                        "error": verdict.error,
+                        "plain": verdict.plain_error,
+                    }
 
 
 def operators_against_float64(day: Day) -> dict[str, Any]:
@@ -126,7 +140,10 @@ def operators_against_float64(day: Day) -> dict[str, Any]:
         if done.returncode not in (0, 5):  # 5: no test bears the mark
             bad.append({"case": "pytest -m gpu", "reason": done.stdout[-300:]})
     if bad:
-        return content | {"status": FAILED, "reason": f"{len(bad)} of {len(rows)} wrong, first {bad[0]['case']}: {bad[0]['reason']}"}
+        return content | {
+            "status": FAILED,
+            "reason": f"{len(bad)} of {len(rows)} wrong, first {bad[0]['case']}: {bad[0]['reason']}",
+        }
     return content
 
 
@@ -144,7 +161,9 @@ def exercise(backend: str) -> None:
             continue
         for B, T, D in ((2, 7, 13), (2, 37, 384), (1, 17, 1152)):
             for dtype in ("float32", "bfloat16"):
-                subject = operator_subject(operator_case(op, "forward_backward", dtype, B, T, D, 1, cache="resident"), device, 1)
+                subject = operator_subject(
+                    operator_case(op, "forward_backward", dtype, B, T, D, 1, cache="resident"), device, 1
+                )
                 subject.build["reference" if backend == "reference" else f"ours-{backend}"]().results()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -187,7 +206,11 @@ def suite(name: str) -> Stage:
         )
         rows = read_rows(path) if path.is_file() else []
         ceilings = session.start()
-        rows = [r for r in rows if r["commit"] == session.common["commit"] and r["device"]["name"] == session.common["device"]["name"]]
+        rows = [
+            r
+            for r in rows
+            if r["commit"] == session.common["commit"] and r["device"]["name"] == session.common["device"]["name"]
+        ]
         if not rows:
             rows = ceilings + (list(session.host_rows()) if name == "adaln" else [])
         done = {r["case"] for r in rows}
@@ -198,7 +221,9 @@ def suite(name: str) -> Stage:
             rows += session.case(case)
             done.add(case.id)
             write_rows(path, rows)
-        bad = [f"{r['case']} {r['provider']}" for r in rows if r["status"] == "wrong" and r["provider"].startswith("ours")]
+        bad = [
+            f"{r['case']} {r['provider']}" for r in rows if r["status"] == "wrong" and r["provider"].startswith("ours")
+        ]
         content = {"rows": len(rows), "file": path.name}
         return content | ({"status": FAILED, "reason": f"wrong results: {', '.join(bad[:3])}"} if bad else {})
 
@@ -321,7 +346,9 @@ def _self(*arguments: str) -> list[str]:
 
 
 def _tool(name: str) -> str:
-    found = shutil.which(name) or next((str(p) for p in Path("/usr/local").glob(f"cuda*/**/{name}") if p.is_file()), None)
+    found = shutil.which(name) or next(
+        (str(p) for p in Path("/usr/local").glob(f"cuda*/**/{name}") if p.is_file()), None
+    )
     if found is None:
         raise Unavailable(f"{name} is not on this machine")
     return found

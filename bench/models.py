@@ -26,15 +26,11 @@ def _randomised(module: nn.Module, device: str, seed: int = 1) -> nn.Module:
     return module.to(device)
 
 
-def _grads(
-    outputs: dict[str, Tensor], module: nn.Module, inputs: dict[str, Tensor], dy: Tensor | None
-) -> Results:
+def _grads(outputs: dict[str, Tensor], module: nn.Module, inputs: dict[str, Tensor], dy: Tensor | None) -> Results:
     leaves = inputs | dict(module.named_parameters())
     loss = next(iter(outputs.values()))
     found = torch.autograd.grad(loss, list(leaves.values()), dy)
-    return {k: v.detach() for k, v in outputs.items()} | {
-        f"d{k}": g for k, g in zip(leaves, found, strict=True)
-    }
+    return {k: v.detach() for k, v in outputs.items()} | {f"d{k}": g for k, g in zip(leaves, found, strict=True)}
 
 
 def _same_weights(model: nn.Module, plain: nn.Module) -> nn.Module:
@@ -52,9 +48,7 @@ def block_subject(case: Case, device: str) -> Subject:
     B, T, D, H = (case.shape[k] for k in "BTDH")
     dtype = DTYPES[case.dtype]
     g = generator(0, device)
-    x, c, dy = (
-        torch.randn(*shape, generator=g, device=device).to(dtype) for shape in ((B, T, D), (B, D), (B, T, D))
-    )
+    x, c, dy = (torch.randn(*shape, generator=g, device=device).to(dtype) for shape in ((B, T, D), (B, D), (B, T, D)))
     plain = _randomised(PlainBlock(D, H, 4 * D), device).to(dtype)
     ours = _same_weights(DiTBlock(D, H, 4 * D).to(device, dtype), plain)
 

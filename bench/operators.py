@@ -1,4 +1,4 @@
-"""The operator cases: inputs as a model makes them, plain PyTorch's lines, our functions per backend, and peers where installed."""
+"""The operator cases: inputs as a model makes them, plain PyTorch, our functions per backend, and installed peers."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias, approximate="tanh")
 
 
-def _qk_norm_rope(
-    q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
+def _qk_norm_rope(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     def one(a: Tensor, w: Tensor) -> Tensor:
         first, second = F.rms_norm(a, (a.shape[-1],), w, 1e-6).chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -100,9 +100,7 @@ class _Time(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         half = self.features // 2
         # Rounded once: a time of 1,000 makes the last digit of a frequency the fifth of its angle.
-        frequencies = torch.exp(
-            -math.log(10_000) * torch.arange(half, dtype=torch.float64, device=t.device) / half
-        )
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64, device=t.device) / half)
         angles = t[:, None].float() * frequencies.float()
         y: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
         return y
@@ -182,9 +180,7 @@ class PlainTrainer:
         self.model, self.parameters, self.tuned, self.dtype = model, list(parameters), tuned, dtype
         self.average = [p.detach().clone() for p in self.parameters]
         more = {"fused": True} if tuned else {}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, **more
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, **more)
 
     def loss(self, x_0: Tensor, y: Tensor, eps: Tensor, t: Tensor, drop: Tensor) -> Tensor:
         """Mean squared error of the velocity eps - x_0 at (1 - t) x_0 + t eps."""

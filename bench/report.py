@@ -61,9 +61,9 @@ def lost(providers: dict[str, Row]) -> list[str]:
     over = ours.get("speedup_over", {})
     found = [name for name, r in over.items() if name not in ("copy", "layer_norm") and r["p80"] < 1.0]
     for name, row in providers.items():  # peers that are no baseline: by medians, beyond both spreads
-        if name not in over and not name.startswith("ours") and name not in ("copy", "layer_norm"):
-            if row["time_ms_p80"] < ours["time_ms_p20"]:
-                found.append(name)
+        peer = name not in over and not name.startswith("ours") and name not in ("copy", "layer_norm")
+        if peer and row["time_ms_p80"] < ours["time_ms_p20"]:
+            found.append(name)
     return found
 
 
@@ -124,11 +124,7 @@ def _device_block(rows: Sequence[Row]) -> str:
     body = []
     for (_, _), providers in by_case(rows).items():
         ours = best_of_ours(providers.values())
-        if (
-            ours is None
-            or ours["suite"] not in ("adaln", "block", "step", "attention")
-            or "eager" not in providers
-        ):
+        if ours is None or ours["suite"] not in ("adaln", "block", "step", "attention") or "eager" not in providers:
             continue
         cells = [
             _title(ours),
@@ -210,6 +206,4 @@ def _percent(value: Any) -> str:
 
 def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(
-        [*lines, *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in body)]
-    )
+    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in body)])

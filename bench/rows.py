@@ -48,9 +48,7 @@ def read_rows(path: str | Path) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            raise InputError(
-                f"{path}: expected one JSON object a line, got something else in line {number}"
-            ) from None
+            raise InputError(f"{path}: expected one JSON object a line, got something else in line {number}") from None
         missing = [name for name in REQUIRED if not isinstance(row, dict) or name not in row]
         if missing or row["schema"] != SCHEMA:
             raise InputError(

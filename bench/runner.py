@@ -77,9 +77,7 @@ class Session:
                 self.device, Protocol(rounds=protocol.rounds, noise_limit=float("inf"), patience_seconds=0.0)
             )
 
-    def _row(
-        self, suite: str, case: str, op: str, provider: str, status: str, reason: str | None = None
-    ) -> Row:
+    def _row(self, suite: str, case: str, op: str, provider: str, status: str, reason: str | None = None) -> Row:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         head = {
             "suite": suite,
@@ -247,11 +245,7 @@ class Session:
         self, suite: str, case: str, op: str, provider: str, timing: Timing, timings: dict[str, Timing]
     ) -> Row:
         """A row with a time and its ratios to the baselines of the same rounds."""
-        over = {
-            name: timing.speedup_over(timings[name])
-            for name in BASELINES
-            if name in timings and name != provider
-        }
+        over = {name: timing.speedup_over(timings[name]) for name in BASELINES if name in timings and name != provider}
         return self._row(suite, case, op, provider, "measured") | _times(timing) | {"speedup_over": over}
 
     def _case_row(self, case: Case, provider: str, status: str, reason: str | None) -> Row:

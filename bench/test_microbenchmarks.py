@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 
-from ditscale.bench.cases import Case, cases  # noqa: E402
+from ditscale.bench.cases import Case, cases
 
 _CASES = [
     case

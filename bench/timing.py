@@ -49,9 +49,7 @@ class Protocol:
 
 
 # Runs every line in milliseconds; its times mean nothing.
-TINY = Protocol(
-    2, 2, sample_ms=0.0, warm_up_ms=0.0, seconds=0.0, noise_limit=1e9, patience_seconds=0.0, most_sets=2
-)
+TINY = Protocol(2, 2, sample_ms=0.0, warm_up_ms=0.0, seconds=0.0, noise_limit=1e9, patience_seconds=0.0, most_sets=2)
 
 
 @dataclass(frozen=True)

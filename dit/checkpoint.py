@@ -128,7 +128,9 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             tensors = safetensors.torch.load(data)
             return Checkpoint(head["step"], tensors, head["state"]), complaints
         except (InputError, OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            complaints.append(f"{head_path.with_suffix('.safetensors')}: damaged ({error}); falling back to the one before")
+            complaints.append(
+                f"{head_path.with_suffix('.safetensors')}: damaged ({error}); falling back to the one before"
+            )
     return None, complaints
 
 

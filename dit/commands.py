@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,25 +23,17 @@ def register(app: typer.Typer) -> None:
 
 
 def flops(
-    model: Annotated[
-        str, typer.Argument(help="A preset such as DiT-XL/2, or a TOML file with a [model] table.")
-    ],
+    model: Annotated[str, typer.Argument(help="A preset such as DiT-XL/2, or a TOML file with a [model] table.")],
     image_size: Annotated[
-        Optional[str], typer.Option(help="Pixels: a side, or HEIGHTxWIDTH. Default: the model's.")
+        str | None, typer.Option(help="Pixels: a side, or HEIGHTxWIDTH. Default: the model's.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Images.")] = 1,
     convention: Annotated[
         str, typer.Option(help="What counts: matmul, all, hardware, or a published rule.")
     ] = "matmul",
-    recompute: Annotated[
-        str, typer.Option(help="Activations computed again: none, block or attention.")
-    ] = "none",
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Every convention beside the exact count.")
-    ] = False,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the ledger as a Markdown table.")
-    ] = False,
+    recompute: Annotated[str, typer.Option(help="Activations computed again: none, block or attention.")] = "none",
+    compare: Annotated[bool, typer.Option("--compare", help="Every convention beside the exact count.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the ledger as a Markdown table.")] = False,
     as_json: Json = False,
 ) -> None:
     """Count a model's FLOPs and parameters exactly (a multiply-add is 2)."""
@@ -95,7 +87,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="A TOML file: the trainer's fields and a [model] table.")],
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in that folder.")] = False,
-    threads: Annotated[Optional[int], typer.Option(help="CPU threads. Default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train one DiT and write its run record."""
@@ -134,8 +126,8 @@ def train(
 def sample(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="The PNG to write.")],
-    caption: Annotated[Optional[list[str]], typer.Option(help="A caption; give it again for more images.")] = None,
-    label: Annotated[Optional[list[int]], typer.Option(help="A class; give it again for more images.")] = None,
+    caption: Annotated[list[str] | None, typer.Option(help="A caption; give it again for more images.")] = None,
+    label: Annotated[list[int] | None, typer.Option(help="A class; give it again for more images.")] = None,
     count: Annotated[int, typer.Option(help="Images, where no caption or label says how many.")] = 16,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 25,
     sampler: Annotated[str, typer.Option(help="euler or heun.")] = "heun",
@@ -176,8 +168,8 @@ def sample(
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    images: Annotated[Optional[int], typer.Option(help="Validation images. Default: as the run did.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of images and noise. Default: as the run did.")] = None,
+    images: Annotated[int | None, typer.Option(help="Validation images. Default: as the run did.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of images and noise. Default: as the run did.")] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a finished run's averaged weights on the fixed validation set."""
@@ -267,7 +259,9 @@ def condition_tensor(config: DiTConfig, given: list[Any] | None) -> Any:
 
     vocabulary = emoji_vocabulary()
     if len(vocabulary) != config.vocabulary_size:
-        message = f"expected the embedded vocabulary of {len(vocabulary)} words, got a model of {config.vocabulary_size}"
+        message = (
+            f"expected the embedded vocabulary of {len(vocabulary)} words, got a model of {config.vocabulary_size}"
+        )
         raise InputError(f"--caption: {message}")
     return torch.from_numpy(vocabulary.encode(given, CAPTION_LENGTH))
 

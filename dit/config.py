@@ -217,9 +217,7 @@ class DiTConfig:
         if isinstance(self.mlp_ratio, bool) or not isinstance(self.mlp_ratio, (int, float)):
             raise InputError(f"mlp_ratio: expected a number, got {self.mlp_ratio!r}")
         if not math.isfinite(self.mlp_ratio) or self.mlp_width < 1:
-            raise InputError(
-                f"mlp_ratio: expected a finite ratio that gives at least 1 unit, got {self.mlp_ratio!r}"
-            )
+            raise InputError(f"mlp_ratio: expected a finite ratio that gives at least 1 unit, got {self.mlp_ratio!r}")
         if self.frequency_width % 2:
             raise InputError(f"frequency_width: expected an even number, got {self.frequency_width}")
         self._check_condition()
@@ -235,39 +233,28 @@ class DiTConfig:
             _need_positive_int(needed, getattr(self, needed))
         if self.modulation == "none" and self.context not in ("in-context", "cross-attention"):
             raise InputError(
-                "context: expected in-context or cross-attention where modulation is none, "
-                f"got {self.context!r}"
+                f"context: expected in-context or cross-attention where modulation is none, got {self.context!r}"
             )
         if self.modulation == "none" and (self.pooled_width or self.guidance_embed):
             raise InputError("modulation: expected one that a pooled vector can be added to, got 'none'")
         if self.context != "pooled" and self.modulation != "none" and self.condition == "none":
-            raise InputError(
-                f"condition: expected class or caption where context is {self.context}, got 'none'"
-            )
+            raise InputError(f"condition: expected class or caption where context is {self.context}, got 'none'")
         if self.context == "joint" and self.modulation != "adaln-zero":
-            raise InputError(
-                f"modulation: expected adaln-zero where context is joint, got {self.modulation!r}"
-            )
+            raise InputError(f"modulation: expected adaln-zero where context is joint, got {self.modulation!r}")
         if self.single_depth and self.context != "joint":
-            raise InputError(
-                f"single_depth: expected 0 where context is {self.context}, got {self.single_depth}"
-            )
+            raise InputError(f"single_depth: expected 0 where context is {self.context}, got {self.single_depth}")
 
     def _check_blocks(self) -> None:
         if self.experts:
             if self.experts_per_token > self.experts:
-                raise InputError(
-                    f"experts_per_token: expected at most {self.experts}, got {self.experts_per_token}"
-                )
+                raise InputError(f"experts_per_token: expected at most {self.experts}, got {self.experts_per_token}")
             if self.context == "joint":
                 raise InputError(f"experts: expected 0 where context is joint, got {self.experts}")
             capacity = self.expert_capacity
             if capacity is not None and not (_is_number(capacity) and capacity > 0):
                 raise InputError(f"expert_capacity: expected a number above 0, got {capacity!r}")
         if self.attention != "full" and self.context not in ("pooled", "cross-attention"):
-            raise InputError(
-                f"attention: expected full where context is {self.context}, got {self.attention!r}"
-            )
+            raise InputError(f"attention: expected full where context is {self.context}, got {self.attention!r}")
         shares = self.token_keep
         if not isinstance(shares, (tuple, list)) or not all(_is_number(s) and 0 < s <= 1 for s in shares):
             raise InputError(f"token_keep: expected shares above 0 and up to 1, got {shares!r}")
@@ -275,9 +262,7 @@ class DiTConfig:
         if shares and len(shares) != self.depth:
             raise InputError(f"token_keep: expected {self.depth} shares, one a block, got {len(shares)}")
         if shares and (self.attention != "full" or self.context == "joint"):
-            raise InputError(
-                "token_keep: expected none where context is joint or attention is not full, got some"
-            )
+            raise InputError("token_keep: expected none where context is joint or attention is not full, got some")
 
     def need_trainable(self) -> None:
         """Raise InputError where a field asks for a variant that can be counted but not built and trained
@@ -285,9 +270,7 @@ class DiTConfig:
         """
         for field, value in _TRAINABLE.items():
             if getattr(self, field) != value:
-                raise InputError(
-                    f"{field}: expected {value!r} for a model to be built, got {getattr(self, field)!r}"
-                )
+                raise InputError(f"{field}: expected {value!r} for a model to be built, got {getattr(self, field)!r}")
 
     def grid_side(self, image_size: int) -> int:
         """Patches along a side of an ``image_size`` x ``image_size`` image, or InputError where it does not
@@ -295,9 +278,7 @@ class DiTConfig:
         """
         return self.grid(image_size)[1]
 
-    def grid(
-        self, image_size: int, image_width: int | None = None, frames: int | None = None
-    ) -> tuple[int, int, int]:
+    def grid(self, image_size: int, image_width: int | None = None, frames: int | None = None) -> tuple[int, int, int]:
         """Patches along time, height and width, or InputError where one does not divide.
 
         Args:

@@ -21,19 +21,15 @@ CONVENTIONS: Final[dict[str, str]] = {
     "hardware": "matmul, and the forward work that is done again: recomputed activations, attention's scores",
     "6ND:total": "6 x parameters x image tokens (Kaplan's shorthand): charges once-an-image weights to every "
     "token, no attention",
-    "6ND:body": "6 x weights of the blocks' products that work for a token x image tokens: no attention, no "
-    "modulation",
+    "6ND:body": "6 x weights of the blocks' products that work for a token x image tokens: no attention, no modulation",
     "6ND:per-token": "6 x parameters that work for every token x image tokens: no attention, no modulation",
-    "6ND+attention:total": "6ND and 12 L H K T a token (PaLM, appendix B), all parameters: modulation for "
-    "every token",
+    "6ND+attention:total": "6ND and 12 L H K T a token (PaLM, appendix B), all parameters: modulation for every token",
     "6ND+attention:body": "6ND of the body and 12 L H K T a token: no modulation, no embedders",
     "6ND+attention:per-token": "6ND of per-token parameters and 12 L H K T a token: no modulation",
-    "dit_paper_macs": "the DiT paper's Gflops: multiply-adds and 1 a LayerNorm output; training three times "
-    "that",
+    "dit_paper_macs": "the DiT paper's Gflops: multiply-adds and 1 a LayerNorm output; training three times that",
     "chinchilla_f": "Hoffmann et al., appendix F: embedding, attention with 3 a softmax score, feed-forward, "
     "output; backward twice forward; no modulation, norms or activations",
-    "liang_in_context": "Liang et al., arXiv:2410.08184: 6ND with all parameters on image, text and time "
-    "tokens",
+    "liang_in_context": "Liang et al., arXiv:2410.08184: 6ND with all parameters on image, text and time tokens",
 }
 _ALIASES = {"6ND": "6ND:total", "6ND+attention": "6ND+attention:total"}
 
@@ -112,9 +108,7 @@ def published(
     lines: list[LedgerLine] = []
 
     def add(line: str, operation: str, formula: str, forward: int, backward: int | None = None) -> None:
-        lines.append(
-            LedgerLine(line, operation, formula, forward, 2 * forward if backward is None else backward)
-        )
+        lines.append(LedgerLine(line, operation, formula, forward, 2 * forward if backward is None else backward))
 
     rule, _, which = name.partition(":")
     if rule in ("6ND", "6ND+attention"):
@@ -141,9 +135,7 @@ def published(
     else:
         head_width = config.width // config.heads
         for x in exact.ledger:
-            if x.name == "patch_embed" or (
-                x.name.endswith(_CHINCHILLA) and not x.name.startswith("caption.")
-            ):
+            if x.name == "patch_embed" or (x.name.endswith(_CHINCHILLA) and not x.name.startswith("caption.")):
                 add(x.name, x.operation, x.formula, x.forward)
             if x.name.endswith(".scores"):
                 add(

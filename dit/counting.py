@@ -24,9 +24,7 @@ class Walk(Parts):
     Arguments as :class:`ditscale.dit.parts.Parts`.
     """
 
-    def __init__(
-        self, config: DiTConfig, work: Workload, *, elementwise: bool, fused: bool, size: int
-    ) -> None:
+    def __init__(self, config: DiTConfig, work: Workload, *, elementwise: bool, fused: bool, size: int) -> None:
         super().__init__(config, work, elementwise=elementwise, fused=fused, size=size)
         self._modulated_uses = 0
         self._inputs()
@@ -93,9 +91,7 @@ class Walk(Parts):
 
     def _caption(self) -> None:
         c, b, d, w = self.config, self.batch, self.config.width, self.config.caption_width
-        words = (
-            self._rows(self.work.groups, lambda t, s: s) if c.context != "pooled" else b * c.caption_tokens
-        )
+        words = self._rows(self.work.groups, lambda t, s: s) if c.context != "pooled" else b * c.caption_tokens
         learned = c.vocabulary_size > 0
         if learned:
             self.parameters("embedding", c.vocabulary_size * w)
@@ -104,9 +100,7 @@ class Walk(Parts):
         rows, who = (b, "sample") if pooled else (words, "context")
         if pooled and self.elementwise:
             if not c.caption_tokens:
-                raise InputError(
-                    "caption_tokens: expected the words of a caption for the convention all, got 0"
-                )
+                raise InputError("caption_tokens: expected the words of a caption for the convention all, got 0")
             # Which words are padding, the mean over the others.
             self.light(
                 "caption.mean",
@@ -306,9 +300,7 @@ class Walk(Parts):
         self.linear("single.modulation", times, self.batch, d, 3 * d, "2·L·B·D·3D", "sample")
         self._norm("single", times, sequences)
         inner = qkv + f * (1 + gate)
-        self.linear(
-            "single.linear1", times, rows, d, inner, "2·L·B·(T+S)·D·(3D+F)", "token", bias_counted=False
-        )
+        self.linear("single.linear1", times, rows, d, inner, "2·L·B·(T+S)·D·(3D+F)", "token", bias_counted=False)
         biases = times * rows * (qkv if self.fused and not gate else inner)
         self.light("single.bias", "elementwise", "1 an output", (biases, biases))
         self._qk_norm("single", times, rows, rows, "token", "token")

@@ -15,13 +15,9 @@ from typing import Final
 PER_OUTPUT: Final[dict[str, int]] = {
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "neg", "abs", "reciprocal", "pow", "square"), 1),
     **dict.fromkeys(("sqrt", "rsqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "erf"), 1),
-    **dict.fromkeys(
-        ("maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "floor_divide", "remainder"), 1
-    ),
+    **dict.fromkeys(("maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "floor_divide", "remainder"), 1),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "relu", "threshold_backward", "hardtanh", "sign"), 1),
-    **dict.fromkeys(
-        ("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"), 0
-    ),
+    **dict.fromkeys(("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"), 0),
     "sigmoid": 3,  # exp, add, divide
     "sigmoid_backward": 3,
     "tanh_backward": 3,
@@ -45,9 +41,7 @@ PER_OUTPUT: Final[dict[str, int]] = {
 
 # Per element of the first argument: what is reduced, ranked or added up.
 PER_INPUT: Final[dict[str, int]] = {
-    **dict.fromkeys(
-        ("sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "cumsum"), 1
-    ),
+    **dict.fromkeys(("sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "cumsum"), 1),
     **dict.fromkeys(("topk", "sort", "embedding_dense_backward"), 1),
     "linalg_vector_norm": 2,
     "logsumexp": 4,

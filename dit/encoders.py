@@ -44,9 +44,7 @@ class AutoencoderSpec:
     def _check(self, height: int, width: int) -> None:
         for name, side in (("image height", height), ("image width", width)):
             if side < 1 or side % self.factor:
-                raise InputError(
-                    f"{name}: expected a multiple of {self.factor} for the autoencoder, got {side}"
-                )
+                raise InputError(f"{name}: expected a multiple of {self.factor} for the autoencoder, got {side}")
 
     def encode(self, height: int, width: int) -> int:
         """FLOPs to encode one image of that size in pixels."""
@@ -119,9 +117,7 @@ AUTOENCODERS: Final[Mapping[str, AutoencoderSpec]] = {
 TEXT_ENCODERS: Final[Mapping[str, TextEncoderSpec]] = {
     "clip-l": TextEncoderSpec(12, 768, 12, 64, 3072),  # Radford et al., arXiv:2103.00020
     "clip-g": TextEncoderSpec(32, 1280, 20, 64, 5120, projection=1280),  # OpenCLIP bigG
-    "t5-xxl": TextEncoderSpec(
-        24, 4096, 64, 64, 10240, gated=True
-    ),  # T5 v1.1, encoder only; UMT5-XXL is the same
+    "t5-xxl": TextEncoderSpec(24, 4096, 64, 64, 10240, gated=True),  # T5 v1.1, encoder only; UMT5-XXL is the same
 }
 
 

@@ -37,20 +37,14 @@ def optimizer_lines(
         each, numbers = OPTIMIZERS[optimizer]
         moved = 4 * numbers * params
         lines.append(
-            LedgerLine(
-                f"optimizer.{optimizer}", "optimizer", f"{each}·parameters", each * params, 0, 0, moved
-            )
+            LedgerLine(f"optimizer.{optimizer}", "optimizer", f"{each}·parameters", each * params, 0, 0, moved)
         )
     if clip:
         moved = 4 * CLIP_NUMBERS * params
-        lines.append(
-            LedgerLine("optimizer.clip", "optimizer", "3·parameters", CLIP_FLOPS * params, 0, 0, moved)
-        )
+        lines.append(LedgerLine("optimizer.clip", "optimizer", "3·parameters", CLIP_FLOPS * params, 0, 0, moved))
     if ema:
         moved = 4 * AVERAGE_NUMBERS * params
-        lines.append(
-            LedgerLine("optimizer.ema", "optimizer", "3·parameters", AVERAGE_FLOPS * params, 0, 0, moved)
-        )
+        lines.append(LedgerLine("optimizer.ema", "optimizer", "3·parameters", AVERAGE_FLOPS * params, 0, 0, moved))
     return tuple(lines)
 
 

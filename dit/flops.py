@@ -202,9 +202,7 @@ def _packed(
     for name, given in (("lengths", lengths), ("context_lengths", context_lengths)):
         bad = [n for n in given or () if isinstance(n, bool) or not isinstance(n, int) or n < 1]
         if bad or (given is not None and not given):
-            raise InputError(
-                f"{name}: expected whole numbers of at least 1, got {bad[0] if bad else 'none'!r}"
-            )
+            raise InputError(f"{name}: expected whole numbers of at least 1, got {bad[0] if bad else 'none'!r}")
     if lengths is not None and config.attention != "full":
         raise InputError(f"lengths: expected none where attention is {config.attention}, got some")
     if context_lengths is not None and (config.condition != "caption" or config.context == "pooled"):

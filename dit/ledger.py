@@ -136,9 +136,7 @@ class FlopReport:
     @property
     def step(self) -> int:
         """FLOPs of a whole training step: the model's, recomputed ones, and the extras."""
-        return (
-            self.forward + self.backward + self.recompute + sum(x.forward + x.backward for x in self.extras)
-        )
+        return self.forward + self.backward + self.recompute + sum(x.forward + x.backward for x in self.extras)
 
     def line(self, name: str) -> LedgerLine:
         """The line of that name; KeyError where there is none."""
@@ -233,8 +231,7 @@ def aligned(rows: Iterable[tuple[str, ...]], *, right: int) -> str:
     left = len(widths) - right
     return "\n".join(
         "  ".join(
-            cell.rjust(w) if i >= left else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(w) if i >= left else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in table
     )

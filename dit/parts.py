@@ -49,9 +49,7 @@ class Parts(Sheet):
         size: bytes of an element.
     """
 
-    def __init__(
-        self, config: DiTConfig, work: Workload, *, elementwise: bool, fused: bool, size: int
-    ) -> None:
+    def __init__(self, config: DiTConfig, work: Workload, *, elementwise: bool, fused: bool, size: int) -> None:
         super().__init__(elementwise=elementwise, size=size)
         self.config = config
         self.work = work
@@ -111,9 +109,7 @@ class Parts(Sheet):
                         cost[1],
                     )
                 formula = "4 an element, 3 a row"
-                self.light(
-                    f"{name}.qk_norm", "norm", formula, scaled(times, cost), numbers=times * count * width
-                )
+                self.light(f"{name}.qk_norm", "norm", formula, scaled(times, cost), numbers=times * count * width)
 
     def _rope(self, name: str, times: int, rows: int) -> None:
         if self.config.rope:
@@ -130,9 +126,7 @@ class Parts(Sheet):
         gate = c.mlp == "swiglu"
         fused = self.fused and not gate
         first = "2·L·B·T·D·2F" if gate else "2·L·B·T·D·F"
-        self.linear(
-            f"{name}.fc1", times, rows, d, f * (1 + gate), first, who, bias_counted=not fused, copies=copies
-        )
+        self.linear(f"{name}.fc1", times, rows, d, f * (1 + gate), first, who, bias_counted=not fused, copies=copies)
         self._activation(name, times, rows, f)
         self.linear(f"{name}.fc2", times, rows, f, d, "2·L·B·T·F·D", who, copies=copies)
 
@@ -149,13 +143,9 @@ class Parts(Sheet):
             )
         elif self.fused:
             operator = gelu_cost.bias_gelu_flops_forward(rows, f), gelu_cost.bias_gelu_flops_backward(rows, f)
-            self.light(
-                f"{name}.gelu", "activation", "9·L·B·T·F", scaled(times, operator), numbers=times * rows * f
-            )
+            self.light(f"{name}.gelu", "activation", "9·L·B·T·F", scaled(times, operator), numbers=times * rows * f)
         else:
-            self.light(
-                f"{name}.gelu", "activation", "8·L·B·T·F", ew.gelu(times * rows * f), numbers=times * rows * f
-            )
+            self.light(f"{name}.gelu", "activation", "8·L·B·T·F", ew.gelu(times * rows * f), numbers=times * rows * f)
 
     def _feed_forward_weights(self) -> int:
         c = self.config
@@ -207,9 +197,7 @@ class Parts(Sheet):
             return
         if not modulated:
             cost = ew.rms_norm(rows, d, weighted=True) if rms else ew.layer_norm(rows, d, affine=True)
-            self.light(
-                f"{name}.norm", "norm", "a norm with weight", scaled(times, cost), numbers=times * rows * d
-            )
+            self.light(f"{name}.norm", "norm", "a norm with weight", scaled(times, cost), numbers=times * rows * d)
             return
         if self.fused and not rms:
             operator = (
@@ -232,9 +220,7 @@ class Parts(Sheet):
             numbers=times * rows * d,
         )
 
-    def _residual(
-        self, name: str, times: int, sequences: list[tuple[int, int]], *, gated: bool | None = None
-    ) -> None:
+    def _residual(self, name: str, times: int, sequences: list[tuple[int, int]], *, gated: bool | None = None) -> None:
         if not self.elementwise:
             return
         c, d = self.config, self.config.width

@@ -44,9 +44,7 @@ def _tensor(
 _DEVICES: dict[str, _Device] = {
     "H100 PCIe": _Device(r"h100.*pcie", "NVIDIA H100 data sheet", _tensor(756.5, 378, 51, 1513)),
     "H100 NVL": _Device(r"h100.*nvl", "NVIDIA H100 NVL data sheet", _tensor(835, 418, 60, 1671)),
-    "H100 SXM": _Device(
-        r"\bg?h100\b", "NVIDIA H100 architecture white paper", _tensor(989.4, 494.7, 66.9, 1978.9)
-    ),
+    "H100 SXM": _Device(r"\bg?h100\b", "NVIDIA H100 architecture white paper", _tensor(989.4, 494.7, 66.9, 1978.9)),
     "H200 SXM": _Device(r"\b(gh200|h200)\b", "NVIDIA H200 data sheet", _tensor(989.4, 494.7, 66.9, 1978.9)),
     "H20": _Device(r"\bh20\b", "NVIDIA H20 data sheet", _tensor(148, 74, 44, 296)),
     "GB200": _Device(r"\bgb200\b", "NVIDIA GB200 NVL72 data sheet", _tensor(2500, 1250, 80, 5000)),
@@ -64,9 +62,7 @@ _DEVICES: dict[str, _Device] = {
         "NVIDIA RTX Blackwell white paper, float32 accumulation",
         _tensor(209.5, 104.8, 104.8, 419),
     ),
-    "RTX 4090": _Device(
-        r"rtx 4090", "NVIDIA Ada white paper, float32 accumulation", _tensor(165.2, 82.6, 82.6, 330.3)
-    ),
+    "RTX 4090": _Device(r"rtx 4090", "NVIDIA Ada white paper, float32 accumulation", _tensor(165.2, 82.6, 82.6, 330.3)),
     "RTX 3090": _Device(
         r"rtx 3090(?! ti)", "NVIDIA Ampere GA102 white paper, float32 accumulation", _tensor(71, 35.6, 35.6)
     ),

@@ -127,9 +127,7 @@ def preset_table() -> dict[str, Fields]:
                     "heads": heads,
                     "patch": patch,
                 }
-    table |= {
-        f"DiT-XL/2-{name}": {**table["DiT-XL/2"], **fields} for name, fields in _DIT_CONDITIONINGS.items()
-    }
+    table |= {f"DiT-XL/2-{name}": {**table["DiT-XL/2"], **fields} for name, fields in _DIT_CONDITIONINGS.items()}
     table["PixArt-alpha-256"] = _PIXART
     table["PixArt-alpha-512"] = {**_PIXART, "image_size": 512}
     table["SD3-2B"] = _SD3

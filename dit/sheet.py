@@ -90,9 +90,7 @@ class Sheet:
         self._params[who] += times * (weights + biases)
         if self.elementwise and bias and bias_counted:
             outputs = times * rows * fan_out
-            self.add(
-                f"{name.rpartition('.')[0] or name}.bias", "elementwise", "1 an output", outputs, outputs
-            )
+            self.add(f"{name.rpartition('.')[0] or name}.bias", "elementwise", "1 an output", outputs, outputs)
 
     def parameters(self, who: str, number: int) -> None:
         """Parameters that belong to no linear layer; ``who`` may be "embedding" too."""
@@ -129,9 +127,7 @@ class Sheet:
             if hardware:
                 again += self._kernel_repeats.get(name, 0)
             operation, formula = self._labels[name]
-            out.append(
-                LedgerLine(name, operation, formula, forward, backward, again, bytes_forward, bytes_backward)
-            )
+            out.append(LedgerLine(name, operation, formula, forward, backward, again, bytes_forward, bytes_backward))
         return tuple(out)
 
     def _chosen(self, recompute: str | Sequence[str]) -> set[str]:
@@ -142,9 +138,7 @@ class Sheet:
         if recompute == "attention":
             return {name for name in self._sums if name.endswith((".scores", ".values", ".softmax"))}
         if isinstance(recompute, str):
-            raise InputError(
-                f"recompute: expected none, block, attention or names of lines, got {recompute!r}"
-            )
+            raise InputError(f"recompute: expected none, block, attention or names of lines, got {recompute!r}")
         for name in recompute:
             if name not in self._sums:
                 raise InputError(f"recompute: expected names of lines, got {name!r}")

@@ -153,13 +153,9 @@ _PRODUCTS: dict[str, Formula] = {
     "_scaled_grouped_mm": _grouped_product,
     "convolution": _convolution,
     "_convolution": _convolution,
-    "cudnn_convolution": lambda x, w, *_, out_val, **__: convolution_flops(
-        x.shape[0], out_val.shape[2:], w.shape
-    ),
+    "cudnn_convolution": lambda x, w, *_, out_val, **__: convolution_flops(x.shape[0], out_val.shape[2:], w.shape),
     "convolution_overrideable": _convolution,
-    "_slow_conv2d_forward": lambda x, w, *_, out_val, **__: convolution_flops(
-        x.shape[0], out_val.shape[2:], w.shape
-    ),
+    "_slow_conv2d_forward": lambda x, w, *_, out_val, **__: convolution_flops(x.shape[0], out_val.shape[2:], w.shape),
     "convolution_backward": _convolution_backward,
     "_native_multi_head_attention": _multi_head,
     "_transformer_encoder_layer_fwd": _encoder_layer,

@@ -179,9 +179,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
-    def __init__(
-        self, attribution: ModuleAttribution, table: dict[Any, Formula], *, everything: bool
-    ) -> None:
+    def __init__(self, attribution: ModuleAttribution, table: dict[Any, Formula], *, everything: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         from torch.utils.flop_counter import flop_registry
 
@@ -288,9 +286,7 @@ def _backward(out: Any, twin: nn.Module) -> None:
     if not ends:
         if not any(p.requires_grad for p in twin.parameters()):
             return
-        raise InputError(
-            "model: expected an output that can be differentiated, got none; give backward=False or loss="
-        )
+        raise InputError("model: expected an output that can be differentiated, got none; give backward=False or loss=")
     torch.autograd.backward(ends, [torch.empty_like(t) for t in ends])
 
 
@@ -331,9 +327,7 @@ def _report(
 
 def _to_meta(value: Any) -> Any:
     def empty(leaf: Any) -> Any:
-        return (
-            leaf.detach().to("meta").requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-        )
+        return leaf.detach().to("meta").requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
     return tree_map(empty, value)
 
@@ -341,9 +335,7 @@ def _to_meta(value: Any) -> Any:
 def _plain_tensors(module: nn.Module) -> list[Any]:
     """Tensors that a module holds as ordinary attributes, in lists, tuples or dictionaries too."""
     hidden = ("_parameters", "_buffers", "_modules")
-    return [
-        value for name, value in vars(module).items() if name not in hidden and not name.endswith("_hooks")
-    ]
+    return [value for name, value in vars(module).items() if name not in hidden and not name.endswith("_hooks")]
 
 
 def _as_formulas(given: Mapping[Any, Formula | int]) -> dict[Any, Formula]:

@@ -235,7 +235,9 @@ def _claim(folder: Path, config: TrainConfig) -> None:
     if not path.exists():
         foreign = [p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
         if foreign:
-            raise InputError(f"{folder}: expected an empty folder or a run of this configuration, got {foreign[0]!r} in it")
+            raise InputError(
+                f"{folder}: expected an empty folder or a run of this configuration, got {foreign[0]!r} in it"
+            )
         write_json(path, mine)
     elif read_json(path) != mine:
         raise InputError(f"{folder}: expected an empty folder or a run of this configuration, got another run's")
@@ -319,7 +321,9 @@ class _Run:
                 self.step += 1
                 if not math.isfinite(loss):
                     status = "diverged"
-                    self.say(f"{self.folder.name}: the loss became {loss} at step {self.step}, seed {config.seed}; stopped")
+                    self.say(
+                        f"{self.folder.name}: the loss became {loss} at step {self.step}, seed {config.seed}; stopped"
+                    )
                     break
                 weight = 1 - math.exp(-config.batch / _SMOOTHING_IMAGES)
                 self.smoothed = loss if math.isnan(self.smoothed) else self.smoothed + weight * (loss - self.smoothed)
@@ -361,7 +365,7 @@ class _Run:
         drop = None
         if y is not None:
             drop = torch.rand(config.batch, generator=generator) < config.condition_dropout
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates):
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * rate_factor
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.flow.loss(self.model, x_0, y, eps, t, drop).mean()

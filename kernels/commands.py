@@ -13,21 +13,15 @@ def _show(facts: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     triton = facts["triton"] or "not installed"
-    console.print(
-        f"ditscale {facts['ditscale']}   Python {facts['python']}   torch {facts['torch']}   triton {triton}"
-    )
+    console.print(f"ditscale {facts['ditscale']}   Python {facts['python']}   torch {facts['torch']}   triton {triton}")
     for d in facts["devices"]:
         more = (
-            f"{d['threads']} threads"
-            if d["type"] == "cpu"
-            else f"{d['capability']}, {d['memory_bytes'] / 1e9:.0f} GB"
+            f"{d['threads']} threads" if d["type"] == "cpu" else f"{d['capability']}, {d['memory_bytes'] / 1e9:.0f} GB"
         )
         console.print(f"device {d['type']}: {d['name']}, {more}")
     for name, item in facts["libraries"].items():
         isa = f" ({item['instruction_set']})" if item.get("instruction_set") else ""
-        console.print(
-            f"{name}: " + (f"[green]loaded[/]{isa}" if item["available"] else f"[yellow]{item['reason']}[/]")
-        )
+        console.print(f"{name}: " + (f"[green]loaded[/]{isa}" if item["available"] else f"[yellow]{item['reason']}[/]"))
     table = Table("operator", "backend", "runs here", "why not")
     for op, rows in facts["operators"].items():
         for k, (backend, item) in enumerate(rows.items()):
@@ -44,9 +38,7 @@ def _show(facts: dict[str, Any]) -> None:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare every available kernel with plain PyTorch.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Compare every available kernel with plain PyTorch.")] = False,
 ) -> None:
     """Say what runs here, what does not, and why."""
     import json

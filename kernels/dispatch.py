@@ -51,9 +51,7 @@ def unavailable_reason(op: str, backend: str, device_type: str) -> str | None:
     if backend == "sdpa":
         return None
     if backend == "cpu":
-        return missing_reason("cpu") or (
-            None if device_type == "cpu" else f"it serves CPU tensors, not {device_type}"
-        )
+        return missing_reason("cpu") or (None if device_type == "cpu" else f"it serves CPU tensors, not {device_type}")
     if backend == "cuda":
         return missing_reason("cuda") or (
             None if device_type == "cuda" else f"it serves CUDA tensors, not {device_type}"
@@ -65,9 +63,7 @@ def unavailable_reason(op: str, backend: str, device_type: str) -> str | None:
     if device_type == "cpu" and not interpreting():
         return "Triton runs on GPUs (on CPU tensors only in its interpreter, TRITON_INTERPRET=1)"
     try:
-        importlib.import_module(
-            f"ditscale.kernels.{_FAMILY[op]}.triton_kernels"
-        )  # defines ditscale_triton::*
+        importlib.import_module(f"ditscale.kernels.{_FAMILY[op]}.triton_kernels")  # defines ditscale_triton::*
     except ImportError as error:
         return f"triton does not import: {' '.join(str(error).split())}"
     return None
@@ -131,9 +127,7 @@ def choose(op: str, backend: str, x: Tensor) -> str:
             resolve(op, backend, x.device.type, x.dtype)  # a wrong name is still said
         return "reference"
     if x.is_cpu and not torch.compiler.is_compiling():
-        known = _chosen.get(
-            (op, backend, "cpu", x.dtype)
-        )  # what resolve would find, without making a device object
+        known = _chosen.get((op, backend, "cpu", x.dtype))  # what resolve would find, without making a device object
         if known is not None:
             return known
     return resolve(op, backend, x.device.type, x.dtype)
@@ -149,6 +143,4 @@ def check_float(name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise InputError(f"{name}: expected a tensor, got {type(t).__name__}")
     if not t.is_floating_point():
-        raise InputError(
-            f"{name}: expected a floating-point tensor, got {str(t.dtype).removeprefix('torch.')}"
-        )
+        raise InputError(f"{name}: expected a floating-point tensor, got {str(t.dtype).removeprefix('torch.')}")

@@ -58,9 +58,7 @@ def _inputs(op: str, shape: tuple[int, int, int], device: str) -> Tensors:
         q, k = _numbers((B, T, 2, D), 1, device).unsqueeze(1).unbind(3)
         return (q, k, mods[0][0], mods[1][0])
     if op == "attention":
-        return tuple(
-            _numbers((B, T, 3, D), 1, device).unsqueeze(1).unbind(3)
-        )  # one head; parts of one projection
+        return tuple(_numbers((B, T, 3, D), 1, device).unsqueeze(1).unbind(3))  # one head; parts of one projection
     raise ValueError(f"no self-check for {op}")
 
 
@@ -98,9 +96,7 @@ def compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | Non
             inputs = tuple(t.to(dtype) for t in _inputs(op, shape, device))
             try:
                 got = _run(function, inputs, backend)
-            except (
-                Exception
-            ) as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
+            except Exception as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
                 return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             exact = _run(function, tuple(t.double() for t in inputs), "reference")
             for k, (a, b) in enumerate(zip(got, exact, strict=True)):

@@ -103,9 +103,7 @@ def from_record(record: Any, source: str) -> Allocation:
                     return from_record(record[key], source)
                 except InputError:
                     continue
-    raise InputError(
-        f"law: expected {source} to hold a fit saved by `ditscale fit surface|isoflop --json`, got none"
-    )
+    raise InputError(f"law: expected {source} to hold a fit saved by `ditscale fit surface|isoflop --json`, got none")
 
 
 def _published(law: PublishedLaw) -> Allocation:
@@ -177,8 +175,7 @@ def _surface(fit: SurfaceFit) -> Allocation:
 def _isoflop(record: Mapping[str, Any]) -> Allocation:
     try:
         laws = {
-            k: PowerFit.from_json(record[key])
-            for k, key in (("params", "N_opt"), ("data", "D_opt"), ("loss", "loss"))
+            k: PowerFit.from_json(record[key]) for k, key in (("params", "N_opt"), ("data", "D_opt"), ("loss", "loss"))
         }
         budgets = [float(v["budget"]) for v in record["optima"]]
         unit, source = record["data_unit"], record["source_file"]

@@ -104,13 +104,9 @@ def _power(name: str, iso: IsoflopFit) -> Fitted:
         mean = law.fit.interval_of(lambda th: model.value(th)[:, 0], log=True)
         # The line's own scatter is that of minima; a single run adds its own noise.
         scatter = law.fit.components.run + share * run_variance
-        return Predictive(
-            float(np.log(mean.value)), float(np.sqrt(mean.se**2 + scatter)), mean.dof, mean.se, mean.dof
-        )
+        return Predictive(float(np.log(mean.value)), float(np.sqrt(mean.se**2 + scatter)), mean.dof, mean.se, mean.dof)
 
-    return Fitted(
-        name, law.fit.law.formula.replace("x", "C").replace("y", "L"), law, predict, len(law.fit.theta)
-    )
+    return Fitted(name, law.fit.law.formula.replace("x", "C").replace("y", "L"), law, predict, len(law.fit.theta))
 
 
 def eligible(names: Sequence[str] | None) -> tuple[str, ...]:

@@ -13,16 +13,12 @@ File = Annotated[
     Path, typer.Argument(help="CSV, JSONL, JSON or Parquet with one finished run a row, or a study's folder.")
 ]
 Column = Annotated[str | None, typer.Option(help="Column of this role. Default: the column of that name.")]
-Where = Annotated[
-    str | None, typer.Option(help="Keep rows for which this holds: 'params > 1e7 and lr == 0.001'.")
-]
+Where = Annotated[str | None, typer.Option(help="Keep rows for which this holds: 'params > 1e7 and lr == 0.001'.")]
 DropHighest = Annotated[int, typer.Option(help="Leave out this many rows of highest loss.")]
 SixNd = Annotated[
     bool, typer.Option("--tokens-from-6nd", help="Derive tokens as C/(6N): a language model's convention.")
 ]
-Pool = Annotated[
-    bool, typer.Option("--pool", help="Accept runs that differ in loss convention, schedule or data.")
-]
+Pool = Annotated[bool, typer.Option("--pool", help="Accept runs that differ in loss convention, schedule or data.")]
 Intervals = Annotated[
     str, typer.Option(help="auto, components, delta, case-t, jackknife, case, cluster, wild or profile.")
 ]
@@ -59,8 +55,7 @@ def surface(
     law: Annotated[
         str,
         typer.Option(
-            help="surface, surface-tied, surface-floorless, skaling, kaplan, farseer, moe, moe-density, "
-            "repetition."
+            help="surface, surface-tied, surface-floorless, skaling, kaplan, farseer, moe, moe-density, repetition."
         ),
     ] = "surface",
     other: Annotated[
@@ -80,9 +75,7 @@ def surface(
     """Fit the loss surface L(N, D) and its compute-optimal allocation."""
     from ditscale.scaling.surface import fit_surface
 
-    table = _table(
-        file, params, tokens, images, flops, loss, budget, tokens_from_6nd, drop_highest, where, pool
-    )
+    table = _table(file, params, tokens, images, flops, loss, budget, tokens_from_6nd, drop_highest, where, pool)
     _print(
         fit_surface(
             table,
@@ -154,32 +147,22 @@ def power(
 
 
 def plan(
-    law: Annotated[
-        str, typer.Option(help="A published law's name, a saved fit (JSON), or a study's folder.")
-    ],
+    law: Annotated[str, typer.Option(help="A published law's name, a saved fit (JSON), or a study's folder.")],
     budget: Annotated[float | None, typer.Option(help="Training compute in FLOPs.")] = None,
     target_loss: Annotated[float | None, typer.Option(help="Or: the loss to reach.")] = None,
     hours: Annotated[float | None, typer.Option(help="Or: wall time on --gpus machines.")] = None,
     gpu: Annotated[str | None, typer.Option(help="h100, a100, h200, b200, rtx4090, mi300x, ...")] = None,
     gpus: Annotated[int, typer.Option(help="How many.")] = 1,
     mfu: Annotated[float | None, typer.Option(help="Measured share of the GPU's peak.")] = None,
-    flops_per_second: Annotated[
-        float | None, typer.Option(help="Measured throughput of one machine.")
-    ] = None,
+    flops_per_second: Annotated[float | None, typer.Option(help="Measured throughput of one machine.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images a step.")] = None,
-    hparams: Annotated[
-        str | None, typer.Option(help="A law of batch and learning rate: a name or a file.")
-    ] = None,
+    hparams: Annotated[str | None, typer.Option(help="A law of batch and learning rate: a name or a file.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels on a side.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML with the DiT's other fields.")] = None,
     aspect: Annotated[float, typer.Option(help="Width over depth of the DiT.")] = 64.0,
     head_width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
-    params_kind: Annotated[
-        str | None, typer.Option(help="What the law's N counts: per_token or total.")
-    ] = None,
-    inference_images: Annotated[
-        float, typer.Option(help="Images to be generated in the model's life.")
-    ] = 0.0,
+    params_kind: Annotated[str | None, typer.Option(help="What the law's N counts: per_token or total.")] = None,
+    inference_images: Annotated[float, typer.Option(help="Images to be generated in the model's life.")] = 0.0,
     evaluations_per_image: Annotated[float, typer.Option(help="Forward passes an image.")] = 50.0,
     no_config: Annotated[bool, typer.Option("--no-config", help="Do not design a DiT.")] = False,
     as_json: Json = False,
@@ -264,9 +247,7 @@ def backtest(
     tokens_from_6nd: SixNd = False,
     drop_highest: DropHighest = 0,
     by: Annotated[str, typer.Option(help="Hold out the top of: budget, params or data.")] = "budget",
-    law: Annotated[
-        list[str] | None, typer.Option(help="A candidate; repeat for several. Default: all.")
-    ] = None,
+    law: Annotated[list[str] | None, typer.Option(help="A candidate; repeat for several. Default: all.")] = None,
     where: Where = None,
     pool: Pool = False,
     as_json: Json = False,
@@ -274,9 +255,7 @@ def backtest(
     """Score law forms on compute that they did not see."""
     from ditscale.scaling.holdout import backtest as score
 
-    table = _table(
-        file, params, tokens, images, flops, loss, budget, tokens_from_6nd, drop_highest, where, pool
-    )
+    table = _table(file, params, tokens, images, flops, loss, budget, tokens_from_6nd, drop_highest, where, pool)
     _print(score(table, axis=by, laws=law), as_json)
 
 
@@ -297,8 +276,7 @@ def compare(
     from ditscale.scaling.comparison import compare as set_against
 
     tables = [
-        _table(file, params, tokens, images, flops, loss, budget, False, 0, None, pool)
-        for file in (first, second)
+        _table(file, params, tokens, images, flops, loss, budget, False, 0, None, pool) for file in (first, second)
     ]
     _print(set_against(*tables, target=target, names=(str(first), str(second)), pool=pool), as_json)
 
@@ -319,9 +297,7 @@ def suggest(
     from ditscale.scaling.surface import fit_surface
 
     table = RunTable.read(file, where=where, pool=pool)
-    _print(
-        suggest_runs(fit_surface(table), target=target, spend=spend, quantity=quantity, count=count), as_json
-    )
+    _print(suggest_runs(fit_surface(table), target=target, spend=spend, quantity=quantity, count=count), as_json)
 
 
 def laws(as_json: Json = False) -> None:

@@ -93,13 +93,9 @@ class Comparison:
         ]
         for k, d in self.differences.items():
             mark = "" if d.clear else "   (holds 0)"
-            lines.append(
-                f"  {k:14s}{d.first:12.5g}{d.second:12.5g}{d.value:13.4g}   [{d.low:.4g}, {d.high:.4g}]{mark}"
-            )
+            lines.append(f"  {k:14s}{d.first:12.5g}{d.second:12.5g}{d.value:13.4g}   [{d.low:.4g}, {d.high:.4g}]{mark}")
         if self.equivalent_compute:
-            lines.append(
-                f"  {a} needs {self.equivalent_compute:.3g}x the compute for the loss of {b} at the target"
-            )
+            lines.append(f"  {a} needs {self.equivalent_compute:.3g}x the compute for the loss of {b} at the target")
         lines.append(f"  {self.verdict}")
         lines += [f"  warning: {w}" for w in self.warnings]
         return "\n".join(lines)
@@ -135,9 +131,7 @@ def compare(
     if not pool:
         _same_conventions(first, second, names)
     if first.data_unit != second.data_unit:
-        raise InputError(
-            f"data: expected both designs in one unit, got {first.data_unit} and {second.data_unit}"
-        )
+        raise InputError(f"data: expected both designs in one unit, got {first.data_unit} and {second.data_unit}")
     fits = [fit_surface(t, law=law) for t in (first, second)]
     for name, fit in zip(names, fits, strict=True):
         if not fit.converged:
@@ -206,9 +200,7 @@ def _verdict(differences: dict[str, Difference], names: tuple[str, str]) -> str:
     parts = []
     if loss.clear:
         better = names[1] if loss.value < 0 else names[0]
-        parts.append(
-            f"{better} reaches the lower loss at the target ({100 * abs(np.expm1(loss.value)):.2g} %)"
-        )
+        parts.append(f"{better} reaches the lower loss at the target ({100 * abs(np.expm1(loss.value)):.2g} %)")
     if n.clear:
         smaller = names[1] if n.value < 0 else names[0]
         parts.append(

@@ -83,9 +83,7 @@ def describe(config: DiTConfig, budget: float, batch: int | None) -> dict[str, A
     report = count(config)
     images = int(budget // report.train)
     if images < 1:
-        raise InputError(
-            f"budget: expected enough for one image ({report.train:.4g} FLOPs), got {budget:.4g}"
-        )
+        raise InputError(f"budget: expected enough for one image ({report.train:.4g} FLOPs), got {budget:.4g}")
     steps = images // batch if batch else None
     return {
         "width": config.width,

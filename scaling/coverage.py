@@ -80,9 +80,7 @@ class Scenario:
                 loss = SURFACE.predict(self.surface, params=n, data=d) * np.exp(
                     shared + self.noise * rng.standard_normal()
                 )
-                records.append(
-                    {"params": n, "tokens": d, "flops": budget, "loss": float(loss), "budget": budget}
-                )
+                records.append({"params": n, "tokens": d, "flops": budget, "loss": float(loss), "budget": budget})
         return RunTable.from_records(records)
 
 
@@ -224,9 +222,7 @@ def _study(scenario: Scenario, seed: int, hits: dict[str, dict[str, list[bool]]]
     n, d, loss = scenario.optimum(target)
     a = scenario.surface["beta"] / (scenario.surface["alpha"] + scenario.surface["beta"])
     rng = np.random.default_rng(10**9 + seed)
-    new = loss * float(
-        np.exp(scenario.noise * rng.standard_normal() + scenario.shock * rng.standard_normal())
-    )
+    new = loss * float(np.exp(scenario.noise * rng.standard_normal() + scenario.shock * rng.standard_normal()))
     truth = {"a": a, "N_opt": n, "loss": loss, "new run": new}
     runs = scenario.simulate(seed)
 
@@ -239,9 +235,7 @@ def _study(scenario: Scenario, seed: int, hits: dict[str, dict[str, list[bool]]]
     surface.fit.draws = _BOOTSTRAP
     for method in hits:
         if method.startswith("isoflop"):
-            iso = fit_isoflop(
-                runs, vertex=method.split()[1], bootstrap=_BOOTSTRAP, seed=seed, with_surface=False
-            )
+            iso = fit_isoflop(runs, vertex=method.split()[1], bootstrap=_BOOTSTRAP, seed=seed, with_surface=False)
             p = iso.predict(target, floor=True)
             note(
                 method,

@@ -107,9 +107,7 @@ def minimise(
             space,
         )
         parts.append(_solve(piece, start[rows], max_steps, tolerance))
-    return Solution(
-        *(np.concatenate([getattr(p, name) for p in parts]) for name in Solution.__dataclass_fields__)
-    )
+    return Solution(*(np.concatenate([getattr(p, name) for p in parts]) for name in Solution.__dataclass_fields__))
 
 
 def descend(
@@ -249,9 +247,7 @@ def _solve(problem: Problem, start: Array, max_steps: int, tolerance: float) -> 
         small = better & (actual <= tolerance * 1e-2 * scale_now) & (damping[index] <= 1e-3)
         live[index[stuck | resolved | small]] = False
 
-    decrement, kkt, at_bound = _certificate(
-        theta, objective, gradient, hessian, diagonal, lower, upper, floor
-    )
+    decrement, kkt, at_bound = _certificate(theta, objective, gradient, hessian, diagonal, lower, upper, floor)
     # At the rounding floor nothing is left to gain, and the gradient is noise.
     settled = (decrement <= np.sqrt(tolerance) * 1e-3) & (kkt <= 1e-4)
     converged = np.isfinite(objective) & (settled | (objective <= floor))

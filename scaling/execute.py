@@ -136,7 +136,9 @@ class _Pool:
                     worker.terminate()
         failed = [worker.exitcode for worker in self.workers if worker.exitcode]
         if failed:
-            raise InputError(f"study: expected every worker to end well, got exit code {failed[0]}; see the messages above")
+            raise InputError(
+                f"study: expected every worker to end well, got exit code {failed[0]}; see the messages above"
+            )
 
     def _listen(self) -> None:
         deadline = time.monotonic() + _POLL_SECONDS

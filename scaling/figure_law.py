@@ -27,9 +27,7 @@ def all_sizes(view: StudyView) -> list[float]:
 
 
 def budget_colours(view: StudyView) -> dict[float, str]:
-    return {
-        budget: pair[0] for budget, pair in zip(view.budgets, ramp("budget", len(view.budgets)), strict=True)
-    }
+    return {budget: pair[0] for budget, pair in zip(view.budgets, ramp("budget", len(view.budgets)), strict=True)}
 
 
 def size_colours(view: StudyView) -> dict[float, str]:
@@ -179,9 +177,7 @@ def _law_legend(ax: Axes, view: StudyView, law: LawView, narrow: bool) -> None:
     )
 
 
-def _draw_prediction(
-    ax: Axes, view: StudyView, *, size: float, x: float | None = None, spread: float = 1.0
-) -> None:
+def _draw_prediction(ax: Axes, view: StudyView, *, size: float, x: float | None = None, spread: float = 1.0) -> None:
     """The prediction with its interval, and the measured point where there is one."""
     assert view.prediction is not None
     at = float(view.prediction["budget"]) if x is None else x

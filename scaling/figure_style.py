@@ -191,9 +191,7 @@ def count_axis(ax: Axes, axis: str, label: str) -> None:
     getattr(ax, f"set_{axis}scale")("log")
     low, high = getattr(ax, f"get_{axis}lim")()
     subs = (1, 2, 5) if high / low < 300 else (1,)
-    ticks = [
-        s * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in subs
-    ]
+    ticks = [s * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in subs]
     which.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
     which.set_minor_locator(LogLocator(10, subs=range(2, 10), numticks=12))
     which.set_major_formatter(FuncFormatter(lambda v, _: short(v, 2)))

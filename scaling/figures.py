@@ -214,9 +214,7 @@ def _optima_figure(view: StudyView, narrow: bool) -> Figure:
         flops_axis(ax, "compute C (FLOPs)")
         count_axis(ax, "y", label)
         ends = law.intervals.get("exponent")
-        note = f"{letter} ∝ C{raised(law.exponent)}" + (
-            f"\n95 %: {ends[0]:.3f} to {ends[1]:.3f}" if ends else ""
-        )
+        note = f"{letter} ∝ C{raised(law.exponent)}" + (f"\n95 %: {ends[0]:.3f} to {ends[1]:.3f}" if ends else "")
         ax.annotate(
             note,
             (0.04, 0.96),
@@ -297,9 +295,7 @@ def _thinned(curve: Curve, points: int = 110) -> tuple[Any, Any]:
     return curve.flops[index], curve.loss[index]
 
 
-def _size_key(
-    ax: Axes, view: StudyView, tint: dict[float, str], place: tuple[float, float, float, float]
-) -> None:
+def _size_key(ax: Axes, view: StudyView, tint: dict[float, str], place: tuple[float, float, float, float]) -> None:
     """A strip of the sizes' colours with the smallest, the middle and the largest named."""
     sizes = sorted(tint)
     strip = ax.inset_axes(place)

@@ -72,12 +72,9 @@ def fit_law(
     w = w / w.mean()
     if len(y) < len(law.names):
         raise InputError(
-            f"{law.name}: expected at least {len(law.names)} points for parameters {', '.join(law.names)}, "
-            f"got {len(y)}"
+            f"{law.name}: expected at least {len(law.names)} points for parameters {', '.join(law.names)}, got {len(y)}"
         )
-    labels = (
-        None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
-    )
+    labels = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
 
     logs = {name: np.log(value) for name, value in x.items()}
     centre = {name: float(np.average(value, weights=w)) for name, value in logs.items()}
@@ -142,9 +139,7 @@ def fit_law(
     return fit
 
 
-def _settle(
-    model: engine.Model, y: Array, loss: Loss, theta: Array, w: Array, space: str, sigma: float
-) -> Loss:
+def _settle(model: engine.Model, y: Array, loss: Loss, theta: Array, w: Array, space: str, sigma: float) -> Loss:
     """Set a loss's scale from the residuals of its own fit: three rounds bring it to about a percent."""
     for _ in range(3):
         scaled = loss.knee_from(sigma)
@@ -200,7 +195,5 @@ def _vector(name: str, values: Any) -> Array:
         raise InputError(f"{name}: expected a list of numbers, got shape {array.shape}")
     bad = np.flatnonzero(~(np.isfinite(array) & (array > 0)))
     if bad.size:
-        raise InputError(
-            f"{name}: expected positive numbers, got {array[bad[0]]:g} at position {int(bad[0]) + 1}"
-        )
+        raise InputError(f"{name}: expected positive numbers, got {array[bad[0]]:g} at position {int(bad[0]) + 1}")
     return array

@@ -156,8 +156,7 @@ class Forecaster:
                 weights = self.board.weights()
                 self.warnings += self.board.warnings
                 self.rule = (
-                    f"laws averaged by their held-out predictive density over "
-                    f"{len(self.board.held_out)} budgets"
+                    f"laws averaged by their held-out predictive density over {len(self.board.held_out)} budgets"
                 )
             else:
                 weights, names = {"surface": 1.0}, ("surface",)

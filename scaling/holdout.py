@@ -228,14 +228,10 @@ def backtest(
 
 def _splits(runs: RunTable, axis: str, least: int) -> tuple[Array, list[float]]:
     """Every run's place on the axis, and the greatest place of each fitted window."""
-    place = (
-        runs.budgets if axis == "budget" else cluster_budgets(runs.params if axis == "params" else runs.data)
-    )
+    place = runs.budgets if axis == "budget" else cluster_budgets(runs.params if axis == "params" else runs.data)
     levels = np.unique(place)
     if len(levels) <= least:
-        raise InputError(
-            f"{axis}: expected at least {least + 1} different levels for a backtest, got {len(levels)}"
-        )
+        raise InputError(f"{axis}: expected at least {least + 1} different levels for a backtest, got {len(levels)}")
     if axis == "budget":
         return place, [float(v) for v in levels[least - 1 : -1]]
     tops = sorted({max(least, round(share * len(levels))) for share in (0.5, 0.65, 0.8)})
@@ -265,8 +261,7 @@ def _paired_tests(board: list[dict[str, Any]], trials: list[Trial]) -> None:
     if not scored:
         return
     errors = {
-        r["law"]: {(t.split, t.params, t.data): abs(t.log_error) for t in trials if t.law == r["law"]}
-        for r in scored
+        r["law"]: {(t.split, t.params, t.data): abs(t.log_error) for t in trials if t.law == r["law"]} for r in scored
     }
     best = errors[scored[0]["law"]]
     for row in scored:
@@ -321,9 +316,7 @@ def _row(name: str, trials: list[Trial], skipped: str | None, slope: float) -> d
         }
     errors = np.array([t.log_error for t in trials])
     rms = float(np.sqrt((errors**2).mean()))
-    by_split = [
-        np.mean([t.log_score for t in trials if t.split == m]) for m in sorted({t.split for t in trials})
-    ]
+    by_split = [np.mean([t.log_score for t in trials if t.split == m]) for m in sorted({t.split for t in trials})]
     return {
         "law": name,
         "score": float(np.mean(by_split)),

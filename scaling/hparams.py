@@ -135,8 +135,7 @@ class HparamsFit:
         """A readable table."""
         lines = [f"hyper-parameters: {len(self.cells)} cells, D in {self.data_unit}"]
         lines.append(
-            f"  {'N':>12s}{'D':>12s}{'lr':>12s}{'batch':>10s}{'loss':>10s}   lr band "
-            f"(+{100 * NEAR_OPTIMAL:g} % loss)"
+            f"  {'N':>12s}{'D':>12s}{'lr':>12s}{'batch':>10s}{'loss':>10s}   lr band (+{100 * NEAR_OPTIMAL:g} % loss)"
         )
         for c in self.cells:
             batch = f"{c.batch:10.4g}" if c.batch else f"{'-':>10s}"
@@ -187,9 +186,7 @@ def fit_hparams(
     which = which.ravel()
     warnings: list[str] = []
     # What counts is variation within cells: a batch that only follows D says nothing about the best one.
-    vary_batch = batches is not None and any(
-        len(np.unique(batches[which == k])) > 1 for k in range(which.max() + 1)
-    )
+    vary_batch = batches is not None and any(len(np.unique(batches[which == k])) > 1 for k in range(which.max() + 1))
     cells = []
     for k in range(which.max() + 1):
         mask = which == k
@@ -209,8 +206,7 @@ def fit_hparams(
             cells.append(cell)
             if not cell.inside:
                 warnings.append(
-                    f"cell N {cell.params:.4g}, D {cell.data:.4g}: its optimum is not inside the grid; left "
-                    f"out"
+                    f"cell N {cell.params:.4g}, D {cell.data:.4g}: its optimum is not inside the grid; left out"
                 )
     used = [c for c in cells if c.inside]
     if len(used) < 3:
@@ -272,11 +268,7 @@ def _cell(n: Array, d: Array, rates: Array, batches: Array | None, loss: Array) 
     covariance = variance * gradient @ (solver @ solver.T) @ gradient.T
 
     def band(i: int) -> tuple[float, float]:
-        half = (
-            float(np.sqrt(2.0 * np.log1p(NEAR_OPTIMAL) / hessian[i, i]))
-            if hessian[i, i] > 0
-            else float("inf")
-        )
+        half = float(np.sqrt(2.0 * np.log1p(NEAR_OPTIMAL) / hessian[i, i])) if hessian[i, i] > 0 else float("inf")
         return float(np.exp(-half)), float(np.exp(half))
 
     value = float(c[0] + c[1 : 1 + dims] @ best + 0.5 * best @ hessian @ best)
@@ -307,8 +299,7 @@ def _regress(
     free = [k for k in inputs if k not in fixed]
     if len(free) == 2 and abs(np.corrcoef(inputs["params"], inputs["data"])[0, 1]) > 0.999:
         raise InputError(
-            "params: expected N and D to vary apart over the cells, got all cells on one line of log N and "
-            "log D"
+            "params: expected N and D to vary apart over the cells, got all cells on one line of log N and log D"
         )
     if len(cells) < len(free) + 2:
         raise InputError(
@@ -342,8 +333,7 @@ def _regress(
     shift = np.array([means[k] for k in free])
     if len(replicates) < max(draws // 2, 20):
         raise InputError(
-            f"bootstrap: expected at least 40 draws of cells that vary in N and D, got {len(replicates)} of "
-            f"{draws}"
+            f"bootstrap: expected at least 40 draws of cells that vary in N and D, got {len(replicates)} of {draws}"
         )
     r = np.array([*replicates, c])
     r[:, 0] -= r[:, 1:] @ shift
@@ -396,9 +386,7 @@ def hyper_law(spec: Any) -> HyperLaw:
         )
     record = load(path)
     if not isinstance(record, Mapping) or record.get("kind") != "hparams":
-        raise InputError(
-            f"hparams: expected {path} to hold `ditscale fit hparams --json`, got something else"
-        )
+        raise InputError(f"hparams: expected {path} to hold `ditscale fit hparams --json`, got something else")
     laws = {k: Power(v["coefficient"], v["exponents"], k, 17) for k, v in record["laws"].items()}
     return _from_powers(laws, record["data_unit"])
 

@@ -135,8 +135,7 @@ class Components:
         spread = 2.0 * (
             f1**2 * run**2 * self.dof_run
             + 2.0 * f1 * f2 * run**2 * self.dof_run
-            + f2**2
-            * (run**2 * self.dof_total + 2.0 * run * budget * self.shared + budget**2 * self.shared_squared)
+            + f2**2 * (run**2 * self.dof_total + 2.0 * run * budget * self.shared + budget**2 * self.shared_squared)
         )
         mean = a * run + b * budget
         if spread <= 0 or mean <= 0:
@@ -186,9 +185,7 @@ def components(jacobian: Array, errors: Array, groups: NDArray[np.int64] | None)
     budget = max((total - run * dof) / shared, 0.0)
     if budget == 0.0:
         run = plain
-    return Components(
-        run, budget, float(dof_within), float(dof), shared, float((k * k).sum()), leverage, groups
-    )
+    return Components(run, budget, float(dof_within), float(dof), shared, float((k * k).sum()), leverage, groups)
 
 
 def _group_sums(values: Array, groups: NDArray[np.int64]) -> Array:
@@ -214,9 +211,7 @@ def t_interval(value: float, se: float, dof: float, *, log: bool, level: float, 
     reach = float(stats.t.ppf(0.5 + level / 2, dof) * se) if np.isfinite(se) and dof > 0 else float("inf")
     if log:
         with np.errstate(over="ignore"):
-            return Interval(
-                value, value * float(np.exp(-reach)), value * float(np.exp(reach)), se, dof, method, level
-            )
+            return Interval(value, value * float(np.exp(-reach)), value * float(np.exp(reach)), se, dof, method, level)
     return Interval(value, value - reach, value + reach, se, dof, method, level)
 
 
@@ -282,9 +277,7 @@ def interval_of(
         return profile_interval(fit, on_scale, value, log=log, level=level)
     values = on_scale(fit.bootstrap(method))
     if new_run:
-        values = values + np.sqrt(run_noise) * np.random.default_rng(fit.seed + 1).standard_normal(
-            len(values)
-        )
+        values = values + np.sqrt(run_noise) * np.random.default_rng(fit.seed + 1).standard_normal(len(values))
     values = values[np.isfinite(values)]
     low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
     if log:

@@ -149,11 +149,7 @@ class IsoflopFit:
     def params(self) -> dict[str, float]:
         """Exponents and coefficients of N_opt(C), D_opt(C) and L(C)."""
         laws = {"N": self.n_law, "D": self.d_law, "L": self.loss_law}
-        return {
-            f"{k}_{what}": getattr(law, what)
-            for k, law in laws.items()
-            for what in ("exponent", "coefficient")
-        }
+        return {f"{k}_{what}": getattr(law, what) for k, law in laws.items() for what in ("exponent", "coefficient")}
 
     @property
     def intervals(self) -> dict[str, list[float]]:
@@ -199,9 +195,7 @@ class IsoflopFit:
             p = law.predict(flops, level=level)
             slope = self.bootstrap.get(f"{prefix}_exponent")
             if slope is not None and not (name == "loss" and floor):
-                lines = self.bootstrap[f"{prefix}_coefficient"][:, None] + slope[:, None] * np.log(
-                    np.atleast_1d(flops)
-                )
+                lines = self.bootstrap[f"{prefix}_coefficient"][:, None] + slope[:, None] * np.log(np.atleast_1d(flops))
                 reach = stats.t.ppf(0.5 + level / 2, max(self.vertices[0].dof, 1)) * lines.std(axis=0, ddof=1)
                 reach = reach.reshape(np.shape(flops))
                 ends = [
@@ -288,9 +282,7 @@ def fit_isoflop(
     n, d, loss, budgets = runs.params, runs.data, runs.loss, runs.budgets
     levels = np.unique(budgets)
     if len(levels) < 2:
-        raise InputError(
-            f"budget: expected at least 2 different budgets for a law of compute, got {len(levels)}"
-        )
+        raise InputError(f"budget: expected at least 2 different budgets for a law of compute, got {len(levels)}")
     curves = []
     for level in levels:
         mask = budgets == level
@@ -304,16 +296,14 @@ def fit_isoflop(
     sigma = _pooled_sigma(curves)
     warnings: list[str] = []
     vertices = [
-        _vertex(c, curves, float(level), sigma, space, warnings)
-        for c, level in zip(curves, levels, strict=True)
+        _vertex(c, curves, float(level), sigma, space, warnings) for c, level in zip(curves, levels, strict=True)
     ]
     used = [i for i, v in enumerate(vertices) if v.bracketed]
     if len(used) < 2:
         good = [i for i, v in enumerate(vertices) if v.curvature > 0]
         if len(good) < 2:
             raise InputError(
-                f"loss: expected curves with a minimum at 2 budgets at least, got {len(good)}; add sizes on "
-                f"both sides"
+                f"loss: expected curves with a minimum at 2 budgets at least, got {len(good)}; add sizes on both sides"
             )
         warnings.append("fewer than 2 budgets bracket their minimum: the laws rest on extrapolated minima")
         used = good
@@ -395,8 +385,7 @@ def _vertex(
     if not (np.isfinite(place) and bend > 0):
         i = int(np.argmin(curve.y))
         warnings.append(
-            f"budget {budget:.3g}: the curve has no minimum (it does not bend upwards); widen the grid of "
-            f"sizes"
+            f"budget {budget:.3g}: the curve has no minimum (it does not bend upwards); widen the grid of sizes"
         )
         place, bend, has = float(curve.x[i] - curve.middle), 0.0, False
     else:
@@ -404,11 +393,7 @@ def _vertex(
     inside = bool(has and low < place < high)
     value = float(np.polyval(curve.coefficients, place))
     step = 1e-4
-    up = (
-        curve.minimum(curve.coefficients + step * sigma * np.eye(curve.degree + 1))[0]
-        if np.isfinite(sigma)
-        else None
-    )
+    up = curve.minimum(curve.coefficients + step * sigma * np.eye(curve.degree + 1))[0] if np.isfinite(sigma) else None
     se, se_data, se_loss, t = (float("nan"),) * 4
     dof = sum(c.dof for c in curves)
     if up is not None and sigma > 0 and has:
@@ -426,9 +411,7 @@ def _vertex(
             inside = False
     if has and not inside and not (low < place < high):
         side = "above" if place >= high else "below"
-        warnings.append(
-            f"budget {budget:.3g}: the minimum lies {side} every size that was run; it is not bracketed"
-        )
+        warnings.append(f"budget {budget:.3g}: the minimum lies {side} every size that was run; it is not bracketed")
     return Vertex(
         budget=budget,
         params=float(np.exp(curve.middle + place)),
@@ -518,8 +501,7 @@ def _grid_warnings(vertices: list[Vertex], warnings: list[str]) -> None:
         slope = float(np.polyfit(x, offsets, 1)[0])
         if abs(slope) > _DRIFT and abs(slope) * np.ptp(x) > np.log(1.5):
             warnings.append(
-                f"the grid's centre drifts against the minimum (C^{slope:+.2f}): the exponents themselves "
-                f"are biased"
+                f"the grid's centre drifts against the minimum (C^{slope:+.2f}): the exponents themselves are biased"
             )
 
 
@@ -527,9 +509,7 @@ def _beside(runs: RunTable, wanted: bool) -> SurfaceFit | None:
     if not wanted or not runs.has("flops") and not runs.has("budget"):
         return None
     if not runs.has("flops"):
-        runs = RunTable(
-            runs.columns, {**runs.roles, "flops": runs.roles["budget"]}, runs.source, runs.rows, runs.notes
-        )
+        runs = RunTable(runs.columns, {**runs.roles, "flops": runs.roles["budget"]}, runs.source, runs.rows, runs.notes)
     try:
         return fit_surface(runs)
     except InputError:

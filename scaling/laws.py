@@ -105,18 +105,14 @@ class Law:
     def _checked(self, params: Mapping[str, float]) -> dict[str, float]:
         missing = [n for n in self.names if n not in params]
         if missing:
-            raise InputError(
-                f"params: law {self.name} needs {', '.join(self.names)}, missing {', '.join(missing)}"
-            )
+            raise InputError(f"params: law {self.name} needs {', '.join(self.names)}, missing {', '.join(missing)}")
         return {n: float(params[n]) for n in self.names}
 
     def _logs(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         logs = {}
         for name in self.inputs:
             if inputs.get(name) is None:
-                raise InputError(
-                    f"{name}: law {self.name} needs {', '.join(self.inputs)}, got none for {name}"
-                )
+                raise InputError(f"{name}: law {self.name} needs {', '.join(self.inputs)}, got none for {name}")
             value = np.asarray(inputs[name], dtype=float)
             if not np.all(np.isfinite(value) & (value > 0)):
                 raise InputError(f"{name}: expected positive numbers, got {np.ravel(value)[:3].tolist()}")
@@ -307,9 +303,7 @@ class TermModel:
                 parts = [total * np.exp(log - lse) for log in logs]
                 mean = sum(np.exp(log - lse) * np.where(np.isfinite(log), log, 0.0) for log in logs)
                 # Fixed exponents lie inside the bracket, so they do not scale with the outer power.
-                inner = sum(
-                    np.exp(log - lse) * offset for log, offset in zip(logs, self._offsets, strict=True)
-                )
+                inner = sum(np.exp(log - lse) * offset for log, offset in zip(logs, self._offsets, strict=True))
                 jacobian[:, self._outer] = total * (lse - mean + inner)
         for part, columns in zip(parts, self._columns, strict=True):
             for i, x in columns:
@@ -326,9 +320,7 @@ def _logsumexp(logs: Sequence[Array]) -> Array:
     return top + np.log(sum(np.exp(log - top) for log in logs))
 
 
-def _projected_starts(
-    law: TermLaw, logs: Mapping[str, Array], target: Array, weights: Array, count: int
-) -> Array:
+def _projected_starts(law: TermLaw, logs: Mapping[str, Array], target: Array, weights: Array, count: int) -> Array:
     """Variable projection (Golub & Pereyra 1973): for given exponents the rest is a small linear problem.
 
     The linear problem is weighted by 1/y², so that its residuals are the relative ones of a fit in log space.
@@ -347,17 +339,9 @@ def _projected_starts(
 
     found_theta, found_score, found_cell = [], [], []
     for outer, share in itertools.product(outers, floors):
-        fixed = (
-            share * float(target.min())
-            if law.outer
-            else float(law.floor)
-            if isinstance(law.floor, float)
-            else 0.0
-        )
+        fixed = share * float(target.min()) if law.outer else float(law.floor) if isinstance(law.floor, float) else 0.0
         if not np.all(target > fixed):
-            raise InputError(
-                f"floor: expected a value below every measured one ({target.min():.6g}), got {fixed:g}"
-            )
+            raise InputError(f"floor: expected a value below every measured one ({target.min():.6g}), got {fixed:g}")
         goal = (target - fixed) ** (1.0 / outer)
         w = weights * (1.0 / goal * (target - fixed) * outer / target) ** 2
         columns = []
@@ -365,9 +349,7 @@ def _projected_starts(
         for term in law.terms:
             z: Any = 0.0
             for x, e in term.exponents.items():
-                value = (
-                    exponents[:, position[e], None] if isinstance(e, str) else np.full((len(exponents), 1), e)
-                )
+                value = exponents[:, position[e], None] if isinstance(e, str) else np.full((len(exponents), 1), e)
                 z = z + law.sign * value * logs[x]
             columns.append(np.exp(np.clip(np.broadcast_to(z, (len(exponents), len(target))), -300, 300)))
         floated = isinstance(law.floor, str) and not law.outer
@@ -387,9 +369,7 @@ def _projected_starts(
         found_theta.append(theta)
         found_score.append(score)
         found_cell.append(np.column_stack([steps, np.full(len(steps), 2 * len(found_cell))]))
-    return _spread(
-        np.concatenate(found_theta), np.concatenate(found_score), np.concatenate(found_cell), count
-    )
+    return _spread(np.concatenate(found_theta), np.concatenate(found_score), np.concatenate(found_cell), count)
 
 
 def _non_negative(columns: Array, goal: Array, weights: Array) -> tuple[Array, Array]:

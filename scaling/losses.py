@@ -123,9 +123,7 @@ def parse_loss(text: str | Loss) -> Loss:
         return text
     kind, *rest = str(text).split(":")
     expected = "huber:DELTA, huber:auto, l1, mse, student-t:DOF or envelope:RATIO"
-    if kind not in KINDS or len(rest) > (
-        2 if kind in ("student-t", "envelope") else 1 if kind == "huber" else 0
-    ):
+    if kind not in KINDS or len(rest) > (2 if kind in ("student-t", "envelope") else 1 if kind == "huber" else 0):
         raise InputError(f"loss-fn: expected {expected}, got {text!r}")
 
     def number(value: str) -> float:

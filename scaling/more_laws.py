@@ -110,9 +110,7 @@ class Repetition(Law):
 
     def bring_in(self, params: Mapping[str, Any], centre: Mapping[str, float]) -> Array:
         """See :meth:`Law.bring_in`."""
-        tail = np.log(
-            np.stack([np.atleast_1d(np.asarray(params[k], dtype=float)) for k in ("R_D", "R_N")], axis=1)
-        )
+        tail = np.log(np.stack([np.atleast_1d(np.asarray(params[k], dtype=float)) for k in ("R_D", "R_N")], axis=1))
         return np.concatenate([SURFACE.bring_in(params, centre), tail], axis=1)
 
     def starts(
@@ -236,7 +234,8 @@ def _billions(centre: Mapping[str, float]) -> float:
 class _FarseerModel:
     """``exp(u3) + exp(u2 - exp(u1) d)`` with ``u = slope * (e^(power n) - 1)/power + level``.
 
-    n is the centred log N and d is log(D/1e9). That is Farseer's ``slope' N^power + level'`` in a form that stays bounded as the power goes to 0.
+    n is the centred log N and d is log(D/1e9). That is Farseer's ``slope' N^power + level'`` in a form that stays
+    bounded as the power goes to 0.
     """
 
     def __init__(self, logs: Mapping[str, Array], centre: Mapping[str, float]) -> None:

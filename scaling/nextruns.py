@@ -53,9 +53,7 @@ class NextRuns:
             f"  {'FLOPs':>12s}{'N':>12s}{'D (' + self.data_unit + ')':>18s}{'error after':>14s}",
         ]
         for r in self.runs:
-            lines.append(
-                f"  {r['flops']:12.4g}{r['params']:12.4g}{r['data']:18.4g}{100 * r['se_after']:13.3g}%"
-            )
+            lines.append(f"  {r['flops']:12.4g}{r['params']:12.4g}{r['data']:18.4g}{100 * r['se_after']:13.3g}%")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -97,9 +95,7 @@ def suggest_runs(
     parts = law.components
     which: Callable[[Array], Array] = lambda th: fit.log_optimum(th, target)[2 if quantity == "loss" else 0]  # noqa: E731
     budgets = np.geomspace(min(fit.flops_range[0], spend / count), min(spend, target), 16)
-    candidates = [
-        (float(c), k, *_run_at(fit, float(c), size)) for k, c in enumerate(budgets) for size in _SIZES
-    ]
+    candidates = [(float(c), k, *_run_at(fit, float(c), size)) for k, c in enumerate(budgets) for size in _SIZES]
 
     # What is known: the law's parameters, and one unknown shock for each candidate budget.
     p = len(law.theta)

@@ -57,9 +57,7 @@ def laws_table(view: StudyView) -> str:
         interval = f"{ends[0]:.3f} to {ends[1]:.3f}".replace("-", "−") if ends else "not given"
         rows.append(
             f'<tr><th scope="row">{escape(name)}</th><td>{formula(key, law)}</td>'
-            f"<td>{law.exponent:.3f}</td><td>{interval}</td><td>{PUBLISHED[key]:.4f}</td></tr>".replace(
-                ">-", ">−"
-            )
+            f"<td>{law.exponent:.3f}</td><td>{interval}</td><td>{PUBLISHED[key]:.4f}</td></tr>".replace(">-", ">−")
         )
     if not rows:
         return ""
@@ -107,9 +105,7 @@ def _scoreboard(view: StudyView) -> str:
         rows.append(f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     if not rows:
         return ""
-    heads = "".join(
-        f'<th scope="col">{h}</th>' for h in ("law", "weight", "rms error", "worst error", "trials")
-    )
+    heads = "".join(f'<th scope="col">{h}</th>' for h in ("law", "weight", "rms error", "worst error", "trials"))
     return (
         "<details><summary>How the predicting law was chosen</summary>"
         f'<p class="small">{escape(view.laws.chosen or "")}. Every candidate was fitted to the smaller '
@@ -144,8 +140,7 @@ def ask_section(view: StudyView) -> str:
     if data["flops_per_second"]:
         answers.append(("answer-time", "time on this study's machine"))
     listed = "".join(
-        f'<div><dt>{escape(words)}</dt><dd id="{key}"><span></span><small></small></dd></div>'
-        for key, words in answers
+        f'<div><dt>{escape(words)}</dt><dd id="{key}"><span></span><small></small></dd></div>' for key, words in answers
     )
     band = "" if data["band"] else " No interval of the loss was saved with this law."
     return (

@@ -67,8 +67,7 @@ def _headline(view: StudyView) -> tuple[str, str]:
     if view.laws:
         return (
             "The law is fitted",
-            f"{trained} runs gave the laws below. The prediction{then} and the run that tests it are still "
-            "to come.",
+            f"{trained} runs gave the laws below. The prediction{then} and the run that tests it are still to come.",
         )
     share = _share_done(view)
     bar = f'<progress max="1" value="{share:.4f}" aria-label="Share of the FLOPs that is spent"></progress>'
@@ -84,18 +83,12 @@ def _share_done(view: StudyView) -> float:
     grid = [row for row in view.study.get("grid", []) if isinstance(row, dict)]
     total = sum(float(row.get("flops", 0)) for row in grid)
     ids = {run["run_id"] for run in [*view.runs, *view.diverged]}
-    return (
-        sum(float(row.get("flops", 0)) for row in grid if row.get("run_id") in ids) / total if total else 0.0
-    )
+    return sum(float(row.get("flops", 0)) for row in grid if row.get("run_id") in ids) / total if total else 0.0
 
 
 def _factor(outcome: dict[str, Any]) -> str:
     factor = outcome.get("extrapolation_factor")
-    return (
-        f"to {float(factor):.3g} times the largest fitted budget"
-        if factor
-        else "past the largest fitted budget"
-    )
+    return f"to {float(factor):.3g} times the largest fitted budget" if factor else "past the largest fitted budget"
 
 
 def _tiles(view: StudyView) -> str:
@@ -104,12 +97,8 @@ def _tiles(view: StudyView) -> str:
         outcome = view.outcome
         low, high = outcome["interval_95"]
         inside = bool(outcome.get("inside_interval"))
-        tiles.append(
-            ("relative error", percent(float(outcome["relative_error"])), "measured against predicted")
-        )
-        half = (
-            max(high - outcome["predicted_loss"], outcome["predicted_loss"] - low) / outcome["predicted_loss"]
-        )
+        tiles.append(("relative error", percent(float(outcome["relative_error"])), "measured against predicted"))
+        half = max(high - outcome["predicted_loss"], outcome["predicted_loss"] - low) / outcome["predicted_loss"]
         tiles.append(
             (
                 "95 % interval",
@@ -137,8 +126,7 @@ def _tiles(view: StudyView) -> str:
         if size:
             tiles.append(("the predicted run", short(size), f"{size_words(view)[:-2]}, {words}"))
     spent = float(
-        (view.outcome or {}).get("flops_spent")
-        or sum(float(r["flops"]) for r in [*view.runs, *view.diverged])
+        (view.outcome or {}).get("flops_spent") or sum(float(r["flops"]) for r in [*view.runs, *view.diverged])
     )
     if spent:
         count = len(view.runs) + len(view.diverged)
@@ -171,9 +159,7 @@ def _steps(view: StudyView) -> str:
         weights = sorted(laws.weights.items(), key=lambda item: -item[1])
         shares = ", ".join(f"{name} {100 * weight:.0f}\u00a0%" for name, weight in weights[:3])
         words = f"weighted by held-out budgets: {shares}"
-        steps.append(
-            (True, f"Law fitted to {len(view.fitted)} runs", words if weights else laws.chosen or "")
-        )
+        steps.append((True, f"Law fitted to {len(view.fitted)} runs", words if weights else laws.chosen or ""))
     else:
         steps.append((False, "Law", "to come when the grid is trained"))
     if prediction:
@@ -184,9 +170,7 @@ def _steps(view: StudyView) -> str:
         steps.append((True, "Predicted run trained", _order_words(view, run)))
     else:
         training = any(c.record.get("role") == "prediction" for c in view.curves)
-        steps.append(
-            (False, "The predicted run", "is training" if training else "to come after the prediction")
-        )
+        steps.append((False, "The predicted run", "is training" if training else "to come after the prediction"))
     if outcome:
         words = f"loss {outcome['measured_loss']:.4f}, on the validation images, noise and times of all runs"
         steps.append((True, "Measured", words))

@@ -74,9 +74,7 @@ def samples_section(view: StudyView) -> str:
         for words in (
             str(settings.get("sampler", "")),
             f"{settings['steps']} steps" if settings.get("steps") else "",
-            f"guidance {settings['guidance']:g}"
-            if isinstance(settings.get("guidance"), (int, float))
-            else "",
+            f"guidance {settings['guidance']:g}" if isinstance(settings.get("guidance"), (int, float)) else "",
         )
         if words
     )
@@ -175,9 +173,7 @@ def _number(value: float, kind: str) -> str:
 def _csv_link(runs: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> str:
     text = io.StringIO(newline="")
     names = [key for _, key, _ in columns]
-    writer = csv.DictWriter(
-        text, ["run_id", "status", *(n for n in names if n != "run_id")], extrasaction="ignore"
-    )
+    writer = csv.DictWriter(text, ["run_id", "status", *(n for n in names if n != "run_id")], extrasaction="ignore")
     writer.writeheader()
     writer.writerows(runs)
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.getvalue().encode()).decode()
@@ -191,9 +187,7 @@ def facts_section(view: StudyView) -> str:
     data: dict[str, Any] = given if isinstance(given, dict) else {}
     name = data.get("name") or first.get("data") or (study.get("training") or {}).get("data")
     digest = data.get("sha256") or first.get("data_sha256")
-    licence = (
-        data.get("licence") or data.get("license") or _LICENCES.get(str(name).split("/")[0].replace("-", "_"))
-    )
+    licence = data.get("licence") or data.get("license") or _LICENCES.get(str(name).split("/")[0].replace("-", "_"))
     convention = str(study.get("flop_convention") or first.get("flop_convention") or "")
     seeds = sorted(
         {str(r["seed"]) for r in view.runs if r.get("seed") is not None} | {str(study.get("seed", ""))} - {""}
@@ -205,15 +199,13 @@ def facts_section(view: StudyView) -> str:
         ("machine", escape(_pairs(study.get("machine")))),
         (
             "FLOP convention",
-            f"<code>{escape(convention)}</code>: "
-            f"{escape(_CONVENTIONS.get(convention, 'as the ledger counts'))}"
+            f"<code>{escape(convention)}</code>: {escape(_CONVENTIONS.get(convention, 'as the ledger counts'))}"
             if convention
             else "",
         ),
         (
             "size N",
-            "parameters that work on every token; those that work once an image, and looked-up embeddings, "
-            "are left out"
+            "parameters that work on every token; those that work once an image, and looked-up embeddings, are left out"
             if view.size == "params_per_token"
             else "all trainable parameters",
         ),
@@ -245,9 +237,7 @@ def _pairs(values: Any) -> str:
     if not isinstance(values, dict):
         return ""
     shown = (
-        (str(k).replace("_", " "), v)
-        for k, v in values.items()
-        if v is not None and not isinstance(v, (dict, list))
+        (str(k).replace("_", " "), v) for k, v in values.items() if v is not None and not isinstance(v, (dict, list))
     )
     words = {True: "yes", False: "no"}
     return ", ".join(

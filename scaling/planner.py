@@ -355,9 +355,7 @@ def _flatness(out: Plan, law: Allocation) -> None:
         if float(_loss_along(law, far, out.budget)) <= limit:
             ends[name] = float(np.exp(far - middle))
             continue
-        edge = optimize.brentq(
-            lambda x: float(_loss_along(law, x, out.budget)) - limit, *sorted((middle, far))
-        )
+        edge = optimize.brentq(lambda x: float(_loss_along(law, x, out.budget)) - limit, *sorted((middle, far)))
         ends[name] = float(np.exp(edge - middle))
     out.flatness = {**ends, "loss_increase": _FLATNESS}
 
@@ -410,9 +408,7 @@ def _inference(out: Plan, law: Allocation, forward_units: float) -> None:
     def total(log_n: float) -> float:
         d = data_at(log_n)
         return (
-            float(cost(np.exp(log_n), d) + forward_units * cost(np.exp(log_n), 1.0) / 3.0)
-            if np.isfinite(d)
-            else np.inf
+            float(cost(np.exp(log_n), d) + forward_units * cost(np.exp(log_n), 1.0) / 3.0) if np.isfinite(d) else np.inf
         )
 
     grid = np.log(out.params) + np.linspace(-np.log(300.0), np.log(1.5), 120)

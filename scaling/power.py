@@ -182,8 +182,7 @@ def _flatness(fit: LawFit) -> None:
     low, high = fit.intervals["exponent"]
     if low <= 0 <= high:
         fit.warnings.append(
-            f"no scaling in this range: the exponent's interval [{low:.3g}, {high:.3g}] holds 0 (R² "
-            f"{fit.r2:.3f})"
+            f"no scaling in this range: the exponent's interval [{low:.3g}, {high:.3g}] holds 0 (R² {fit.r2:.3f})"
         )
     if "floor" in fit.law.names and "floor" not in fit.at_bounds:
         ends: Array = np.array(fit.intervals["floor"])

@@ -86,9 +86,7 @@ def _csv(path: Path) -> tuple[Columns, NDArray[np.int64]]:
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
     if len(header) < 2:
-        raise InputError(
-            f"{path}: expected a CSV table of several columns, got the header {header[0][:60]!r}"
-        )
+        raise InputError(f"{path}: expected a CSV table of several columns, got the header {header[0][:60]!r}")
     seen: set[str] = set()
     for name in header:
         if name in seen and name:
@@ -96,8 +94,7 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
         seen.add(name)
     if all(_number(name) is not None for name in header):
         raise InputError(
-            f"{path}: expected a header line with column names, got the numbers "
-            f"{delimiter.join(header)[:60]!r}"
+            f"{path}: expected a header line with column names, got the numbers {delimiter.join(header)[:60]!r}"
         )
 
 
@@ -133,9 +130,7 @@ def _json_lines(path: Path) -> tuple[Columns, NDArray[np.int64]]:
                     f"{path}: expected a JSON object in line {number}, got {line.strip()[:60]!r}"
                 ) from None
             if not isinstance(record, dict):
-                raise InputError(
-                    f"{path}: expected a JSON object in line {number}, got {type(record).__name__}"
-                )
+                raise InputError(f"{path}: expected a JSON object in line {number}, got {type(record).__name__}")
             if len(records) >= MAX_ROWS:
                 raise InputError(_too_many(path))
             records.append(record)
@@ -186,9 +181,7 @@ def _parquet(path: Path) -> tuple[Columns, NDArray[np.int64]]:
     return {n: table.column(n).to_pylist() for n in names}, np.arange(1, table.num_rows + 1)
 
 
-def _from_records(
-    records: list[Mapping[str, Any]], source: str, *, first: int
-) -> tuple[Columns, NDArray[np.int64]]:
+def _from_records(records: list[Mapping[str, Any]], source: str, *, first: int) -> tuple[Columns, NDArray[np.int64]]:
     if not records:
         raise InputError(f"{source}: expected at least one run, got none")
     flat = [_flatten(r) for r in records]
@@ -231,9 +224,7 @@ def _study_records(folder: Path) -> list[Mapping[str, Any]]:
         if record.get("role", "fit") == "fit" and record.get("status", "finished") == "finished":
             records.append(record)
     if not records:
-        raise InputError(
-            f"{folder}: expected at least one finished run with role fit, got {len(files)} other records"
-        )
+        raise InputError(f"{folder}: expected at least one finished run with role fit, got {len(files)} other records")
     return records
 
 

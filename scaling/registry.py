@@ -49,8 +49,7 @@ class Power:
     def formula(self) -> str:
         """In plain text."""
         terms = " ".join(
-            (f"({x}/{self.scale[x]:g})" if x in self.scale else x) + f"^{e:g}"
-            for x, e in self.exponents.items()
+            (f"({x}/{self.scale[x]:g})" if x in self.scale else x) + f"^{e:g}" for x, e in self.exponents.items()
         )
         floor = f"{self.floor:g} + " if self.floor else ""
         return f"{floor}{self.coefficient:g} {terms} [{self.unit}]"
@@ -225,11 +224,9 @@ def _gidd(noise: str, a: float, alpha: float, b: float, beta: float, e: float) -
 _ALL = (
     PublishedLaw(
         name="liang2024",
-        title="image diffusion transformers (in-context text and time tokens), rectified flow, "
-        "LAION-Aesthetic",
+        title="image diffusion transformers (in-context text and time tokens), rectified flow, LAION-Aesthetic",
         source="Liang et al., Scaling Laws For Diffusion Transformers, arXiv:2410.08184",
-        reading="secondary notes and reviews agree; one review prints 3.3943 for the loss coefficient, a "
-        "slip",
+        reading="secondary notes and reviews agree; one review prints 3.3943 for the loss coefficient, a slip",
         laws={
             "params": compute_power(0.0009, 0.5681, "parameters", 1),
             "tokens": compute_power(186.8535, 0.4319, "tokens", 7),
@@ -248,8 +245,7 @@ _ALL = (
             Check("fid", {"flops": 1.5e21}, 25.0, 2e-3),
         ),
         notes=(
-            "0.0009 has one significant digit: N is uncertain by 5.6 % from rounding alone, and 6ND misses "
-            "C by 0.9 %",
+            "0.0009 has one significant digit: N is uncertain by 5.6 % from rounding alone, and 6ND misses C by 0.9 %",
             "the loss law has no floor; FID is on CLIP features and compares with no Inception FID",
             "the image resolution behind its tokens is not published",
         ),
@@ -261,15 +257,10 @@ _ALL = (
         reading="secondary notes agree; units found by matching the paper's figure 4",
         laws={
             "params": compute_power(0.8705, 0.4294, "parameters", 4),
-            "batch_tokens": Power(
-                2.1797e4, {"tokens": 0.8080, "params": 0.1906}, "tokens", 5, scale=_BILLION
-            ),
-            "lr": Power(
-                0.0002, {"tokens": -0.0453, "params": -0.1619}, "peak learning rate", 1, scale=_BILLION
-            ),
+            "batch_tokens": Power(2.1797e4, {"tokens": 0.8080, "params": 0.1906}, "tokens", 5, scale=_BILLION),
+            "lr": Power(0.0002, {"tokens": -0.0453, "params": -0.1619}, "peak learning rate", 1, scale=_BILLION),
         },
-        flop_convention="tokens * (3/4) N (7 + n_ctx/d): forward and backward, attention in both directions "
-        "counted",
+        flop_convention="tokens * (3/4) N (7 + n_ctx/d): forward and backward, attention in both directions counted",
         budget_range=(2e17, 2e19),
         checks=(
             Check("params", {"flops": 1e22}, 2.43e9, 0.01),
@@ -294,8 +285,7 @@ _ALL = (
         name="yin2024-video-fixed",
         title="the same with fixed, not tuned, batch and learning rate: what untuned hyper-parameters cost",
         source="Yin et al., arXiv:2411.17470, figure 6c",
-        reading="derived: exponent 30.26 % above 0.4294 as stated, coefficient from 4.04e9 parameters at "
-        "1e22",
+        reading="derived: exponent 30.26 % above 0.4294 as stated, coefficient from 4.04e9 parameters at 1e22",
         laws={"params": compute_power(0.0020, 0.4294 * 1.3026, "parameters", 2)},
         flop_convention="as yin2024-video",
         checks=(Check("params", {"flops": 1e22}, 4.04e9, 0.01),),
@@ -388,8 +378,7 @@ _ALL = (
     PublishedLaw(
         name="dol2025-edm2",
         title="EDM2 loss against compute with the optimal diffusion loss as floor",
-        source="Diagnosing and Improving Diffusion Models by Estimating the Optimal Loss Value, "
-        "arXiv:2506.13763",
+        source="Diagnosing and Improving Diffusion Models by Estimating the Optimal Loss Value, arXiv:2506.13763",
         reading="secondary notes; the unit of F was not read",
         laws={"loss_of_F": Power(0.3675, {"F": -0.014}, "diffusion loss", 4, floor=0.015)},
         flop_convention="F in an unit that was not read",

@@ -19,8 +19,7 @@ from ditscale.scaling.study_view import StudyView, read_study
 
 # What a screen reader says of a figure.
 _LABELS = {
-    "law": "Validation loss against training compute: runs, the fitted law with its band, and the predicted "
-    "run",
+    "law": "Validation loss against training compute: runs, the fitted law with its band, and the predicted run",
     "isoflop": "IsoFLOP curves: validation loss against model size, one curve for each budget",
     "optima": "Best model size and best number of training images against compute, with their power laws",
     "curves": "Loss during training against compute for every run, coloured by model size",
@@ -109,8 +108,7 @@ def build_page(view: StudyView, drawings: dict[str, tuple[str, str]]) -> str:
         "figure_css": _figure_css(palette),
         "nav": nav,
         "main": "\n".join(text for text in sections.values() if text),
-        "footer": f"Written by ditscale {__version__}. This file holds everything it shows and needs no "
-        "network.",
+        "footer": f"Written by ditscale {__version__}. This file holds everything it shows and needs no network.",
         "laws_json": _to_script(page_laws.laws_data(view)),
         "js": _asset("page.js"),
     }
@@ -139,8 +137,7 @@ def _caption(view: StudyView, name: str) -> str:
         return text
     if name == "isoflop":
         text = (
-            "<b>One bowl for each budget.</b> Every dot is a trained model; dots of one colour spent the "
-            "same compute."
+            "<b>One bowl for each budget.</b> Every dot is a trained model; dots of one colour spent the same compute."
         )
         if view.laws and view.laws.optima:
             text += (

@@ -338,9 +338,7 @@ class LawFit:
             elif kind == "cluster":
                 groups = self._need_groups("cluster bootstrap")
                 count = int(groups.max()) + 1
-                weights = (
-                    rng.multinomial(count, np.full(count, 1 / count), size=draws)[:, groups] * self.weights
-                )
+                weights = rng.multinomial(count, np.full(count, 1 / count), size=draws)[:, groups] * self.weights
             elif kind == "wild":
                 signs = rng.choice([-1.0, 1.0], size=(draws, self.n))
                 grow = np.sqrt(self.n / max(self.n - len(self.theta), 1))
@@ -369,9 +367,7 @@ class LawFit:
 
     def _refit(self, weights: Array, target: Array, count: int) -> Array:
         start = np.repeat(self.theta[None, :], count, axis=0)
-        solution = engine.minimise(
-            self._bounded(), target, self.loss, start, weights=weights, space=self.space
-        )
+        solution = engine.minimise(self._bounded(), target, self.loss, start, weights=weights, space=self.space)
         return solution.theta
 
     def _bounded(self) -> engine.Model:
@@ -449,9 +445,7 @@ class LawFit:
             saved = record["saved"]
             law = law_by_name(record["law"], saved["floor"])
             if saved["inputs"] is None:
-                raise InputError(
-                    "law: expected a fit saved with its points, got one of too many points; fit it again"
-                )
+                raise InputError("law: expected a fit saved with its points, got one of too many points; fit it again")
             loss = Loss(**saved["loss"])
             return cls(
                 law=law,
@@ -483,8 +477,7 @@ class LawFit:
         """A readable table."""
         lines = [
             f"{self.law.name}: {self.law.formula}",
-            f"  {self.n} points, loss {self.loss.name} in {self.space} space, objective "
-            f"{self.objective:.12g} (sum)",
+            f"  {self.n} points, loss {self.loss.name} in {self.space} space, objective {self.objective:.12g} (sum)",
             f"  {'converged' if self.converged else 'NOT CONVERGED'}: could still fall by "
             f"{self.certificate['decrement']:.1e} of itself; {self.starts_agreeing} of {self.starts} starts "
             f"agree",

@@ -220,9 +220,7 @@ class RunTable:
         """The rows for which a comparison holds; see :meth:`read`."""
         mask = evaluate(expression, self.columns, len(self))
         if not mask.any():
-            raise InputError(
-                f"where: expected {expression!r} to hold for at least one of {len(self)} rows, got none"
-            )
+            raise InputError(f"where: expected {expression!r} to hold for at least one of {len(self)} rows, got none")
         return self.take(mask, f"kept {int(mask.sum())} of {len(self)} rows where {expression}")
 
     def drop_highest(self, count: int) -> RunTable:
@@ -275,8 +273,7 @@ class RunTable:
         if bad.size:
             i = int(bad[0])
             raise InputError(
-                f"{label}: expected a positive number in row {self.rows[i]} of {self.source}, got "
-                f"{values[i]:g}"
+                f"{label}: expected a positive number in row {self.rows[i]} of {self.source}, got {values[i]:g}"
             )
         return values
 

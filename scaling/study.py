@@ -77,18 +77,28 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         budgets = tuple(self.budgets)
-        if len(budgets) < 3 or any(not _is_number(b) or b <= 0 for b in budgets) or list(budgets) != sorted(set(budgets)):
+        if (
+            len(budgets) < 3
+            or any(not _is_number(b) or b <= 0 for b in budgets)
+            or list(budgets) != sorted(set(budgets))
+        ):
             raise InputError(f"budgets: expected at least 3 positive FLOP counts, rising, got {list(budgets)!r}")
         object.__setattr__(self, "budgets", tuple(int(b) for b in budgets))
         if not _is_number(self.target) or self.target <= budgets[-1]:
-            raise InputError(f"target: expected more FLOPs than the largest budget {budgets[-1]:.4g}, got {self.target!r}")
+            raise InputError(
+                f"target: expected more FLOPs than the largest budget {budgets[-1]:.4g}, got {self.target!r}"
+            )
         object.__setattr__(self, "target", int(self.target))
         for name, least in (("sizes", 4), ("head_width", 1), ("workers", 1), ("threads", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
         widths = tuple(self.widths)
-        if len(widths) == 1 or any(not isinstance(w, int) or w < 1 for w in widths) or list(widths) != sorted(set(widths)):
+        if (
+            len(widths) == 1
+            or any(not isinstance(w, int) or w < 1 for w in widths)
+            or list(widths) != sorted(set(widths))
+        ):
             raise InputError(f"widths: expected at least 2 whole numbers, rising, or none, got {list(widths)!r}")
         object.__setattr__(self, "widths", widths)
         for name, above in (("span", 1.0), ("prior_coefficient", 0.0), ("prior_exponent", 0.0), ("aspect", 0.0)):
@@ -237,7 +247,9 @@ class Study:
         try:
             config = dict(self.plan["config"])
             self.config = StudyConfig(**config)
-            self.grid = [PlannedRun(**{f.name: row[f.name] for f in dataclasses.fields(PlannedRun)}) for row in self.plan["grid"]]
+            self.grid = [
+                PlannedRun(**{f.name: row[f.name] for f in dataclasses.fields(PlannedRun)}) for row in self.plan["grid"]
+            ]
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: expected a study of schema {SCHEMA}, got a damaged one ({error})") from error
 

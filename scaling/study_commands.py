@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 def design(
     config: Annotated[Path, typer.Argument(help="A study in TOML.")],
-    out: Annotated[Optional[Path], typer.Option(help="Make the study's folder here. Default: only show.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Make the study's folder here. Default: only show.")] = None,
     as_json: Json = False,
 ) -> None:
     """Lay out the grid of a study from the exact ledger."""
@@ -51,7 +51,7 @@ def design(
 
 def run(
     study: Annotated[Path, typer.Argument(help="A study in TOML (with --out), or a study's folder.")],
-    out: Annotated[Optional[Path], typer.Option(help="The study's folder, where a TOML file is given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder, where a TOML file is given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train what a study still lacks, fit, predict, train the predicted run, and write the page."""
@@ -84,9 +84,10 @@ def status(
         typer.echo(json.dumps(content | {"flops_share": share}))
         return
     _print_grid(study.grid, done)
-    typer.echo(f"{len(finished)} of {len(study.grid)} runs finished; " + ", ".join(
-        f"{name} {'written' if there else 'to come'}" for name, there in stages.items()
-    ))
+    typer.echo(
+        f"{len(finished)} of {len(study.grid)} runs finished; "
+        + ", ".join(f"{name} {'written' if there else 'to come'}" for name, there in stages.items())
+    )
     for complaint in complaints:
         typer.echo(f"damaged: {complaint}")
 
@@ -143,7 +144,8 @@ def _carry_out(study: Study, *, as_json: bool) -> None:
 def _display(*, quiet: bool) -> Iterator[Callable[[str, Progress | None], None]]:
     """A function that shows (stage, progress) as bars on a terminal, and as a line per finished run elsewhere."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bars, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
     drawn = console.is_terminal and not quiet
@@ -185,7 +187,9 @@ class _View:
             if self.plain is not None:
                 result = "diverged" if record["loss"] is None else f"loss {record['loss']:.4f}"
                 left = self._time_left(spent, progress.total)
-                self.plain.print(f"  {record['run_id']}: {record['flops']:.2e} FLOPs, {result}; {left}", highlight=False)
+                self.plain.print(
+                    f"  {record['run_id']}: {record['flops']:.2e} FLOPs, {result}; {left}", highlight=False
+                )
         self.told = len(progress.finished)
 
     def _bar(self, name: str, text: str, done: float, total: float | None, note: str) -> None:

@@ -247,15 +247,10 @@ def _law(raw: dict[str, Any] | None) -> LawView | None:
     view = None
     if band:
         view = Band(*(np.asarray(band[k], dtype=float) for k in ("budget", "value", "low", "high")))
-        if (
-            len({len(column) for column in (view.budget, view.value, view.low, view.high)}) > 1
-            or len(view.budget) < 2
-        ):
+        if len({len(column) for column in (view.budget, view.value, view.low, view.high)}) > 1 or len(view.budget) < 2:
             raise ValueError("band: columns of different lengths")
     intervals = {k: [float(v[0]), float(v[1])] for k, v in (raw.get("intervals") or {}).items()}
-    return LawView(
-        float(raw["coefficient"]), float(raw["exponent"]), float(raw.get("floor") or 0.0), intervals, view
-    )
+    return LawView(float(raw["coefficient"]), float(raw["exponent"]), float(raw.get("floor") or 0.0), intervals, view)
 
 
 def _optimum(row: dict[str, Any]) -> Optimum:
@@ -296,9 +291,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _positive(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    )
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def _default_size(records: list[dict[str, Any]], study: dict[str, Any]) -> str:
@@ -307,9 +300,7 @@ def _default_size(records: list[dict[str, Any]], study: dict[str, Any]) -> str:
     return "params_per_token" if all(_positive(r.get("params_per_token")) for r in records) else "params"
 
 
-def _curves(
-    folder: Path, records: list[dict[str, Any]], grid: list[dict[str, Any]], notes: list[str]
-) -> list[Curve]:
+def _curves(folder: Path, records: list[dict[str, Any]], grid: list[dict[str, Any]], notes: list[str]) -> list[Curve]:
     known = {row["run_id"]: (row, False) for row in grid if "run_id" in row}
     known |= {record["run_id"]: (record, True) for record in records}
     curves = []
@@ -384,7 +375,5 @@ def _read_object(path: Path, *needed: str) -> dict[str, Any]:
         raise InputError(f"{path}: expected a JSON object, got a {type(content).__name__}")
     missing = [name for name in needed if name not in content]
     if missing:
-        raise InputError(
-            f"{path}: expected the field {missing[0]!r}, got none: the file is damaged or from elsewhere"
-        )
+        raise InputError(f"{path}: expected the field {missing[0]!r}, got none: the file is damaged or from elsewhere")
     return content

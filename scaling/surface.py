@@ -241,9 +241,7 @@ class SurfaceFit:
             # Without one exponent: the local one at the middle of the runs.
             n, d = (float(np.exp(self.fit.centre[k])) for k in ("params", "data"))
             c = self.cost.flops(n, d) if self.cost else n * d
-            a = (self.log_optimum(theta, c * 1.1)[0] - self.log_optimum(theta, c / 1.1)[0]) / (
-                2 * np.log(1.1)
-            )
+            a = (self.log_optimum(theta, c * 1.1)[0] - self.log_optimum(theta, c / 1.1)[0]) / (2 * np.log(1.1))
         return a, 1.0 - p * a
 
     def log_optimum(self, theta: Array, flops: float) -> tuple[Array, Array, Array]:
@@ -280,9 +278,7 @@ class SurfaceFit:
         """
         middle = self.fit.centre["params"]
         grid = np.linspace(middle - _SEARCH, middle + _SEARCH, 241)
-        values = np.stack(
-            [self._log_loss(theta, np.full(len(theta), g), np.full(len(theta), c - p * g)) for g in grid]
-        )
+        values = np.stack([self._log_loss(theta, np.full(len(theta), g), np.full(len(theta), c - p * g)) for g in grid])
         i = np.argmin(np.where(np.isfinite(values), values, np.inf), axis=0)
         low, high = grid[np.maximum(i - 1, 0)], grid[np.minimum(i + 1, len(grid) - 1)]
         golden = (np.sqrt(5.0) - 1.0) / 2.0
@@ -450,9 +446,7 @@ def _other_inputs(runs: RunTable, law: Law, columns: Mapping[str, str]) -> dict[
     others = [name for name in law.inputs if name not in ("params", "data")]
     for name in columns:
         if name not in others:
-            raise InputError(
-                f"input: expected one of {', '.join(others) or 'none'} for law {law.name}, got {name!r}"
-            )
+            raise InputError(f"input: expected one of {', '.join(others) or 'none'} for law {law.name}, got {name!r}")
     return {name: runs.column(columns.get(name, name)) for name in others}
 
 

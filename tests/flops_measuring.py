@@ -86,9 +86,7 @@ class QuickWatch(Watch):
         b: Tensor | None,
         mask: list[bool],
     ) -> tuple[Tensor | None, ...]:
-        return tuple(
-            None if t is None or not m else empty(t, t.shape) for t, m in zip((x, w, b), mask, strict=True)
-        )
+        return tuple(None if t is None or not m else empty(t, t.shape) for t, m in zip((x, w, b), mask, strict=True))
 
     @staticmethod
     def sum(x: Tensor, dims: list[int], keepdim: bool = False, **_: object) -> Tensor:

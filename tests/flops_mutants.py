@@ -51,9 +51,7 @@ def _places(tree: ast.AST, skip: frozenset[str]) -> Iterator[tuple[ast.AST, str]
         return
     if isinstance(tree, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
         targets = tree.targets if isinstance(tree, ast.Assign) else [tree.target]
-        names = {
-            getattr(node, "id", getattr(node, "attr", "")) for target in targets for node in ast.walk(target)
-        }
+        names = {getattr(node, "id", getattr(node, "attr", "")) for target in targets for node in ast.walk(target)}
         if names & skip:
             return
     if isinstance(tree, ast.keyword) and tree.arg in skip:

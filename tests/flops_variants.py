@@ -156,11 +156,7 @@ class Attention(Core):
     def fold(self, z: Tensor, frames: int) -> Tensor:
         b, n, w = z.shape
         z = z.reshape(b, frames, n // frames, w)
-        return (
-            z.reshape(-1, n // frames, w)
-            if self.along == "space"
-            else z.transpose(1, 2).reshape(-1, frames, w)
-        )
+        return z.reshape(-1, n // frames, w) if self.along == "space" else z.transpose(1, 2).reshape(-1, frames, w)
 
 
 class Cross(Core):
@@ -525,16 +521,12 @@ class Variant(nn.Module):
             shape = (1, sum(inputs.caption)) if inputs.packed else (b, inputs.caption[0])
             features = empty(*shape, config.caption_width)
             if config.vocabulary_size:
-                features = F.embedding(
-                    torch.empty(shape, device="meta", dtype=torch.int64), self.caption.words
-                )
+                features = F.embedding(torch.empty(shape, device="meta", dtype=torch.int64), self.caption.words)
         if config.caption_layers == 1:
             return self.caption.proj(features)
         return self.caption.fc2(F.gelu(self.caption.fc1(features), approximate="tanh"))
 
-    def one_stream(
-        self, x: Tensor, c: Tensor | None, context: Tensor | None, run: Run, sizes: list[int]
-    ) -> Tensor:
+    def one_stream(self, x: Tensor, c: Tensor | None, context: Tensor | None, run: Run, sizes: list[int]) -> Tensor:
         config, inputs = self.config, run.inputs
         joined = config.context == "in-context"
         lengths = [a + b for a, b in zip(inputs.image, sizes, strict=True)] if joined else list(inputs.image)
@@ -574,9 +566,7 @@ class Variant(nn.Module):
             return x
         x = interleave(z, x, run)
         inputs = run.inputs
-        lengths = (
-            [a + b for a, b in zip(inputs.image, inputs.caption, strict=True)] if inputs.packed else None
-        )
+        lengths = [a + b for a, b in zip(inputs.image, inputs.caption, strict=True)] if inputs.packed else None
         for block in self.single:
             x = self.call(block, x, c, run, lengths)
         return part(x, run)[1]

@@ -23,9 +23,7 @@ def lawdata(name: str) -> Path:
     folder = Path(os.environ.get("DITSCALE_LAWDATA", beside))
     path = folder / name
     if not path.is_file():
-        pytest.skip(
-            f"{name} is not there: set DITSCALE_LAWDATA to the folder of the public scaling-law tables"
-        )
+        pytest.skip(f"{name} is not there: set DITSCALE_LAWDATA to the folder of the public scaling-law tables")
     return path
 
 
@@ -74,10 +72,6 @@ def study(
         centre = optimum(surface, budget, cost)[0] * off_centre * np.exp(drift * i)
         for n in centre * np.geomspace(1 / width, width, sizes):
             d = budget / (cost * n)
-            loss = float(SURFACE.predict(surface, params=n, data=d)) * np.exp(
-                shared + noise * rng.standard_normal()
-            )
-            records.append(
-                {"params": n, "tokens": d, "flops": budget, "loss": loss, "budget": budget, **columns}
-            )
+            loss = float(SURFACE.predict(surface, params=n, data=d)) * np.exp(shared + noise * rng.standard_normal())
+            records.append({"params": n, "tokens": d, "flops": budget, "loss": loss, "budget": budget, **columns})
     return RunTable.from_records(records)

@@ -136,9 +136,7 @@ def judge_draws(name: str, draws: list[tuple[Tensor, Array, Tensor, float]]) -> 
         assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {exact.shape}"
         assert torch.isfinite(got).all() or not np.isfinite(exact).all(), f"{name}: not finite"
         top = float(np.abs(exact).max(initial=0.0))
-        floor = max(
-            floor, FLOOR_ULPS * torch.finfo(got.dtype).eps * top + 2 * torch.finfo(torch.float32).eps * terms
-        )
+        floor = max(floor, FLOOR_ULPS * torch.finfo(got.dtype).eps * top + 2 * torch.finfo(torch.float32).eps * terms)
         count += exact.size
         for k, t in enumerate((got, plain)):
             largest, rms = errors(t, exact)

@@ -14,7 +14,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if "RunTable" not in b], ids=lambda b: b.split("import")[0][-24:].strip())
+@pytest.mark.parametrize(
+    "block", [b for b in BLOCKS if "RunTable" not in b], ids=lambda b: b.split("import")[0][-24:].strip()
+)
 def test_readme_code_runs(block):
     exec(compile(block, "README.md", "exec"), {})
 
@@ -28,7 +30,9 @@ def test_readme_flops_are_the_counter_s():
         assert str(number) in README
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)", text):

@@ -76,9 +76,7 @@ def test_rooms_import_only_downwards(room):
 def test_nobody_imports_a_bare_room_or_the_tests(room):
     for path in sources(room):
         for name in imports(path):
-            assert name.split(".")[0] not in {*ROOMS, "tests", "csrc"}, (
-                f"{path.relative_to(ROOT)} imports {name}"
-            )
+            assert name.split(".")[0] not in {*ROOMS, "tests", "csrc"}, f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_nobody_below_imports_the_benchmarks():
@@ -136,14 +134,10 @@ def test_nothing_generic_is_importable(tmp_path):
     names = ("kernels", "dit", "scaling", "bench", "csrc")
     code = f"import importlib.util as u; assert not [n for n in {names} if u.find_spec(n)]"
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=clean
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=clean)
     assert done.returncode == 0, done.stderr
     assert not (ROOT / "conftest.py").exists()
-    by_command = {
-        str(Path(p or ".").resolve()) for p in (*os.environ.get("PYTHONPATH", "").split(os.pathsep), "")
-    }
+    by_command = {str(Path(p or ".").resolve()) for p in (*os.environ.get("PYTHONPATH", "").split(os.pathsep), "")}
     if str(ROOT) not in by_command:  # `python -m pytest` and PYTHONPATH put it there themselves
         assert not [n for n in names if importlib.util.find_spec(n)]
 

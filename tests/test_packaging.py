@@ -35,9 +35,7 @@ def libraries() -> list[Path]:
 
 
 def undefined(path: Path) -> list[str]:
-    out = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(path)], capture_output=True, text=True, check=True
-    ).stdout
+    out = subprocess.run(["nm", "-D", "--undefined-only", str(path)], capture_output=True, text=True, check=True).stdout
     return [line.split()[-1] for line in out.splitlines()]
 
 
@@ -48,9 +46,7 @@ def test_only_the_c_shim_of_torch():
         assert any(SHIM.match(s) for s in symbols), f"{path.name} uses no torch at all?"
         strange = [s for s in symbols if not (SHIM.match(s) or VERSIONED.search(s) or s in LOADER)]
         assert not strange, f"{path.name}: {strange[:5]}"
-        text = subprocess.run(
-            ["nm", "-DC", "--undefined-only", str(path)], capture_output=True, text=True
-        ).stdout
+        text = subprocess.run(["nm", "-DC", "--undefined-only", str(path)], capture_output=True, text=True).stdout
         assert not re.findall(r".*(?:c10::|at::|torch::).*", text), path.name
 
 
@@ -134,9 +130,7 @@ def test_wheel_and_sdist(tmp_path):
     (copy / "tools/build/native_build.py").write_text(stub)
     for hook in ("build_sdist", "build_wheel"):
         script = f"import setuptools.build_meta as b, sys; b.{hook}(sys.argv[1])"
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path)], cwd=copy, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(r"ditscale-[\d.]+-py3-none-(linux|manylinux)\w*\.whl", wheel.name), wheel.name

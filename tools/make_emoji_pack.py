@@ -140,9 +140,7 @@ def short_names(source: Path) -> dict[str, str]:
     """Text of an emoji (variation selectors removed) -> CLDR short name in English."""
     table: dict[str, str] = {}
     for package, kind in zip(NAMES, ("annotations", "annotationsDerived"), strict=True):
-        entries = read_json(source / package / "package" / kind / "en" / "annotations.json")[kind][
-            "annotations"
-        ]
+        entries = read_json(source / package / "package" / kind / "en" / "annotations.json")[kind]["annotations"]
         for text, entry in entries.items():
             if "tts" in entry:
                 table.setdefault(text.replace("\ufe0f", ""), entry["tts"][0])
@@ -159,11 +157,7 @@ def clean(name: str, subcategory: str) -> str:
         .replace("u.s.", "us")
     )
     name = name.replace("keycap: #", "keycap hash").replace("keycap: *", "keycap star").replace("&", " and ")
-    name = (
-        name.replace(": facing right", " facing right")
-        .replace("flag: ", "flag of ")
-        .replace("keycap: ", "keycap ")
-    )
+    name = name.replace(": facing right", " facing right").replace("flag: ", "flag of ").replace("keycap: ", "keycap ")
     if match := re.fullmatch(r"(man|woman|person): bald", name):
         name = f"bald {match[1]}"
     if match := re.fullmatch(r"(man|woman|person): (.*)", name):
@@ -193,9 +187,7 @@ def to_linear(value: np.ndarray) -> np.ndarray:
 
 
 def to_srgb(value: np.ndarray) -> np.ndarray:
-    return np.where(
-        value <= 0.0031308, value * 12.92, 1.055 * np.maximum(value, 0.0031308) ** (1 / 2.4) - 0.055
-    )
+    return np.where(value <= 0.0031308, value * 12.92, 1.055 * np.maximum(value, 0.0031308) ** (1 / 2.4) - 0.055)
 
 
 def shrink(path: Path) -> np.ndarray:
@@ -206,9 +198,7 @@ def shrink(path: Path) -> np.ndarray:
     small = np.stack(
         [
             np.asarray(
-                Image.fromarray(planes[..., c].astype(np.float32)).resize(
-                    (SIDE, SIDE), Image.Resampling.LANCZOS
-                )
+                Image.fromarray(planes[..., c].astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             )
             for c in range(4)
         ]
@@ -230,10 +220,7 @@ def fill_frame(picture: np.ndarray) -> np.ndarray:
     padded = np.pad(picture, ((0, 0), (SIDE, SIDE), (SIDE, SIDE))).astype(np.float32) / 255
     box = tuple(SIDE + centre + side for side in (-half, half) for centre in middle)
     return np.stack(
-        [
-            np.asarray(Image.fromarray(plane).resize((16, 16), Image.Resampling.BILINEAR, box=box))
-            for plane in padded
-        ]
+        [np.asarray(Image.fromarray(plane).resize((16, 16), Image.Resampling.BILINEAR, box=box)) for plane in padded]
     )
 
 
@@ -248,8 +235,7 @@ def distances(pixels: np.ndarray) -> np.ndarray:
     results = []
     for other in (small, small[..., ::-1]):
         one, two = (
-            np.concatenate([x[:, :3], x[:, :3] + 1 - x[:, 3:]], axis=1).reshape(len(x), -1)
-            for x in (small, other)
+            np.concatenate([x[:, :3], x[:, :3] + 1 - x[:, 3:]], axis=1).reshape(len(x), -1) for x in (small, other)
         )
         squared = (one**2).sum(1)[:, None] + (two**2).sum(1)[None] - 2 * one @ two.T
         cover, over = (
@@ -333,12 +319,8 @@ def hold_out(emoji: list[dict[str, Any]], near: np.ndarray) -> set[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "source", type=Path, help="folder that holds <package name>/package of the three npm packages"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder that holds <package name>/package of the three npm packages")
     parser.add_argument("out", type=Path, help="folder for emoji.npz and emoji.json")
     arguments = parser.parse_args()
     root = arguments.source / PICTURES / "package"
@@ -393,14 +375,10 @@ def main() -> None:
         entry["split"] = "validation" if entry["group"] in held else "train"
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        arguments.out / "emoji.npz", sprites=np.ascontiguousarray(pixels.transpose(0, 2, 1, 3))
-    )
+    np.savez_compressed(arguments.out / "emoji.npz", sprites=np.ascontiguousarray(pixels.transpose(0, 2, 1, 3)))
     rows = ",\n".join(json.dumps(entry, ensure_ascii=True) for entry in emoji)
     head = json.dumps({"schema": 1, "name": "Noto Emoji, 32 px", "sources": VERSIONS})[:-1]
-    (arguments.out / "emoji.json").write_text(
-        f'{head}, "emoji": [\n{rows}\n]}}\n', encoding="ascii", newline="\n"
-    )
+    (arguments.out / "emoji.json").write_text(f'{head}, "emoji": [\n{rows}\n]}}\n', encoding="ascii", newline="\n")
     for file in ("emoji.npz", "emoji.json"):
         print(
             hashlib.sha256((arguments.out / file).read_bytes()).hexdigest(),

@@ -74,14 +74,10 @@ class ImageFolder:
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary.from_captions(captions)
         self.classes = tuple(sorted({name.split("/")[0] for name in every if "/" in name}))
         chosen = [
-            i
-            for i, name in enumerate(every)
-            if split == "all" or (_share(name) < held_out) == (split == "validation")
+            i for i, name in enumerate(every) if split == "all" or (_share(name) < held_out) == (split == "validation")
         ]
         if not chosen:
-            raise InputError(
-                f"split: expected images for {split!r}, got none of {len(every)} at held_out {held_out}"
-            )
+            raise InputError(f"split: expected images for {split!r}, got none of {len(every)} at held_out {held_out}")
         self.names = tuple(every[i] for i in chosen)
         self.captions = tuple(captions[i] for i in chosen)
         index = {name: label for label, name in enumerate(self.classes)}
@@ -109,9 +105,7 @@ class ImageFolder:
 
         Reads every file once.
         """
-        digest = hashlib.sha256(
-            repr((self.size, self.seed, self.caption_length, self.vocabulary.sha256)).encode()
-        )
+        digest = hashlib.sha256(repr((self.size, self.seed, self.caption_length, self.vocabulary.sha256)).encode())
         for name, caption in zip(self.names, self.captions, strict=True):
             content = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
             digest.update(repr((name, content, caption)).encode())
@@ -191,9 +185,7 @@ def _image_names(path: Path) -> list[str]:
         below[:] = sorted(name for name in below if not name.startswith("."))
         root = Path(folder).relative_to(path)
         names += [
-            (root / name).as_posix()
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            (root / name).as_posix() for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
     return sorted(names)
 

@@ -100,9 +100,7 @@ def read_asset(path: Path, sha256: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"{path.name}: expected an embedded data file at {path}, got {error.strerror}"
-        ) from None
+        raise InputError(f"{path.name}: expected an embedded data file at {path}, got {error.strerror}") from None
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise InputError(
@@ -119,9 +117,7 @@ def load_pack(folder: Path = ASSETS) -> EmojiPack:
     folder: where ``emoji.npz`` and ``emoji.json`` lie; default the copy inside the package.
     Raises InputError when a file is missing or its hash is not the recorded one.
     """
-    with np.load(
-        io.BytesIO(read_asset(folder / "emoji.npz", SHA256["emoji.npz"])), allow_pickle=False
-    ) as arrays:
+    with np.load(io.BytesIO(read_asset(folder / "emoji.npz", SHA256["emoji.npz"])), allow_pickle=False) as arrays:
         sprites = arrays["sprites"]
     sprites.setflags(write=False)
     table = json.loads(read_asset(folder / "emoji.json", SHA256["emoji.json"]))

@@ -98,9 +98,7 @@ def paste(
         k = len(pixels)
         pixels = np.matmul(down, pixels.reshape(k, side, 4 * side))
         np.rint(pixels * np.float32(16 / _ONE), out=pixels)
-        layer = np.matmul(pixels.reshape(k, size * 4, side), across.transpose(0, 2, 1)).reshape(
-            k, size, 4, size
-        )
+        layer = np.matmul(pixels.reshape(k, size * 4, side), across.transpose(0, 2, 1)).reshape(k, size, 4, size)
         layer *= np.float32(1 / (16 * _ONE))
         np.clip(layer, 0, 255, out=layer)
         colour, alpha = layer[:, :, :3], layer[:, :, 3:]

@@ -161,9 +161,7 @@ class EmojiScenes:
         """Scenes `start` to ``start + count - 1``. Raises InputError for a negative start or count."""
         if start < 0 or count < 0:
             raise InputError(f"start, count: expected non-negative integers, got {start} and {count}")
-        draws = Draws(
-            f"emoji scenes {VERSION} {self.split} {self.seed}", np.arange(start, start + count), _DECISIONS
-        )
+        draws = Draws(f"emoji scenes {VERSION} {self.split} {self.seed}", np.arange(start, start + count), _DECISIONS)
         layout = _LOTTERY[draws.below(len(_LOTTERY))]
         which, picture = self._choose(draws)
         canvas, grounds = self._background(draws)

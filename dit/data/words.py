@@ -64,9 +64,7 @@ class Vocabulary:
     def decode(self, tokens: NDArray[np.integer]) -> list[str]:
         """The captions of int [n, L] tokens; padding is left out and an unknown word reads ``<unknown>``."""
         if tokens.ndim != 2 or (tokens.size and (tokens.min() < 0 or tokens.max() >= len(self))):
-            raise InputError(
-                f"tokens: expected [n, L] integers in 0..{len(self) - 1}, got shape {tokens.shape}"
-            )
+            raise InputError(f"tokens: expected [n, L] integers in 0..{len(self) - 1}, got shape {tokens.shape}")
         captions = []
         for row in tokens.tolist():
             text = " ".join(self.words[token] for token in row if token != PAD)

@@ -93,8 +93,6 @@ def gate_residual_layernorm_modulate_bytes_backward(
     return 6 * B * T * D * size + 5 * m + (8 * B * T if save_stats else 0)
 
 
-def gate_residual_layernorm_modulate_bytes_saved(
-    B: int, T: int, D: int, size: int, save_stats: bool = True
-) -> int:
+def gate_residual_layernorm_modulate_bytes_saved(B: int, T: int, D: int, size: int, save_stats: bool = True) -> int:
     """Kept for backward: x_new, which is an output anyway, and the statistics. x itself is not needed."""
     return B * T * D * size + layernorm_modulate_bytes_saved(B, T, save_stats)

@@ -124,9 +124,7 @@ def _modulations(x: Tensor, names: tuple[str, ...], given: tuple[Tensor, ...]) -
     first = given[0]
     shape, dtype, device = first.shape, first.dtype, x.device
     B, T, D = x.shape
-    if (shape == (B, D) or shape == (D,) or shape == (B, T, D)) and (
-        dtype is x.dtype or dtype is torch.float32
-    ):
+    if (shape == (B, D) or shape == (D,) or shape == (B, T, D)) and (dtype is x.dtype or dtype is torch.float32):
         for m in given:
             if m.device != device or (m is not first and (m.shape != shape or m.dtype is not dtype)):
                 break
@@ -144,9 +142,7 @@ def _brought_together(x: Tensor, names: tuple[str, ...], given: tuple[Tensor, ..
         if m.dim() == 3 and m.shape[1] == 1 and T != 1:  # [B, 1, D] is what some models keep
             m = m.squeeze(1)
         if m.shape != (D,) and m.shape != (B, D) and m.shape != (B, T, D):
-            raise InputError(
-                f"{name}: expected [{D}], [{B}, {D}] or [{B}, {T}, {D}] beside x, got {list(m.shape)}"
-            )
+            raise InputError(f"{name}: expected [{D}], [{B}, {D}] or [{B}, {T}, {D}] beside x, got {list(m.shape)}")
         if m.device != x.device:
             raise InputError(f"{name}: expected a tensor on {x.device} as x, got one on {m.device}")
         same_dtype = same_dtype and m.dtype == given[0].dtype
@@ -188,7 +184,7 @@ def _affine(
 
 def _wants_grad(*tensors: Tensor) -> bool:
     if torch.is_grad_enabled():
-        for t in tensors:  # noqa: SIM110 (a generator costs more than the loop, and a frame of its own under torch.compile)
+        for t in tensors:
             if t.requires_grad:
                 return True
     return False

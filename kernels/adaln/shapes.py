@@ -122,9 +122,7 @@ def describe(namespace: str) -> None:
         register_flop_formula(getattr(getattr(torch.ops, namespace), name))(_flops(name))
 
 
-_libraries: list[
-    torch.library.Library
-] = []  # an operator lives as long as the library object that defined it
+_libraries: list[torch.library.Library] = []  # an operator lives as long as the library object that defined it
 
 
 def define(namespace: str, implementations: dict[str, Callable[..., Any]], key: str) -> None:

@@ -40,9 +40,7 @@ def _moments(b_x, m, D, eps, RMS: tl.constexpr):
 def _modulation(ptr, stride_b, stride_t, i_b, o_t, o_d, m, PER_TOKEN: tl.constexpr, D):
     """A modulation as float32: [1, BD] where the rows of a sample share it, else [BT, BD]."""
     if PER_TOKEN:
-        return tl.load(ptr + i_b * stride_b + o_t[:, None] * stride_t + o_d[None, :], mask=m, other=0.0).to(
-            tl.float32
-        )
+        return tl.load(ptr + i_b * stride_b + o_t[:, None] * stride_t + o_d[None, :], mask=m, other=0.0).to(tl.float32)
     else:
         return tl.load(ptr + i_b * stride_b + o_d[None, :], mask=(o_d < D)[None, :], other=0.0).to(tl.float32)
 
@@ -68,9 +66,7 @@ def _adaln_fwd_kernel(
     m = m_t[:, None] & (o_d < D)[None, :]
     row = i_b * T + o_t
     at = row[:, None] * D + o_d[None, :]
-    b_x = tl.load(x_ptr + i_b * stride_x_b + o_t[:, None] * stride_x_t + o_d[None, :], mask=m, other=0.0).to(
-        tl.float32
-    )
+    b_x = tl.load(x_ptr + i_b * stride_x_b + o_t[:, None] * stride_x_t + o_d[None, :], mask=m, other=0.0).to(tl.float32)
     if HAS_BRANCH:
         p_branch = branch_ptr + i_b * stride_branch_b + o_t[:, None] * stride_branch_t + o_d[None, :]
         b_branch = tl.load(p_branch, mask=m, other=0.0).to(tl.float32)
@@ -119,12 +115,8 @@ def _adaln_bwd_kernel(
         o_t = (row % T)[:, None]
         m = m_r[:, None] & m_d[None, :]
         at = row[:, None] * D + o_d[None, :]
-        b_x = tl.load(x_ptr + o_b * stride_x_b + o_t * stride_x_t + o_d[None, :], mask=m, other=0.0).to(
-            tl.float32
-        )
-        b_dy = tl.load(dy_ptr + o_b * stride_dy_b + o_t * stride_dy_t + o_d[None, :], mask=m, other=0.0).to(
-            tl.float32
-        )
+        b_x = tl.load(x_ptr + o_b * stride_x_b + o_t * stride_x_t + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+        b_dy = tl.load(dy_ptr + o_b * stride_dy_b + o_t * stride_dy_t + o_d[None, :], mask=m, other=0.0).to(tl.float32)
         # Strides of shared modulation are zero: a tile of it is one row, read from the cache.
         p_scale = scale_ptr + o_b * stride_scale_b + o_t * stride_scale_t + o_d[None, :]
         b_factor = scale_base + tl.load(p_scale, mask=m, other=0.0).to(tl.float32)
@@ -197,9 +189,7 @@ def _gate_residual_kernel(
         o_t = (row % T)[:, None]
         m = (o_r < last)[:, None] & m_d[None, :]
         at = row[:, None] * D + o_d[None, :]
-        b_x = tl.load(x_ptr + o_b * stride_x_b + o_t * stride_x_t + o_d[None, :], mask=m, other=0.0).to(
-            tl.float32
-        )
+        b_x = tl.load(x_ptr + o_b * stride_x_b + o_t * stride_x_t + o_d[None, :], mask=m, other=0.0).to(tl.float32)
         p_branch = branch_ptr + o_b * stride_branch_b + o_t * stride_branch_t + o_d[None, :]
         b_branch = tl.load(p_branch, mask=m, other=0.0).to(tl.float32)
         p_gate = gate_ptr + o_b * stride_gate_b + o_t * stride_gate_t + o_d[None, :]
@@ -226,10 +216,8 @@ def _add_chunks_kernel(partial_ptr, out_ptr, chunks, D, step, stride_segment, bl
     o_d = (i % blocks_d) * BD + tl.arange(0, BD)
     m_d = o_d < D
     b_total = tl.zeros([BD], tl.float64)
-    for c in range(0, chunks):
-        b_total += tl.load(partial_ptr + segment * stride_segment + c * step + o_d, mask=m_d, other=0.0).to(
-            tl.float64
-        )
+    for c in range(chunks):
+        b_total += tl.load(partial_ptr + segment * stride_segment + c * step + o_d, mask=m_d, other=0.0).to(tl.float64)
     tl.store(out_ptr + segment * D + o_d, b_total.to(tl.float32).to(out_ptr.dtype.element_ty), mask=m_d)
 
 
@@ -353,9 +341,7 @@ def _residual(x: Tensor, branch: Tensor, gate: Tensor, backward: bool) -> tuple[
     out = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
     dgate = torch.empty(gate.shape if backward else (0,), dtype=gate.dtype, device=x.device)
     sums = backward and not per_token
-    segments, rows, chunk, chunks = cut_rows(
-        gate.dim() if sums else 2, B, T, 32 // x.element_size() if sums else 8
-    )
+    segments, rows, chunk, chunks = cut_rows(gate.dim() if sums else 2, B, T, 32 // x.element_size() if sums else 8)
     make = torch.empty if B * T else torch.zeros
     partial = make((segments if sums else 0, chunks, 1, D), dtype=torch.float32, device=x.device)
     blocks_d = triton.cdiv(D, 512)

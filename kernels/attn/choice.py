@@ -17,6 +17,6 @@ CPU_FEWEST_QUERIES: Final = ((8, 1), (1 << 30, 3))
 def cpu_pays(T: int, K: int) -> bool:
     """True where the CPU library's attention measured at least as fast as SDPA for T queries of width K."""
     for widest, fewest in CPU_FEWEST_QUERIES:
-        if K <= widest:
-            return T >= fewest
+        if widest >= K:
+            return fewest <= T
     return False

@@ -11,7 +11,9 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, scale: float, lengths: Ten
 
     float32 inside (float64 for float64), one rounding; under autocast too.
     """
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # it would make the products below half precision
+    if q.device.type != "meta" and torch.is_autocast_enabled(
+        q.device.type
+    ):  # it would make the products below half precision
         with torch.autocast(q.device.type, enabled=False):
             return attention_ref(q, k, v, scale=scale, lengths=lengths)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -35,9 +35,7 @@ def _bias_gelu_kernel(
     for start in range(first, last, BT):
         row = start + tl.arange(0, BT)
         m = (row < last)[:, None] & m_f[None, :]
-        b_z = (
-            tl.load(x_ptr + row[:, None] * stride_x + o_f[None, :], mask=m, other=0.0).to(tl.float32) + b_bias
-        )
+        b_z = tl.load(x_ptr + row[:, None] * stride_x + o_f[None, :], mask=m, other=0.0).to(tl.float32) + b_bias
         b_gate = 1.0 / (1.0 + tl.exp(-b_z * (A + AB * b_z * b_z)))
         if BACKWARD:
             b_dy = tl.load(dy_ptr + row[:, None] * stride_dy + o_f[None, :], mask=m, other=0.0).to(tl.float32)

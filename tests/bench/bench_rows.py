@@ -13,20 +13,15 @@ def case_rows(
 ) -> list[dict[str, Any]]:
     """Rows of one case, a row for each provider with its time in ms; ``spread`` widens all samples alike."""
     case = operator_case("layernorm_modulate", "forward", "float32", B, 256, 384, 6, label="DiT-S")
-    samples = {
-        p: Timing(tuple(t * (1 + spread * k) for k in (-1, -0.5, 0, 0.5, 1)), 3) for p, t in times.items()
-    }
+    samples = {p: Timing(tuple(t * (1 + spread * k) for k in (-1, -0.5, 0, 0.5, 1)), 3) for p, t in times.items()}
     rows = []
     for provider, timing in samples.items():
         over = {
-            o: timing.speedup_over(samples[o])
-            for o in ("eager", "compile", "copy")
-            if o in samples and o != provider
+            o: timing.speedup_over(samples[o]) for o in ("eager", "compile", "copy") if o in samples and o != provider
         }
         if spread:  # chance differs between providers
             over = {
-                o: r | {"p20": r["median"] * (1 - spread), "p80": r["median"] * (1 + spread)}
-                for o, r in over.items()
+                o: r | {"p20": r["median"] * (1 - spread), "p80": r["median"] * (1 + spread)} for o, r in over.items()
             }
         rows.append(
             {

@@ -12,9 +12,7 @@ from ditscale.errors import InputError
 
 def test_bytes_of_a_fused_forward_by_hand() -> None:
     # DiT-XL at B = 32, T = 256 in bfloat16: x, branch in, x_new, y out, 18.9 MB each; gate, shift and scale [32, 1152].
-    (work,) = operator_case(
-        "gate_residual_layernorm_modulate", "forward", "bfloat16", 32, 256, 1152, 16
-    ).work()
+    (work,) = operator_case("gate_residual_layernorm_modulate", "forward", "bfloat16", 32, 256, 1152, 16).work()
     assert work.bytes_moved == 4 * 32 * 256 * 1152 * 2 + 3 * 32 * 1152 * 2
     assert work.matmul_flops == 0
 
@@ -35,9 +33,7 @@ def test_attention_flops() -> None:
 
 def test_a_step_is_the_ledgers_training_step() -> None:
     case = step_case(4, 256, 384, 6, 12, C=4)
-    config = DiTConfig.from_dict(
-        {**DiTConfig.preset("DiT-S/2").to_dict(), "num_classes": 10, "learn_sigma": False}
-    )
+    config = DiTConfig.from_dict({**DiTConfig.preset("DiT-S/2").to_dict(), "num_classes": 10, "learn_sigma": False})
     assert sum(w.matmul_flops for w in case.work()) == count(config, batch=4).train
 
 
@@ -65,9 +61,11 @@ def test_the_gpu_cases_cover_all_widths_and_token_counts() -> None:
 
 
 def test_grid_keeps_to_its_rows() -> None:
-    assert {
-        c.shape["B"] * c.shape["T"] for c in grid("attention", "forward", "float32", rows=(2048, 8192))
-    } == {2048, 4096, 8192}
+    assert {c.shape["B"] * c.shape["T"] for c in grid("attention", "forward", "float32", rows=(2048, 8192))} == {
+        2048,
+        4096,
+        8192,
+    }
 
 
 def test_mistakes_are_named() -> None:

@@ -35,9 +35,7 @@ def run(*arguments: str) -> str:
 
 
 def test_json_is_one_object_with_rows_and_what_they_share() -> None:
-    content = json.loads(
-        run("adaln", "--tiny", "--device", "cpu", "--only", "layernorm_modulate/forward/", "--json")
-    )
+    content = json.loads(run("adaln", "--tiny", "--device", "cpu", "--only", "layernorm_modulate/forward/", "--json"))
     assert {"device", "versions", "commit", "ceilings", "rows"} <= content.keys()
     assert {row["provider"] for row in content["rows"]} >= {"eager", "compile", "copy"}
 

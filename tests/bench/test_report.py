@@ -70,11 +70,7 @@ def test_insert_replaces_what_stands_between_the_markers(tmp_path: Path) -> None
 
 def test_the_readmes_table_is_the_one_of_the_committed_rows() -> None:
     readme = Path(__file__).resolve().parents[2] / "README.md"
-    if (
-        not readme.is_file()
-        or START not in readme.read_text()
-        or not between(readme.read_text(), "README.md")
-    ):
+    if not readme.is_file() or START not in readme.read_text() or not between(readme.read_text(), "README.md"):
         pytest.skip("the README has no performance table yet: ditscale bench table --into README.md")
     assert between(readme.read_text(), "README.md") == readme_block(committed())
 

@@ -73,9 +73,7 @@ def test_step_rows_have_the_models_utilisation(session: Session) -> None:
     assert "measured matrix product" in row["mfu_peak_source"]
 
 
-def test_a_wrong_candidate_is_reported_and_not_timed(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_candidate_is_reported_and_not_timed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     right = operators.kernels.gate_residual
     monkeypatch.setattr(
         operators.kernels,

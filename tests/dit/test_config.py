@@ -19,9 +19,7 @@ def test_defaults_are_dit_xl_2() -> None:
 def test_dictionary_and_json_round_trip() -> None:
     config = DiTConfig(depth=3, token_keep=[1, 0.5, 0.25], experts=4, name="mine")
     values = json.loads(json.dumps(config.to_dict()))
-    assert (
-        values == config.to_dict()
-    )  # run hashes are taken over it: nothing may change on the way through JSON
+    assert values == config.to_dict()  # run hashes are taken over it: nothing may change on the way through JSON
     assert DiTConfig.from_dict(values) == config and DiTConfig.from_dict(values).name == "mine"
     assert config.token_keep == (1.0, 0.5, 0.25)
 

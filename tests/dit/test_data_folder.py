@@ -41,9 +41,7 @@ def test_epochs_show_every_image_once_in_fresh_orders(folder: Path) -> None:
 
 def test_batch_boundaries_do_not_matter(folder: Path) -> None:
     whole = ImageFolder(folder, 8).batch(0, 35)
-    stream = ImageFolder(
-        folder, 8, cache_bytes=3 * 8 * 8 * 2
-    )  # keeps two of ten: kept and read images must agree
+    stream = ImageFolder(folder, 8, cache_bytes=3 * 8 * 8 * 2)  # keeps two of ten: kept and read images must agree
     for start, count in ((33, 2), (0, 7), (8, 14)):
         piece = stream.batch(start, count)
         assert np.array_equal(piece.images, whole.images[start : start + count])
@@ -66,9 +64,7 @@ def test_captions_and_classes(folder: Path) -> None:
 
 
 def test_splits_are_disjoint_and_stay_when_files_are_added(folder: Path) -> None:
-    parts = [
-        set(ImageFolder(folder, 8, split=split, held_out=0.4).names) for split in ("train", "validation")
-    ]
+    parts = [set(ImageFolder(folder, 8, split=split, held_out=0.4).names) for split in ("train", "validation")]
     assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 10 and parts[1]
     Image.new("RGB", (9, 9)).save(folder / "cats" / "new.png")
     again = set(ImageFolder(folder, 8, split="validation", held_out=0.4).names)
@@ -119,9 +115,7 @@ def test_file_that_is_no_image(folder: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "line", ["not json", '{"file": "cats/0.png"}', '{"file": "gone.png", "caption": "x"}', "[1]"]
-)
+@pytest.mark.parametrize("line", ["not json", '{"file": "cats/0.png"}', '{"file": "gone.png", "caption": "x"}', "[1]"])
 def test_bad_caption_lines(folder: Path, line: str) -> None:
     (folder / "captions.jsonl").write_text(line, encoding="utf-8")
     with pytest.raises(InputError, match="captions.jsonl, line 1: expected"):

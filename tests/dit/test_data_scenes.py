@@ -112,13 +112,10 @@ def test_drawn_emoji_are_those_named(monkeypatch: pytest.MonkeyPatch) -> None:
             for names, *_ in slots
         ]
         assert None not in found, (caption, slots)
-        for slot in sorted(
-            range(len(slots)), key=lambda s: -len(found[s] or "")
-        ):  # "a dog" is in "a dog face"
+        for slot in sorted(range(len(slots)), key=lambda s: -len(found[s] or "")):  # "a dog" is in "a dog face"
             text = text.replace(found[slot] or "", f"#{slot}", 1)
         centre = {
-            f"#{slot}": (x + extent / 2, y + extent / 2, x, y, extent)
-            for slot, (_, x, y, extent) in enumerate(slots)
+            f"#{slot}": (x + extent / 2, y + extent / 2, x, y, extent) for slot, (_, x, y, extent) in enumerate(slots)
         }
         scene, ground = text.rsplit(" on ", 1)
         assert ground in COLOURS or ground.split()[1] in COLOURS and ground.split()[3] in COLOURS

@@ -122,9 +122,7 @@ class Case:
     def __repr__(self) -> str:
         plain = DiTConfig()
         changed = {k: v for k, v in self.config.to_dict().items() if v != getattr(plain, k)}
-        return (
-            f"{changed} batch={self.batch} lengths={self.lengths} {self.contexts} repeat={self.repeat_blocks}"
-        )
+        return f"{changed} batch={self.batch} lengths={self.lengths} {self.contexts} repeat={self.repeat_blocks}"
 
 
 @functools.cache
@@ -162,9 +160,7 @@ def differences(number: int, module: Any = None) -> list[str]:
 def test_random_configurations(start: int) -> None:
     wrong = {n: found for n in range(start, start + CHUNK) if (found := differences(n))}
     first = next(iter(wrong), None)
-    assert not wrong, f"{len(wrong)} of {CHUNK} differ, first {first}: {case(first)}\n" + "\n".join(
-        wrong[first]
-    )
+    assert not wrong, f"{len(wrong)} of {CHUNK} differ, first {first}: {case(first)}\n" + "\n".join(wrong[first])
 
 
 def test_every_variant_occurs() -> None:
@@ -312,9 +308,7 @@ def rebuilt(name: str, mutant: types.ModuleType) -> types.ModuleType:
     return replaced["counting"]
 
 
-@pytest.mark.parametrize(
-    "modules", [["counting"], ["parts"], ["sheet"], ["elementwise"]], ids=lambda names: names[0]
-)
+@pytest.mark.parametrize("modules", [["counting"], ["parts"], ["sheet"], ["elementwise"]], ids=lambda names: names[0])
 def test_a_mutation_of_any_formula_is_noticed(modules: list[str]) -> None:
     numbers = range(400)
     assert not any(differences(n) for n in numbers), "a ledger that is wrong as it stands notices nothing"

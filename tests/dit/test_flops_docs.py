@@ -17,11 +17,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "flops.md").read_text(enc
 def table(heading: str) -> dict[str, list[str]]:
     """Rows of the first table after a heading, by their first cell."""
     part = PAGE.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in part.splitlines()
-        if line.startswith("|")
-    ]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
     return {row[0]: row[1:] for row in rows[2:]}
 
 

@@ -73,9 +73,7 @@ def test_attention_lines_are_the_attention_operator() -> None:
     assert report.line("blocks.attn.softmax").forward == L * attn.attention_softmax_flops_forward(B, H, T, T)
     assert sum(line.bytes_forward for line in lines) == L * attn.attention_bytes_forward(B, H, T, T, K, 4)
     assert sum(line.bytes_backward for line in lines) == L * attn.attention_bytes_backward(B, H, T, T, K, 4)
-    again = attn.attention_flops_backward_hardware(B, H, T, T, K) - attn.attention_flops_backward(
-        B, H, T, T, K
-    )
+    again = attn.attention_flops_backward_hardware(B, H, T, T, K) - attn.attention_flops_backward(B, H, T, T, K)
     assert spent.recompute == spent.line("blocks.attn.scores").recompute == L * again
 
 
@@ -97,9 +95,7 @@ def test_table_agrees_with_the_operators() -> None:
     assert fused == (plain[0] + rows * F, plain[1] + 2 * rows * F)  # the bias is added again on the way back
     norms = 2 * ew.rms_norm(B * H * T, K, weighted=True)[0]
     assert rotary.qk_norm_rope_flops_forward(B, H, T, K, True, False) == norms
-    assert (
-        rotary.qk_norm_rope_flops_forward(B, H, T, K, True, True) == norms + 2 * ew.rotate(B * H * T * K)[0]
-    )
+    assert rotary.qk_norm_rope_flops_forward(B, H, T, K, True, True) == norms + 2 * ew.rotate(B * H * T * K)[0]
 
 
 def test_bytes_of_a_product_are_its_operands() -> None:

@@ -109,13 +109,9 @@ def test_budget_pays_for_whole_steps() -> None:
     assert meter.spent == meter.model_flops
     everything = FlopMeter(SMALL, budget=1e12, charge="everything", ema=True, autoencoder="sd")
     everything.step(2)
-    assert (
-        everything.spent == everything.hardware_flops + everything.encoder_flops + everything.optimizer_flops
-    )
+    assert everything.spent == everything.hardware_flops + everything.encoder_flops + everything.optimizer_flops
     cost = everything.cost(2)
-    assert everything.steps_left(2) == (10**12 - everything.spent) // (
-        cost.hardware + cost.encoder + cost.optimizer
-    )
+    assert everything.steps_left(2) == (10**12 - everything.spent) // (cost.hardware + cost.encoder + cost.optimizer)
     assert FlopMeter(SMALL).steps_left(2) is None
 
 
@@ -170,9 +166,7 @@ def test_optimizers_by_the_table(name: str, flops: int) -> None:
     if name in ("adamw", "adam"):
         optimizer = torch.optim.AdamW([weight], weight_decay=0.1 if name == "adamw" else 0.0, foreach=False)
     else:
-        optimizer = torch.optim.SGD(
-            [weight], lr=0.1, momentum=0.9 if name == "momentum" else 0.0, foreach=False
-        )
+        optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9 if name == "momentum" else 0.0, foreach=False)
     for _ in range(2):  # the first step of a momentum is a copy
         weight.grad = torch.ones_like(weight)
         watch = Watch(ModuleAttribution(nn.Identity()), matmul_formulas(), everything=True)

@@ -27,9 +27,7 @@ def test_dit_paper_to_its_printed_digits(name: str) -> None:
     counted = count(config, image_size=256, convention="dit_paper_macs").forward / 1e9
     # One of the twelve is cut off instead of rounded.
     assert PRINTED[name] in (round(counted, 2), math.floor(100 * counted) / 100)
-    assert count(config, image_size=256) == count(
-        DiTConfig.preset(name.replace("DiT", "SiT")).replace(name=name)
-    )
+    assert count(config, image_size=256) == count(DiTConfig.preset(name.replace("DiT", "SiT")).replace(name=name))
 
 
 def test_dit_paper_at_512() -> None:

@@ -87,9 +87,7 @@ def test_command_line() -> None:
     assert {row["convention"] for row in content["compare"]} > {"6ND:total", "dit_paper_macs", "all"}
     assert json.loads(command("Wan2.1-1.3B", "--image-size", "240x416", "--json"))["tokens"] == 21 * 15 * 26
     assert (
-        json.loads(command("DiT-S/2", "--convention", "hardware", "--recompute", "block", "--json"))[
-            "recompute_flops"
-        ]
+        json.loads(command("DiT-S/2", "--convention", "hardware", "--recompute", "block", "--json"))["recompute_flops"]
         > 0
     )
     assert "| total |" in command("DiT-S/8", "--markdown")

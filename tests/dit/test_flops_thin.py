@@ -129,9 +129,7 @@ def test_counts_without_torch() -> None:
         "import sys; from ditscale.dit.flops import count; from ditscale.dit.config import DiTConfig\n"
         "count(DiTConfig.preset('DiT-B/4')); sys.exit('torch' in sys.modules)"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
 
 
 def test_json_is_plain() -> None:

@@ -86,7 +86,9 @@ def test_guidance_moves_along_the_condition():
 def test_samples_repeat_and_shift_changes_the_path_only():
     model, noise = GaussianData(0.1, 0.3), torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(3))
     assert torch.equal(draw_samples(model, noise, steps=7), draw_samples(model, noise, steps=7))
-    assert torch.allclose(draw_samples(model, noise, steps=80), draw_samples(model, noise, steps=80, shift=3.0), atol=5e-3)
+    assert torch.allclose(
+        draw_samples(model, noise, steps=80), draw_samples(model, noise, steps=80, shift=3.0), atol=5e-3
+    )
 
 
 def test_validation_loss_does_not_depend_on_the_batch():
@@ -100,7 +102,12 @@ def test_validation_loss_does_not_depend_on_the_batch():
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"steps": 0}, "steps"), ({"sampler": "rk4"}, "sampler"), ({"guidance": 2.0}, "guidance"), ({"shift": 0.0}, "shift")],
+    [
+        ({"steps": 0}, "steps"),
+        ({"sampler": "rk4"}, "sampler"),
+        ({"guidance": 2.0}, "guidance"),
+        ({"shift": 0.0}, "shift"),
+    ],
 )
 def test_bad_settings_are_named(settings, named):
     with pytest.raises(InputError, match=named):

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from ditscale.dit import DiT, DiTConfig
 from ditscale.errors import InputError
 
-TINY = {"image_size": 8, "latent_factor": 1, "in_channels": 3, "width": 24, "depth": 2, "heads": 3, "frequency_width": 16}
+TINY = {
+    "image_size": 8,
+    "latent_factor": 1,
+    "in_channels": 3,
+    "width": 24,
+    "depth": 2,
+    "heads": 3,
+    "frequency_width": 16,
+}
 
 
 def restated(state, config, x, t, y):
@@ -59,7 +67,9 @@ def restated(state, config, x, t, y):
         block = f"blocks.{i}"
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(block, 6)
         z = norm(h) * (1 + scale_a) + shift_a
-        qkv = (z @ w[f"{block}.attn.qkv.weight"].T + w[f"{block}.attn.qkv.bias"]).reshape(b, -1, 3, config.heads, d // config.heads)
+        qkv = (z @ w[f"{block}.attn.qkv.weight"].T + w[f"{block}.attn.qkv.bias"]).reshape(
+            b, -1, 3, config.heads, d // config.heads
+        )
         heads = []
         for k in range(config.heads):
             q, key, value = qkv[:, :, 0, k], qkv[:, :, 1, k], qkv[:, :, 2, k]

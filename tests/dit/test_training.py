@@ -53,7 +53,9 @@ def test_the_loss_falls_and_the_record_is_true(tmp_path):
     assert record["loss"] < 0.8 * untrained["loss"]
     assert record["steps"] == 200 and record["images"] == 800 and record["tokens"] == 800 * 16
     assert record["flops"] == 800 * count(config.model).train
-    assert record["params"] == sum(p.numel() for p in load_weights(tmp_path / "run/weights.safetensors")[0].parameters())
+    assert record["params"] == sum(
+        p.numel() for p in load_weights(tmp_path / "run/weights.safetensors")[0].parameters()
+    )
     assert record["loss"] == pytest.approx(sum(record["loss_by_timestep"]) / 8)
     assert check_record(tmp_path / "run/run.json", config) == json.loads(json.dumps(record))
     rows = read_metrics(tmp_path / "run/metrics.jsonl")

@@ -57,9 +57,7 @@ class Call:
     def _gradients(self, outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         cotangents = {"y": self.dy, "x_new": self.dx_new}
         used = [n for n in outputs if cotangents[n] is not None]
-        found = torch.autograd.grad(
-            [outputs[n] for n in used], list(leaves.values()), [cotangents[n] for n in used]
-        )
+        found = torch.autograd.grad([outputs[n] for n in used], list(leaves.values()), [cotangents[n] for n in used])
         return {**outputs, **{f"d{n}": g for n, g in zip(leaves, found, strict=True)}}
 
     def _fresh(self) -> dict[str, Tensor]:
@@ -115,9 +113,7 @@ class Call:
 def check_all(calls: list[Call], backend: str, **options: object) -> None:
     """The rule over the pooled errors of calls that differ in their numbers only."""
     oracles = [c.oracle() for c in calls]
-    runs = [
-        (c.run(backend, **options), o.run(), c.plain(), o.terms) for c, o in zip(calls, oracles, strict=True)
-    ]
+    runs = [(c.run(backend, **options), o.run(), c.plain(), o.terms) for c, o in zip(calls, oracles, strict=True)]
     names = set(runs[0][1])
     for got, exact, plain, _ in runs:
         assert set(got) == set(exact) == set(plain) == names

@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # cases.py, shared by these file
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-import pytest  # noqa: E402
+import pytest
 
-from ditscale.kernels import library  # noqa: E402
-from ditscale.kernels.adaln import op as adaln_op  # noqa: E402
-from ditscale.kernels.adaln import shapes as adaln_shapes  # noqa: E402
-from ditscale.kernels.gelu import op as gelu_op  # noqa: E402
-from ditscale.kernels.gelu import shapes as gelu_shapes  # noqa: E402
+from ditscale.kernels import library
+from ditscale.kernels.adaln import op as adaln_op
+from ditscale.kernels.adaln import shapes as adaln_shapes
+from ditscale.kernels.gelu import op as gelu_op
+from ditscale.kernels.gelu import shapes as gelu_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 

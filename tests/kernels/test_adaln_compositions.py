@@ -32,9 +32,7 @@ def plain_block(x, branch, table):
 
 
 def inputs(batch: int = B, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return [
-        torch.randn(*s, dtype=dtype).requires_grad_() for s in ((batch, T, D), (batch, T, D), (batch, 3 * D))
-    ]
+    return [torch.randn(*s, dtype=dtype).requires_grad_() for s in ((batch, T, D), (batch, T, D), (batch, 3 * D))]
 
 
 def close(got, want, tolerance: float = 2e-5):
@@ -56,9 +54,7 @@ class TestReference:
     """The oracle of the kernels, in float64."""
 
     def test_gradcheck_and_gradgradcheck(self):
-        leaves = [
-            torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (2, 3, 5), (2, 15))
-        ]
+        leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (2, 3, 5), (2, 15))]
 
         def f(x, branch, table):
             return block(x, branch, table, "reference")
@@ -68,14 +64,11 @@ class TestReference:
 
     def test_gradcheck_rms_and_affine(self):
         x, shift, scale, w, b = (
-            torch.randn(*s, dtype=torch.float64, requires_grad=True)
-            for s in ((2, 3, 5), (5,), (2, 3, 5), (5,), (5,))
+            torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (5,), (2, 3, 5), (5,), (5,))
         )
 
         def f(*a):
-            return kernels.layernorm_modulate(
-                a[0], a[1], a[2], weight=a[3], bias=a[4], norm="rms", backend="auto"
-            )
+            return kernels.layernorm_modulate(a[0], a[1], a[2], weight=a[3], bias=a[4], norm="rms", backend="auto")
 
         assert torch.autograd.gradcheck(f, (x, shift, scale, w, b))
 
@@ -132,9 +125,7 @@ class TestOperators:
     def test_a_direct_call_is_checked(self, native):
         x = torch.randn(2, 3, 8)
         with pytest.raises(RuntimeError, match="scale: expected"):
-            torch.ops.ditscale.layernorm_modulate_fwd(
-                x, torch.zeros(7), torch.zeros(7), 1e-6, 1.0, False, True
-            )
+            torch.ops.ditscale.layernorm_modulate_fwd(x, torch.zeros(7), torch.zeros(7), 1e-6, 1.0, False, True)
 
 
 @pytest.mark.native
@@ -153,7 +144,8 @@ class TestCompile:
             leaves = inputs(batch)
             close(gradients(f, leaves), exact(plain_block, leaves))
             # (Dynamo calls the compiler twice for the one frame: it starts over to make eps a constant.)
-            first = counter.frame_count if batch == 2 else first
+            if batch == 2:
+                first = counter.frame_count
         assert counter.frame_count == first
 
     def test_no_recompile_for_the_same_shapes(self, native):
@@ -202,9 +194,7 @@ class TestCompile:
         def f(*a):
             return torch.func.jvp(lambda *b: block(*b, "auto"), tuple(a), tuple(tangents))
 
-        want = torch.func.jvp(
-            plain_block, tuple(t.double() for t in leaves), tuple(t.double() for t in tangents)
-        )
+        want = torch.func.jvp(plain_block, tuple(t.double() for t in leaves), tuple(t.double() for t in tangents))
         close(torch.compile(f, backend="aot_eager", fullgraph=True)(*leaves), want)
 
 
@@ -212,9 +202,7 @@ class TestTransforms:
     def test_forward_mode(self, backend):
         leaves = [t.detach() for t in inputs()]
         tangents = [torch.randn_like(t) for t in leaves]
-        want = torch.func.jvp(
-            plain_block, tuple(t.double() for t in leaves), tuple(t.double() for t in tangents)
-        )
+        want = torch.func.jvp(plain_block, tuple(t.double() for t in leaves), tuple(t.double() for t in tangents))
         got = torch.func.jvp(lambda *a: block(*a, backend), tuple(leaves), tuple(tangents))
         assert got[1].abs().max() > 0.1
         close(got, want)
@@ -355,9 +343,7 @@ class TestFlopCounter:
             (lambda: kernels.layernorm_modulate(x, shift, scale, backend="cpu"), cost, "layernorm_modulate"),
             (lambda: kernels.gate_residual(x, branch, gate, backend="cpu"), cost, "gate_residual"),
             (
-                lambda: kernels.gate_residual_layernorm_modulate(
-                    x, branch, gate, shift, scale, backend="cpu"
-                )[1],
+                lambda: kernels.gate_residual_layernorm_modulate(x, branch, gate, shift, scale, backend="cpu")[1],
                 cost,
                 "gate_residual_layernorm_modulate",
             ),

@@ -84,9 +84,7 @@ def test_a_branch_of_another_dtype(backend):
 def test_offsets_beyond_31_bits(request, backend):
     # Two rows 2^31 + 8 elements apart in one storage that is never touched in between: 32-bit offsets would wrap.
     if "triton" in request.node.name or "emulated" in request.node.name:
-        pytest.skip(
-            "needs lazily committed memory on the interpreter's side too; the CPU and GPU runs cover it"
-        )
+        pytest.skip("needs lazily committed memory on the interpreter's side too; the CPU and GPU runs cover it")
     far = 2**31 + 8
     try:
         store = torch.empty(far + 16, dtype=torch.bfloat16)

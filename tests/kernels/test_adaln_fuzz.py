@@ -42,9 +42,7 @@ def test_random_calls(request, backend, seed):
     dtype = rng.choice(DTYPES)
     size = 10 ** rng.uniform(-4, 4)
     if dtype == torch.float16:
-        size = min(
-            size, 1e3
-        )  # float16 ends at 65504: squares are float32, but x + gate * branch must be stored
+        size = min(size, 1e3)  # float16 ends at 65504: squares are float32, but x + gate * branch must be stored
     how = {
         "fused": rng.random() < 0.6,
         "mode": rng.choice(["per_sample", "per_sample", "shared", "per_token"]),
@@ -72,9 +70,7 @@ def test_constant_rows_are_the_shift(backend, size):
     # 0.1 is no binary fraction: a sloppy mean leaves 1e-8, which the reciprocal of sqrt(eps) makes 1e-5.
     call = make((2, 9, 67), fused=False, fill=lambda t: torch.full_like(t, 0.1 * size))
     y = call.run(backend)["y"]
-    torch.testing.assert_close(
-        y, call.shift.unsqueeze(1).expand_as(y), rtol=0, atol=2e-7 * max(1.0, size * 1e-2)
-    )
+    torch.testing.assert_close(y, call.shift.unsqueeze(1).expand_as(y), rtol=0, atol=2e-7 * max(1.0, size * 1e-2))
 
 
 def test_rows_far_from_zero(backend):

@@ -70,9 +70,7 @@ def test_without_gradient_of_the_stream(backend, shape):
 def test_only_the_stream_is_used(backend):
     call = make(SHAPES["two-chunks"])
     x, branch, gate = (t.detach().requires_grad_() for t in (call.x, call.branch, call.gate))
-    x_new, _ = kernels.gate_residual_layernorm_modulate(
-        x, branch, gate, call.shift, call.scale, backend=backend
-    )
+    x_new, _ = kernels.gate_residual_layernorm_modulate(x, branch, gate, call.shift, call.scale, backend=backend)
     got = torch.autograd.grad(x_new, (x, branch, gate), call.dy)
     want = gate_residual(wide(call.x), wide(call.branch), wide(call.gate), wide(call.dy))
     for g, name in zip(got, ("dx", "dbranch", "dgate"), strict=True):

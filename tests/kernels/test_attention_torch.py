@@ -1,4 +1,4 @@
-"""Attention inside PyTorch: gradcheck, opcheck, compile, transforms, autocast, checkpointing, FLOP counting, choice of backend."""
+"""Attention inside PyTorch: gradcheck, opcheck, compile, transforms, autocast, checkpointing, FLOPs, dispatch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_opcheck(lengths):
 
     native = _ops("cpu")
     n = None if lengths is None else torch.tensor(lengths)
-    tests = ("test_schema", "test_faketensor") + (("test_aot_dispatch_dynamic",) if lengths else ())  # the slow one once
+    tests = ("test_schema", "test_faketensor") + (
+        ("test_aot_dispatch_dynamic",) if lengths else ()
+    )  # the slow one once
     qkv = torch.randn(2, 7, 3, 2, 8)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     for save in (True, False):
@@ -46,7 +48,9 @@ def test_opcheck(lengths):
     dout = torch.randn(2, 2, 7, 8)
     torch.library.opcheck(native.attention_bwd.default, (dout, q, k, v, out, stats, n, 0.3), test_utils=tests)
     out, stats = native.attention_qkv_fwd(qkv, n, 0.3, True)
-    torch.library.opcheck(native.attention_qkv_bwd.default, (torch.randn(2, 7, 16), qkv, out, stats, n, 0.3), test_utils=tests)
+    torch.library.opcheck(
+        native.attention_qkv_bwd.default, (torch.randn(2, 7, 16), qkv, out, stats, n, 0.3), test_utils=tests
+    )
 
 
 @needs_library

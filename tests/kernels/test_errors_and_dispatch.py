@@ -27,7 +27,10 @@ MISTAKES = {
     "branch-shape": (lambda: kernels.gate_residual(X, X[:, :2], ROW), "branch: expected the shape and device of x"),
     "norm": (lambda: kernels.layernorm_modulate(X, ROW, ROW, norm="batch"), "norm: expected 'layer' or 'rms'"),
     "weight": (lambda: kernels.layernorm_modulate(X, ROW, ROW, weight=torch.ones(7)), "weight: expected"),
-    "device": (lambda: kernels.layernorm_modulate(X, ROW.to("meta"), ROW.to("meta")), "shift: expected a tensor on cpu"),
+    "device": (
+        lambda: kernels.layernorm_modulate(X, ROW.to("meta"), ROW.to("meta")),
+        "shift: expected a tensor on cpu",
+    ),
     "gelu-bias": (lambda: kernels.bias_gelu(X, torch.ones(7)), "bias: expected [8]"),
     "backend": (lambda: kernels.layernorm_modulate(X, ROW, ROW, backend="fast"), "backend: expected one of auto"),
 }
@@ -124,7 +127,11 @@ class TestSelfCheck:
         from torch.utils.flop_counter import FlopCounterMode
 
         state = torch.get_rng_state()
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), FlopCounterMode(display=False) as counter:
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            FlopCounterMode(display=False) as counter,
+        ):
             assert dispatch.resolve("layernorm_modulate", "auto", "cpu", torch.float32) == "cpu"
         assert counter.get_total_flops() == 0
         assert torch.equal(state, torch.get_rng_state())

@@ -246,7 +246,10 @@ def test_tables_of_three_axes():
 
 def test_scores_depend_on_the_distance_alone(backend):
     # What a rotary embedding is for: shifting every position of an axis changes no score.
-    q, k = torch.randn(1, 1, 1, 16, dtype=torch.float32).expand(1, 1, 20, 16), torch.randn(1, 1, 1, 16).expand(1, 1, 20, 16)
+    q, k = (
+        torch.randn(1, 1, 1, 16, dtype=torch.float32).expand(1, 1, 20, 16),
+        torch.randn(1, 1, 1, 16).expand(1, 1, 20, 16),
+    )
     cos, sin = rotary_table((4, 5), 16)
     a, b = kernels.qk_norm_rope(q, k, None, None, cos, sin, norm="none", backend=backend)
     s = (a @ b.transpose(-1, -2))[0, 0].view(4, 5, 4, 5)

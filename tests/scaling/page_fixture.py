@@ -194,21 +194,14 @@ class _Truth:
     def write_run(self, run: Any, started: datetime.datetime) -> datetime.datetime:
         smoothed = self.write_metrics(run)
         row = run.to_dict()
-        loss = float(self.loss(run.params_per_token, run.images)) * float(
-            np.exp(self.noise * self.rng.normal())
-        )
+        loss = float(self.loss(run.params_per_token, run.images)) * float(np.exp(self.noise * self.rng.normal()))
         times = np.linspace(1 / 16, 15 / 16, 8)
-        shape = (
-            0.45
-            + 2.2 * np.exp(-(((times - 0.08) / 0.16) ** 2))
-            + 0.8 * np.exp(-(((times - 0.97) / 0.12) ** 2))
-        )
+        shape = 0.45 + 2.2 * np.exp(-(((times - 0.08) / 0.16) ** 2)) + 0.8 * np.exp(-(((times - 0.97) / 0.12) ** 2))
         seconds = run.flops / (1.6e10 + 9e9 * np.tanh(row["width"] / 80))
         finished = started + datetime.timedelta(seconds=float(seconds))
         record = {
             **{
-                k: row[k]
-                for k in ("run_id", "role", "budget", "width", "depth", "heads", "params", "params_per_token")
+                k: row[k] for k in ("run_id", "role", "budget", "width", "depth", "heads", "params", "params_per_token")
             },
             **{k: row[k] for k in ("images", "steps", "batch", "lr", "flops")},
             "status": "finished",
@@ -250,9 +243,7 @@ class _Truth:
         blur = 2.2 * (3e4 / run.params_per_token) ** 0.6
         for i, pixels in enumerate(batch.images.transpose(0, 2, 3, 1)):
             rough = pixels.astype(float) + self.rng.normal(0, 60 * blur / 4, pixels.shape)
-            tile = Image.fromarray(rough.clip(0, 255).astype(np.uint8)).filter(
-                ImageFilter.GaussianBlur(blur / 2)
-            )
+            tile = Image.fromarray(rough.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(blur / 2))
             sheet.paste(tile.convert("RGBA"), (i * (side + gap), 0))
         buffer = io.BytesIO()
         sheet.save(buffer, "PNG")

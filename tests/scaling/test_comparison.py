@@ -29,9 +29,7 @@ def test_a_better_design_is_seen_and_a_lucky_one_is_not() -> None:
 
 
 def test_a_change_of_exponent_is_seen() -> None:
-    c = compare(
-        study(noise=0.002, seed=1), study({**CHINCHILLA, "alpha": 0.40, "A": 1300.0}, noise=0.002, seed=2)
-    )
+    c = compare(study(noise=0.002, seed=1), study({**CHINCHILLA, "alpha": 0.40, "A": 1300.0}, noise=0.002, seed=2))
     d = c.differences["N_exponent"]
     assert d.low < 0.28 / 0.68 - 0.28 / 0.62 < d.high and d.clear
 
@@ -49,9 +47,7 @@ def test_unlike_conventions_do_not_compare() -> None:
     with pytest.raises(InputError, match="loss_kind: expected one value in both designs"):
         compare(a, b)
     assert compare(a, b, pool=True).names == ("first", "second")
-    images = RunTable.from_columns(
-        {**{k: v for k, v in a.columns.items() if k != "tokens"}, "images": a.data}
-    )
+    images = RunTable.from_columns({**{k: v for k, v in a.columns.items() if k != "tokens"}, "images": a.data})
     with pytest.raises(InputError, match="expected both designs in one unit"):
         compare(a, images)
     # Data sets may differ: that is what a data comparison compares.

@@ -141,9 +141,7 @@ def test_an_unfinished_fit_is_not_called_converged() -> None:
     table = study(noise=0.01)
     logs = {"params": np.log(table.params), "data": np.log(table.data)}
     centre = {k: float(v.mean()) for k, v in logs.items()}
-    start = SURFACE.starts(
-        {k: v - centre[k] for k, v in logs.items()}, table.loss, np.ones(len(table)), 4, centre
-    )
+    start = SURFACE.starts({k: v - centre[k] for k, v in logs.items()}, table.loss, np.ones(len(table)), 4, centre)
     found = minimise(SURFACE.model(logs, centre), table.loss, Loss("mse"), start, max_steps=1)
     assert not found.converged.any()
 
@@ -176,9 +174,7 @@ def test_units_and_row_order_change_nothing() -> None:
     assert millions["A"] == pytest.approx(1000 * base.params["A"] / 1e6 ** base.params["alpha"], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "text", ["huber:1e-3", "huber:auto", "l1", "mse", "student-t:4:auto", "envelope:10:0.01"]
-)
+@pytest.mark.parametrize("text", ["huber:1e-3", "huber:auto", "l1", "mse", "student-t:4:auto", "envelope:10:0.01"])
 def test_losses_are_what_their_derivatives_say(text: str) -> None:
     loss = parse_loss(text)
     if loss.needs_scale:

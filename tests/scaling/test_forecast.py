@@ -68,9 +68,7 @@ def test_public_backtest_errors() -> None:
 
 def test_backtest_mistakes() -> None:
     table = _study()
-    with pytest.raises(
-        InputError, match="budget: expected at least 4 different levels for a backtest, got 3"
-    ):
+    with pytest.raises(InputError, match="budget: expected at least 4 different levels for a backtest, got 3"):
         backtest(table.take(table.budgets <= np.unique(table.budgets)[2]))
     with pytest.raises(InputError, match="by: expected one of budget, params, data"):
         backtest(table, axis="luck")

@@ -30,9 +30,7 @@ def _cells(
             batch = 0.58 * d**0.57
             for x in np.log(FACTORS) + np.log(shift):
                 for y in np.log(FACTORS) if batches else (0.0,):
-                    loss = 0.5 * np.exp(
-                        0.004 * x**2 + 0.003 * y**2 + 0.002 * x * y + noise * rng.standard_normal()
-                    )
+                    loss = 0.5 * np.exp(0.004 * x**2 + 0.003 * y**2 + 0.002 * x * y + noise * rng.standard_normal())
                     records.append(
                         {
                             "params": n,

@@ -40,9 +40,7 @@ def test_the_bias_grows_with_the_grid() -> None:
         ({"drift": 0.25}, "drifts"),
     ],
 )
-def test_biased_grids_are_warned_of_and_the_surface_stands_beside(
-    design: dict[str, float], word: str
-) -> None:
+def test_biased_grids_are_warned_of_and_the_surface_stands_beside(design: dict[str, float], word: str) -> None:
     fit = fit_isoflop(study(**design))
     assert any(word in w for w in fit.warnings), fit.warnings
     truth = optimum(CHINCHILLA, 1e24)[1]

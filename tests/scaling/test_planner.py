@@ -25,9 +25,7 @@ def test_the_published_plan() -> None:
     assert 6 * p.params * p.tokens / 1.5e21 == pytest.approx(1.009, abs=1e-3)
     assert "2410.08184" in p.source
     assert p.extrapolation == pytest.approx(250)
-    assert (
-        p.intervals["loss"] is None and p.flatness is None
-    )  # the paper prints neither intervals nor a surface
+    assert p.intervals["loss"] is None and p.flatness is None  # the paper prints neither intervals nor a surface
     json.dumps(p.to_json(), allow_nan=False)
 
 

@@ -98,9 +98,7 @@ def test_any_positive_numbers(values: np.ndarray, law: str, loss: str, space: st
     st.integers(0, 10**6),
 )
 @QUICK
-def test_noise_free_surfaces_are_recovered(
-    alpha: float, beta: float, floor: float, ratio: float, seed: int
-) -> None:
+def test_noise_free_surfaces_are_recovered(alpha: float, beta: float, floor: float, ratio: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     n, d = 10 ** rng.uniform(6, 9, 40), 10 ** rng.uniform(8, 11, 40)
     truth = {
@@ -125,9 +123,7 @@ def test_noise_free_surfaces_are_recovered(
     st.randoms(use_true_random=False),
 )
 @QUICK
-def test_power_laws_do_not_care_about_units_or_order(
-    y: np.ndarray, sx: float, sy: float, random: Any
-) -> None:
+def test_power_laws_do_not_care_about_units_or_order(y: np.ndarray, sx: float, sy: float, random: Any) -> None:
     x = np.geomspace(1.0, 100.0, len(y))
     base = fit_power(x, y, loss_fn="mse")
     order = np.array(random.sample(range(len(y)), len(y)))

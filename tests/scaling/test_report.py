@@ -203,9 +203,7 @@ def test_a_run_started_before_its_prediction_is_told(study: Path) -> None:
         ("outcome", ["Measured 0", "the star is what that run measured"], ["still to come"]),
     ],
 )
-def test_a_page_at_every_stage(
-    finished: Path, tmp_path: Path, stage: str, there: list[str], absent: list[str]
-) -> None:
+def test_a_page_at_every_stage(finished: Path, tmp_path: Path, stage: str, there: list[str], absent: list[str]) -> None:
     text = _text(page_fixture.rewind(finished, tmp_path / stage, stage))
     assert [words for words in there if words not in text] == []
     assert [words for words in absent if words in text] == []

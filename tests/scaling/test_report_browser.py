@@ -105,9 +105,7 @@ def _heading(page: Any, name: str) -> Any:
 
 # Wide and narrow lay the page out differently; dark has its own colours.
 @pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (1280, "dark"), (400, "light")])
-def test_opens_without_error_request_or_sideways_scrolling(
-    driver: Any, study: Path, width: int, theme: str
-) -> None:
+def test_opens_without_error_request_or_sideways_scrolling(driver: Any, study: Path, width: int, theme: str) -> None:
     page = _open(driver, study / "report.html", width=width, theme=theme)
     assert page.get_log("browser") == []
     assert page.execute_script("return performance.getEntriesByType('resource').length") == 0
@@ -120,9 +118,7 @@ def test_opens_without_error_request_or_sideways_scrolling(
 def test_figures_and_samples_are_visible(driver: Any, study: Path, width: int) -> None:
     page = _open(driver, study / "report.html", width=width)
     for name in ("law", "isoflop", "optima", "curves", "timesteps"):
-        shown = [
-            svg for svg in page.find_elements("css selector", f"#figure-{name} svg") if svg.is_displayed()
-        ]
+        shown = [svg for svg in page.find_elements("css selector", f"#figure-{name} svg") if svg.is_displayed()]
         assert len(shown) == 1, name
         assert shown[0].size["width"] > 0.75 * width and shown[0].size["height"] > 200
     images = page.find_elements("css selector", "#samples img")
@@ -133,9 +129,7 @@ def test_figures_and_samples_are_visible(driver: Any, study: Path, width: int) -
 
 
 @pytest.mark.parametrize("stage", ["designed", "running", "laws", "prediction"])
-def test_pages_of_unfinished_studies_open_without_error(
-    driver: Any, study: Path, tmp_path: Path, stage: str
-) -> None:
+def test_pages_of_unfinished_studies_open_without_error(driver: Any, study: Path, tmp_path: Path, stage: str) -> None:
     # What each stage lacks: the law, the prediction, the outcome.
     missing = {"designed": 3, "running": 3, "laws": 2, "prediction": 1}[stage]
     copy = shutil.copytree(study, tmp_path / "study")

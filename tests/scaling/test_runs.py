@@ -32,9 +32,7 @@ def _as_csv(delimiter: str = ",") -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize(
-    "kind", ["csv", "tsv", "semicolon", "jsonl", "json", "columns", "parquet", "wandb", "study"]
-)
+@pytest.mark.parametrize("kind", ["csv", "tsv", "semicolon", "jsonl", "json", "columns", "parquet", "wandb", "study"])
 def test_formats(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "runs.txt"
     if kind in ("csv", "tsv", "semicolon"):
@@ -159,9 +157,7 @@ def test_roles() -> None:
 
 
 def test_where() -> None:
-    table = RunTable.from_columns(
-        {"Model Size": np.arange(1.0, 6.0), "kind": list("aabbb"), "loss": np.ones(5)}
-    )
+    table = RunTable.from_columns({"Model Size": np.arange(1.0, 6.0), "kind": list("aabbb"), "loss": np.ones(5)})
     assert len(table.where("`Model Size` > 2 and kind == 'b'")) == 3
     assert len(table.where("not (kind == 'a') or `Model Size` * 2 <= 2")) == 4
     assert len(table.where("1 < `Model Size` <= 3")) == 2

@@ -46,9 +46,7 @@ def test_the_design_of_variable_projection_is_recovered() -> None:
         assert fit.params[name] == pytest.approx(value, rel=1e-8)
 
 
-@pytest.mark.parametrize(
-    "law", ["surface", "surface-tied", "surface-floorless", "skaling", "kaplan", "farseer"]
-)
+@pytest.mark.parametrize("law", ["surface", "surface-tied", "surface-floorless", "skaling", "kaplan", "farseer"])
 def test_every_law_says_whether_it_converged(law: str) -> None:
     fit = fit_surface(study(noise=0.005), law=law)
     assert set(fit.intervals) >= {"a", "b"}

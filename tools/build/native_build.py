@@ -129,14 +129,10 @@ def build_all(out: Path) -> list[Path]:
         return []
     torch = find_torch()
     if torch is None:
-        raise RuntimeError(
-            "ditscale needs the headers of torch >= 2.10: install torch first, or build with isolation"
-        )
+        raise RuntimeError("ditscale needs the headers of torch >= 2.10: install torch first, or build with isolation")
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(compiler[0]) is None:
-        raise RuntimeError(
-            f"ditscale needs a C++17 compiler: {compiler[0]} is not on the PATH (set CXX to another)"
-        )
+        raise RuntimeError(f"ditscale needs a C++17 compiler: {compiler[0]} is not on the PATH (set CXX to another)")
     nvcc = find_nvcc()
     if os.environ.get("DITSCALE_SKIP_CUDA") == "1":
         nvcc = None
@@ -162,9 +158,7 @@ def build_all(out: Path) -> list[Path]:
                 *archs,
             ]
             # Ahead of the host's: they take the longest.
-            commands = [
-                [str(nvcc), *flags, "-c", str(CSRC / u), "-o", place(u)] for u in CUDA_KERNELS
-            ] + commands
+            commands = [[str(nvcc), *flags, "-c", str(CSRC / u), "-o", place(u)] for u in CUDA_KERNELS] + commands
             commands += [_host_command(torch, unit, [], place(unit)) for unit in CUDA_BINDINGS]
         _run_all(commands)
         with_torch = [f"-L{torch}/lib", "-ltorch_cpu"]
