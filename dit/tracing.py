@@ -132,7 +132,7 @@ def trace(
     watch = Watch(attribution, table, everything=convention == "all")
     local: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if sharded == "local":
-        local = _LocalShards()  # type: ignore[no-untyped-call]
+        local = _LocalShards()
     # Modes nest: what the counter does not take apart reaches the watch below it.
     with _slow_path(), watch, counter, local:
         out = _run(lambda: twin(*args, **kwargs))
@@ -172,7 +172,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
         raise InputError(f"model: expected a module that can be copied to be counted, got {error}") from error
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(TorchDispatchMode):
     """Sees every operation that torch's counter runs: notes those that nobody counts, and counts all by the
     table.
     """
@@ -180,7 +180,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
     def __init__(self, attribution: ModuleAttribution, table: dict[Any, Formula], *, everything: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         from torch.utils.flop_counter import flop_registry
 
         self.uncounted: Counter[str] = Counter()
@@ -245,7 +245,7 @@ class _OuterProducts:
         return name in ("sum", "mean") and out.numel() < tensors[0].numel()
 
 
-class _LocalShards(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _LocalShards(TorchDispatchMode):
     """Lets sharded tensors take themselves apart first, so that the counter sees this rank's share."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -82,7 +82,7 @@ class Comparison:
             "verdict": self.verdict,
             "warnings": self.warnings,
         }
-        return plain(content)  # type: ignore[no-any-return]
+        return plain(content)
 
     def summary(self) -> str:
         """A readable table."""

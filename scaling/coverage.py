@@ -125,7 +125,7 @@ class CoverageTable:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return plain(self.__dict__)  # type: ignore[no-any-return]
+        return plain(self.__dict__)
 
     def to_markdown(self) -> str:
         """The committed table."""

@@ -69,7 +69,7 @@ class Forecast:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         out = {k: v for k, v in self.__dict__.items() if k != "backtest"}
-        return plain({**out, "loss": self.value, "law": self.chosen, "backtest": self.backtest})  # type: ignore[no-any-return]
+        return plain({**out, "loss": self.value, "law": self.chosen, "backtest": self.backtest})
 
     def summary(self) -> str:
         """A readable table."""

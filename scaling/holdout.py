@@ -121,7 +121,7 @@ class Backtest:
             "trials": [{**t.__dict__, "log_score": t.log_score, "inside": t.inside} for t in self.trials],
             "warnings": self.warnings,
         }
-        return plain(content)  # type: ignore[no-any-return]
+        return plain(content)
 
     def summary(self) -> str:
         """A readable table."""

@@ -129,7 +129,7 @@ class HparamsFit:
             "fixed": self.fixed,
             "warnings": self.warnings,
         }
-        return plain(content)  # type: ignore[no-any-return]
+        return plain(content)
 
     def summary(self) -> str:
         """A readable table."""

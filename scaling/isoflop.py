@@ -110,7 +110,7 @@ class Vertex:
             "coefficients": list(self.coefficients),
             "centre": self.centre,
         }
-        return plain(content)  # type: ignore[no-any-return]
+        return plain(content)
 
 
 @dataclass
@@ -225,7 +225,7 @@ class IsoflopFit:
             "source_file": self.source,
             "warnings": self.warnings,
         }
-        return plain(content)  # type: ignore[no-any-return]
+        return plain(content)
 
     def summary(self) -> str:
         """A readable table."""

@@ -43,7 +43,7 @@ class NextRuns:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return plain(self.__dict__)  # type: ignore[no-any-return]
+        return plain(self.__dict__)
 
     def summary(self) -> str:
         """A readable table."""

@@ -73,7 +73,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The contract's keys of ``ditscale plan --json`` and the rest."""
-        return plain(self.__dict__)  # type: ignore[no-any-return]
+        return plain(self.__dict__)
 
     def summary(self) -> str:
         """A readable answer."""

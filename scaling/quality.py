@@ -70,7 +70,7 @@ class QualityFit:
             "samples": self.samples,
             "seed_noise": self.seed_noise,
         }
-        return plain(content)  # type: ignore[no-any-return]
+        return plain(content)
 
     def summary(self) -> str:
         """A readable table."""

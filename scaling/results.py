@@ -46,7 +46,7 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return plain(self.__dict__)  # type: ignore[no-any-return]
+        return plain(self.__dict__)
 
 
 @dataclass
@@ -415,7 +415,7 @@ class LawFit:
             "seconds": {"fit": self.seconds},
             "saved": self._saved(),
         }
-        return plain(content)  # type: ignore[no-any-return]
+        return plain(content)
 
     def _saved(self) -> dict[str, Any]:
         """What :meth:`from_json` needs beside the summary."""

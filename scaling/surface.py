@@ -307,7 +307,7 @@ class SurfaceFit:
             "notes": list(self.notes),
             "seconds": self.seconds,
         }
-        return plain(content)  # type: ignore[no-any-return]
+        return plain(content)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> SurfaceFit:

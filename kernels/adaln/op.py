@@ -38,7 +38,7 @@ class _LayernormModulate(torch.autograd.Function):
         y, stats = _ops(backend).layernorm_modulate_fwd(x, shift, scale, eps, scale_base, rms, save_stats)
         ctx.save_for_backward(x, scale, stats)
         ctx.backend, ctx.options = backend, (eps, scale_base, rms)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     @once_differentiable
@@ -53,7 +53,7 @@ class _GateResidual(torch.autograd.Function):
     def forward(ctx: Any, backend: str, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(branch, gate)
         ctx.backend = backend
-        return _ops(backend).gate_residual_fwd(x, branch, gate)  # type: ignore[no-any-return]
+        return _ops(backend).gate_residual_fwd(x, branch, gate)
 
     @staticmethod
     @once_differentiable
@@ -245,8 +245,8 @@ def layernorm_modulate(
     if chosen == "reference":
         return reference.layernorm_modulate_ref(x, shift, scale, eps=eps, scale_base=base, rms=rms)
     if _wants_grad(x, shift, scale):
-        return _LayernormModulate.apply(chosen, x, shift, scale, eps, base, rms, not recompute_stats)  # type: ignore[no-any-return]
-    return _ops(chosen).layernorm_modulate_infer(x, shift, scale, eps, base, rms)  # type: ignore[no-any-return]
+        return _LayernormModulate.apply(chosen, x, shift, scale, eps, base, rms, not recompute_stats)
+    return _ops(chosen).layernorm_modulate_infer(x, shift, scale, eps, base, rms)
 
 
 def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -274,8 +274,8 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: Backend =
     if chosen == "reference":
         return reference.gate_residual_ref(x, branch, gate)
     if _wants_grad(x, branch, gate):
-        return _GateResidual.apply(chosen, x, branch, gate)  # type: ignore[no-any-return]
-    return _ops(chosen).gate_residual_fwd(x, branch, gate)  # type: ignore[no-any-return]
+        return _GateResidual.apply(chosen, x, branch, gate)
+    return _ops(chosen).gate_residual_fwd(x, branch, gate)
 
 
 def gate_residual_layernorm_modulate(
@@ -321,11 +321,7 @@ def gate_residual_layernorm_modulate(
             x, branch, gate, shift, scale, eps=eps, scale_base=base, rms=rms
         )
     if _wants_grad(x, branch, gate, shift, scale):
-        return _GateResidualLayernormModulate.apply(  # type: ignore[no-any-return]
+        return _GateResidualLayernormModulate.apply(
             chosen, x, branch, gate, shift, scale, eps, base, rms, not recompute_stats
         )
-    return _ops(
-        chosen
-    ).gate_residual_layernorm_modulate_fwd(  # type: ignore[no-any-return]
-        x, branch, gate, shift, scale, eps, base, rms, False
-    )[:2]
+    return _ops(chosen).gate_residual_layernorm_modulate_fwd(x, branch, gate, shift, scale, eps, base, rms, False)[:2]

@@ -62,25 +62,25 @@ for _name, _fake in FAKES.items():
 
 # torch's counter takes attention's matrix products as this package's ledger does, and like it counts every key: what
 # `lengths` leaves out is known only when the call runs.
-@register_flop_formula(_ops.attention_fwd)  # type: ignore[untyped-decorator]
+@register_flop_formula(_ops.attention_fwd)
 def _forward_flops(q: list[int], k: list[int], *args: object, out_shape: object = None, **kwargs: object) -> int:
     return cost.attention_flops_forward(q[0], q[1], q[2], k[2], q[3])
 
 
-@register_flop_formula(_ops.attention_bwd)  # type: ignore[untyped-decorator]
+@register_flop_formula(_ops.attention_bwd)
 def _backward_flops(
     dout: list[int], q: list[int], k: list[int], *args: object, out_shape: object = None, **kwargs: object
 ) -> int:
     return cost.attention_flops_backward(q[0], q[1], q[2], k[2], q[3])
 
 
-@register_flop_formula(_ops.attention_qkv_fwd)  # type: ignore[untyped-decorator]
+@register_flop_formula(_ops.attention_qkv_fwd)
 def _qkv_forward_flops(qkv: list[int], *args: object, out_shape: object = None, **kwargs: object) -> int:
     B, T, _, H, K = qkv
     return cost.attention_flops_forward(B, H, T, T, K)
 
 
-@register_flop_formula(_ops.attention_qkv_bwd)  # type: ignore[untyped-decorator]
+@register_flop_formula(_ops.attention_qkv_bwd)
 def _qkv_backward_flops(
     dout: list[int], qkv: list[int], *args: object, out_shape: object = None, **kwargs: object
 ) -> int:

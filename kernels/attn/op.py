@@ -43,7 +43,7 @@ class _Attention(torch.autograd.Function):
         out, stats = _ops(backend).attention_fwd(q, k, v, lengths, scale, True)
         ctx.save_for_backward(q, k, v, out, stats, lengths)
         ctx.backend, ctx.scale = backend, scale
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,7 +61,7 @@ class _AttentionQkv(torch.autograd.Function):
         out, stats = _ops(backend).attention_qkv_fwd(qkv, lengths, scale, True)
         ctx.save_for_backward(qkv, out, stats, lengths)
         ctx.backend, ctx.scale = backend, scale
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -179,8 +179,8 @@ def attention(
     if chosen == "sdpa":
         return _sdpa(q, k, v, lengths, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(chosen, q, k, v, lengths, scale)  # type: ignore[no-any-return]
-    return _ops(chosen).attention_fwd(q, k, v, lengths, scale, False)[0]  # type: ignore[no-any-return]
+        return _Attention.apply(chosen, q, k, v, lengths, scale)
+    return _ops(chosen).attention_fwd(q, k, v, lengths, scale, False)[0]
 
 
 def attention_qkv(
@@ -216,5 +216,5 @@ def attention_qkv(
             return _merged(reference.attention_ref(q, k, v, scale=scale, lengths=lengths))
         return _merged(_sdpa(q, k, v, lengths, scale))
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return _AttentionQkv.apply(chosen, qkv, lengths, scale)  # type: ignore[no-any-return]
-    return _ops(chosen).attention_qkv_fwd(qkv, lengths, scale, False)[0]  # type: ignore[no-any-return]
+        return _AttentionQkv.apply(chosen, qkv, lengths, scale)
+    return _ops(chosen).attention_qkv_fwd(qkv, lengths, scale, False)[0]

@@ -24,7 +24,7 @@ class _BiasGelu(torch.autograd.Function):
     def forward(ctx: Any, backend: str, x: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, bias)
         ctx.backend = backend
-        return _ops(backend).bias_gelu_fwd(x, bias)  # type: ignore[no-any-return]
+        return _ops(backend).bias_gelu_fwd(x, bias)
 
     @staticmethod
     @once_differentiable
@@ -64,5 +64,5 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
     if chosen == "reference":
         return reference.bias_gelu_ref(x, bias)
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
-        return _BiasGelu.apply(chosen, x, bias)  # type: ignore[no-any-return]
-    return _ops(chosen).bias_gelu_fwd(x, bias)  # type: ignore[no-any-return]
+        return _BiasGelu.apply(chosen, x, bias)
+    return _ops(chosen).bias_gelu_fwd(x, bias)

@@ -39,7 +39,7 @@ class _NormRope(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.backend, ctx.eps, ctx.norm, ctx.interleaved = backend, eps, norm, interleaved
-        return _ops(backend).qk_norm_rope_fwd(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)  # type: ignore[no-any-return]
+        return _ops(backend).qk_norm_rope_fwd(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
