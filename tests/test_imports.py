@@ -85,6 +85,21 @@ def test_nobody_below_imports_the_benchmarks():
             assert "bench" not in rooms_used(imports(path)), path
 
 
+# A study is carried out by these modules of scaling; the others may know a model's configuration and its FLOPs, no more.
+STUDY = {"study", "execute", "conduct", "gallery", "demo_study", "study_commands"}
+TORCH_FREE = {"ditscale.dit.config", "ditscale.dit.flops"}
+
+
+def test_only_a_study_reaches_the_models():
+    for path in sources("scaling"):
+        names = {
+            n for n in imports(path) if n.split(".")[0] in LIGHT or n.startswith(("ditscale.dit", "ditscale.kernels"))
+        }
+        foreign = {n for n in names if not any(n == m or n.startswith(f"{m}.") for m in TORCH_FREE)}
+        foreign -= {"ditscale.dit"} if {"ditscale.dit.config", "ditscale.dit.flops"} & names else set()
+        assert path.stem in STUDY or path.stem.startswith("queue") or not foreign, f"{path.name}: {sorted(foreign)}"
+
+
 def test_the_laws_need_no_torch():
     names = "RunTable, fit_isoflop, fit_power, fit_surface, plan"
     run(f"import sys; from ditscale.scaling import {names}; assert not {{'torch', 'triton'}} & set(sys.modules)")
