@@ -140,7 +140,7 @@ def sample(
 
     from ditscale.dit.flow import draw_samples
     from ditscale.dit.pictures import save_grid
-    from ditscale.dit.training import load_weights
+    from ditscale.dit.weights import load_weights
     from ditscale.errors import InputError
 
     model, flow = load_weights(weights_path(run))
@@ -176,7 +176,8 @@ def evaluate(
     import math
 
     from ditscale.dit.checkpoint import read_json
-    from ditscale.dit.training import TrainConfig, load_weights, validation_set
+    from ditscale.dit.training import TrainConfig, validation_set
+    from ditscale.dit.weights import load_weights
 
     plan = TrainConfig.from_dict(read_json(run / "config.json"))
     changes = {"evaluation_images": images, "evaluation_seed": seed}
@@ -202,7 +203,7 @@ def export(
     import safetensors.torch
 
     from ditscale.dit.checkpoint import write_atomically
-    from ditscale.dit.training import load_weights
+    from ditscale.dit.weights import load_weights
 
     model, flow = load_weights(weights_path(run))
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}

@@ -19,7 +19,8 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
 
     from ditscale.dit.flow import draw_samples
     from ditscale.dit.pictures import save_grid
-    from ditscale.dit.training import TrainConfig, batch_tensors, load_weights, open_stream
+    from ditscale.dit.training import TrainConfig, batch_tensors, open_stream
+    from ditscale.dit.weights import load_weights
 
     largest = max(study.config.budgets)
     for run in [*(run for run in study.grid if run.budget == largest), target]:

@@ -16,7 +16,8 @@ from ditscale.dit import DiTConfig
 from ditscale.dit.checkpoint import load_checkpoint, read_metrics
 from ditscale.dit.data import emoji_vocabulary
 from ditscale.dit.flops import count
-from ditscale.dit.training import Stopped, TrainConfig, check_record, load_weights, train
+from ditscale.dit.training import Stopped, TrainConfig, check_record, train
+from ditscale.dit.weights import load_weights
 from ditscale.errors import InputError
 
 

@@ -1,0 +1,152 @@
+"""What a run trains: everything that decides its result, and the name that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ditscale.dit.config import DiTConfig
+from ditscale.dit.flops import count
+from ditscale.dit.flow import RectifiedFlow
+from ditscale.dit.optim import Schedule
+from ditscale.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run's result.
+
+    Args:
+        model: the DiT.
+        data: the images: "emoji_scenes", the embedded endless captioned scenes, or the path of a folder of images.
+            Default: "emoji_scenes".
+        prediction: what the network's output stands for, "velocity" or "clean"; see :class:`RectifiedFlow`. The loss is
+            the velocity's either way. Default: "velocity".
+        batch: images a step. Default: 16.
+        images: images in the whole run, rounded down to whole batches. Give this or ``flops``.
+        flops: training FLOPs to spend by the ledger (convention ``matmul``), rounded down to whole batches.
+        lr: peak learning rate, at ``model.mup_base_width`` where that is set. Default: 2e-3.
+        beta1, beta2, weight_decay: of AdamW. Default: 0.9, 0.95, 0.
+        clip: largest norm of the gradient. Default: 1.0.
+        warmup_fraction, decay_fraction: shares of the steps. Default: 0.05 and 0.5.
+        decay_shape: "linear" or "cosine". Default: "linear".
+        condition_dropout: share of training images that see no condition. Default: 0.1.
+        ema_share: share of training that the averaged weights remember. Default: 0.05.
+        evaluation_images: images of the fixed validation set. Default: 128.
+        evaluation_times: times at which each is evaluated. Default: 8.
+        seed: of weights, data, noise and times. Default: 0.
+        evaluation_seed: of the validation images and noise; the same for runs that are compared. Default: 0.
+
+    Raises:
+        InputError: a value is not possible; names it, what was expected and what came.
+    """
+
+    model: DiTConfig
+    data: str = "emoji_scenes"
+    prediction: str = "velocity"
+    batch: int = 16
+    images: int | None = None
+    flops: int | None = None
+    lr: float = 2e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup_fraction: float = 0.05
+    decay_fraction: float = 0.5
+    decay_shape: str = "linear"
+    condition_dropout: float = 0.1
+    ema_share: float = 0.05
+    evaluation_images: int = 128
+    evaluation_times: int = 8
+    seed: int = 0
+    evaluation_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.images is None) == (self.flops is None):
+            raise InputError(f"images, flops: expected exactly one of them, got {self.images!r} and {self.flops!r}")
+        _ = self.flow  # checks the prediction's name
+        for field in ("batch", "evaluation_images", "evaluation_times"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{field}: expected a whole number of at least 1, got {value!r}")
+        for field in ("lr", "clip"):
+            value = getattr(self, field)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise InputError(f"{field}: expected a positive number, got {value!r}")
+        for field in ("warmup_fraction", "decay_fraction", "condition_dropout", "ema_share", "beta1", "beta2"):
+            value = getattr(self, field)
+            if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                raise InputError(f"{field}: expected a number from 0 to 1, got {value!r}")
+        if self.steps < 1:
+            asked = f"{self.images} images" if self.images is not None else f"{self.flops:.4g} FLOPs"
+            raise InputError(
+                f"{'images' if self.images is not None else 'flops'}: expected enough for one batch of {self.batch} "
+                f"({self.batch * self.flops_per_image:.4g} FLOPs), got {asked}"
+            )
+
+    @property
+    def flops_per_image(self) -> int:
+        """Training FLOPs of one image, by the ledger."""
+        return count(self.model).train
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        images = self.images if self.images is not None else int(self.flops or 0) // self.flops_per_image
+        return int(images) // self.batch
+
+    @property
+    def flow(self) -> RectifiedFlow:
+        """The objective."""
+        return RectifiedFlow(prediction=self.prediction)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate's course over the steps."""
+        warmup = min(self.steps, math.ceil(self.warmup_fraction * self.steps))
+        decay = min(self.steps - warmup, math.ceil(self.decay_fraction * self.steps))
+        return Schedule(self.steps, warmup, decay, self.decay_shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`to_dict`; unknown fields raise InputError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise InputError(f"training.{unknown[0]}: no such field (fields: {', '.join(sorted(known))})")
+        if "model" not in values:
+            raise InputError("training: expected a [model] table, got none")
+        model = values["model"]
+        model = model if isinstance(model, DiTConfig) else DiTConfig.from_table(model)
+        return cls(**{**values, "model": model})
+
+    @property
+    def run_id(self) -> str:
+        """A readable name that ends in a hash of all that decides the result.
+
+        Only what differs from the defaults enters the hash, of the model's fields too. So a field that a later version
+        adds leaves the names of all runs as they are; in return a default, once released, keeps its meaning.
+        """
+        text = json.dumps(_changed(self), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        return f"d{self.model.width}-l{self.model.depth}-{digest}"
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults, as JSON values."""
+    values = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    return {
+        name: _changed(value) if dataclasses.is_dataclass(value) else value
+        for name, (value, default) in values.items()
+        if value != default
+    }

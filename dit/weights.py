@@ -1,0 +1,49 @@
+"""A model's weights in one file: safetensors, with its configuration and its objective in the header."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+
+import ditscale
+from ditscale.dit.checkpoint import write_atomically
+from ditscale.dit.config import DiTConfig
+from ditscale.dit.flow import RectifiedFlow
+from ditscale.dit.model import DiT
+from ditscale.errors import InputError
+
+
+def save_weights(path: Path, model: DiT, flow: RectifiedFlow) -> None:
+    """Write a model's weights as safetensors, with its configuration and its objective in the header."""
+
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    content = {"version": ditscale.__version__, "config": model.config.to_dict(), "flow": dataclasses.asdict(flow)}
+    # One entry: the order of several is left to chance, and equal weights should be equal files.
+    header = {"ditscale": json.dumps(content)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata=header))
+
+
+def load_weights(path: str | Path) -> tuple[DiT, RectifiedFlow]:
+    """Build the model that :func:`save_weights` wrote, and the objective that it was trained with.
+
+    Raises:
+        InputError: no such file, or it is damaged or no weights of ours.
+    """
+
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            content = json.loads((file.metadata() or {})["ditscale"])
+            config, flow = DiTConfig.from_dict(content["config"]), RectifiedFlow(**content["flow"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        model = DiT(config)
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        missing = [name for name in missing if name != "pos_embed"]
+        if missing or unexpected:
+            raise KeyError(f"tensors {(missing + unexpected)[:3]} missing or unexpected")
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: expected weights written by ditscale, got {error}") from error
+    return model, flow
