@@ -138,12 +138,12 @@ def sample(
     """Draw images from a trained model."""
     import torch
 
-    from ditscale.dit.flow import draw_samples
     from ditscale.dit.pictures import save_grid
+    from ditscale.dit.sampling import draw_samples
     from ditscale.dit.weights import load_weights
     from ditscale.errors import InputError
 
-    model, flow = load_weights(weights_path(run))
+    model, objective = load_weights(weights_path(run))
     wanted = model.config.condition
     given = {"caption": caption, "class": label}.get(wanted)
     if (caption and wanted != "caption") or (label and wanted != "class"):
@@ -158,7 +158,7 @@ def sample(
     side = model.config.input_side
     noise = torch.randn(number, model.config.in_channels, side, side, generator=generator)
     guidance = guidance if y is not None else 1.0
-    images = draw_samples(model, noise, y, flow=flow, steps=steps, sampler=sampler, guidance=guidance)
+    images = draw_samples(model, noise, y, objective=objective, steps=steps, sampler=sampler, guidance=guidance)
     save_grid(out, images)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "images": number, "steps": steps, "sampler": sampler, "seed": seed}))
@@ -198,8 +198,6 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a model as one safetensors file under the released DiT's tensor names, positions included."""
-    import dataclasses
-
     import safetensors.torch
 
     from ditscale.dit.checkpoint import write_atomically
@@ -207,7 +205,7 @@ def export(
 
     model, flow = load_weights(weights_path(run))
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    header = {"ditscale": json.dumps({"config": model.config.to_dict(), "flow": dataclasses.asdict(flow)})}
+    header = {"ditscale": json.dumps({"config": model.config.to_dict(), "flow": flow.to_dict()})}
     write_atomically(out, safetensors.torch.save(tensors, metadata=header))
     if as_json:
         typer.echo(json.dumps({"out": str(out), "tensors": len(tensors)}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,22 +11,22 @@ import safetensors.torch
 import ditscale
 from ditscale.dit.checkpoint import write_atomically
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.model import DiT
+from ditscale.dit.objective import Objective, objective_from_dict
 from ditscale.errors import InputError
 
 
-def save_weights(path: Path, model: DiT, flow: RectifiedFlow) -> None:
+def save_weights(path: Path, model: DiT, flow: Objective) -> None:
     """Write a model's weights as safetensors, with its configuration and its objective in the header."""
 
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    content = {"version": ditscale.__version__, "config": model.config.to_dict(), "flow": dataclasses.asdict(flow)}
+    content = {"version": ditscale.__version__, "config": model.config.to_dict(), "flow": flow.to_dict()}
     # One entry: the order of several is left to chance, and equal weights should be equal files.
     header = {"ditscale": json.dumps(content)}
     write_atomically(path, safetensors.torch.save(tensors, metadata=header))
 
 
-def load_weights(path: str | Path) -> tuple[DiT, RectifiedFlow]:
+def load_weights(path: str | Path) -> tuple[DiT, Objective]:
     """Build the model that :func:`save_weights` wrote, and the objective that it was trained with.
 
     Raises:
@@ -37,7 +36,7 @@ def load_weights(path: str | Path) -> tuple[DiT, RectifiedFlow]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             content = json.loads((file.metadata() or {})["ditscale"])
-            config, flow = DiTConfig.from_dict(content["config"]), RectifiedFlow(**content["flow"])
+            config, flow = DiTConfig.from_dict(content["config"]), objective_from_dict(content["flow"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         model = DiT(config)
         missing, unexpected = model.load_state_dict(tensors, strict=False)

@@ -17,8 +17,8 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
     """
     import torch
 
-    from ditscale.dit.flow import draw_samples
     from ditscale.dit.pictures import save_grid
+    from ditscale.dit.sampling import draw_samples
     from ditscale.dit.training import TrainConfig, batch_tensors, open_stream
     from ditscale.dit.weights import load_weights
 
@@ -36,8 +36,8 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
         side = plan.model.input_side
         noise = torch.randn(_PICTURES, plan.model.in_channels, side, side, generator=generator)
         guidance = 1.0 if y is None else _GUIDANCE
-        model, flow = load_weights(weights)
-        images = draw_samples(model, noise, y, flow=flow, steps=_STEPS, guidance=guidance)
+        model, objective = load_weights(weights)
+        images = draw_samples(model, noise, y, objective=objective, steps=_STEPS, guidance=guidance)
         settings = {"sampler": "heun", "steps": _STEPS, "guidance": guidance, "captions": list(prompts.captions)}
         write_json(folder / "samples.json", settings)
         save_grid(path, images, columns=_PICTURES)

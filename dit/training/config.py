@@ -13,6 +13,7 @@ from typing import Any
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.flops import count
 from ditscale.dit.flow import RectifiedFlow
+from ditscale.dit.objective import Objective, objective_from_dict
 from ditscale.dit.optim import Schedule
 from ditscale.errors import InputError
 
@@ -27,6 +28,8 @@ class TrainConfig:
             Default: "emoji_scenes".
         prediction: what the network's output stands for, "velocity" or "clean"; see :class:`RectifiedFlow`. The loss is
             the velocity's either way. Default: "velocity".
+        objective: another objective, such as ``DDPM()`` or ``EDM()``; in TOML a table with its ``name``. Default: None,
+            rectified flow with the ``prediction`` above.
         batch: images a step. Default: 16.
         images: images in the whole run, rounded down to whole batches. Give this or ``flops``.
         flops: training FLOPs to spend by the ledger (convention ``matmul``), rounded down to whole batches.
@@ -49,6 +52,7 @@ class TrainConfig:
     model: DiTConfig
     data: str = "emoji_scenes"
     prediction: str = "velocity"
+    objective: Objective | None = None
     batch: int = 16
     images: int | None = None
     flops: int | None = None
@@ -70,7 +74,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.images is None) == (self.flops is None):
             raise InputError(f"images, flops: expected exactly one of them, got {self.images!r} and {self.flops!r}")
-        _ = self.flow  # checks the prediction's name
+        if self.objective is not None and self.prediction != "velocity":
+            raise InputError(f"prediction: expected it in the objective, which is given, got {self.prediction!r}")
+        self.flow.check_model(self.model)
         for field in ("batch", "evaluation_images", "evaluation_times"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -102,9 +108,9 @@ class TrainConfig:
         return int(images) // self.batch
 
     @property
-    def flow(self) -> RectifiedFlow:
-        """The objective."""
-        return RectifiedFlow(prediction=self.prediction)
+    def flow(self) -> Objective:
+        """The objective that is trained."""
+        return RectifiedFlow(prediction=self.prediction) if self.objective is None else self.objective
 
     @property
     def schedule(self) -> Schedule:
@@ -115,7 +121,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        objective = None if self.objective is None else self.objective.to_dict()
+        return dataclasses.asdict(self) | {"objective": objective}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -128,7 +135,10 @@ class TrainConfig:
             raise InputError("training: expected a [model] table, got none")
         model = values["model"]
         model = model if isinstance(model, DiTConfig) else DiTConfig.from_table(model)
-        return cls(**{**values, "model": model})
+        objective = values.get("objective")
+        if isinstance(objective, Mapping):
+            objective = objective_from_dict(objective)
+        return cls(**{**values, "model": model, "objective": objective})
 
     @property
     def run_id(self) -> str:
@@ -145,8 +155,10 @@ class TrainConfig:
 def _changed(config: Any) -> dict[str, Any]:
     """The fields of a dataclass that differ from their defaults, as JSON values."""
     values = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
-    return {
-        name: _changed(value) if dataclasses.is_dataclass(value) else value
-        for name, (value, default) in values.items()
-        if value != default
-    }
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    for name, value in changed.items():
+        if isinstance(value, Objective):
+            changed[name] = {"name": value.name} | _changed(value)
+        elif dataclasses.is_dataclass(value):
+            changed[name] = _changed(value)
+    return changed

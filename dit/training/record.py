@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from ditscale.dit.data import ImageStream
     from ditscale.dit.training.state import TrainState
 
-LOSS_KIND = "velocity_mse"
-OBJECTIVE = "rectified_flow_v"
-
 
 def describe(config: TrainConfig, state: TrainState, stream: ImageStream, status: str) -> dict[str, Any]:
     """The record of a run that has ended, without what its validation tells."""
@@ -54,9 +51,9 @@ def describe(config: TrainConfig, state: TrainState, stream: ImageStream, status
         "warmup_fraction": config.warmup_fraction,
         "ema_share": config.ema_share,
         "seed": config.seed,
-        "objective": OBJECTIVE,
+        "objective": config.flow.record_name,
         "prediction": config.prediction,
-        "loss_kind": LOSS_KIND,
+        "loss_kind": config.flow.loss_kind,
         "loss_window": "final",
         "loss": None,
         "loss_weights": "averaged",

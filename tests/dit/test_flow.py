@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ditscale.dit.flow import RectifiedFlow, ValidationSet, draw_samples
+from ditscale.dit.flow import RectifiedFlow, ValidationSet
+from ditscale.dit.sampling import draw_samples
 from ditscale.errors import InputError
 
 
@@ -126,7 +127,7 @@ def test_a_clean_prediction_is_the_same_velocity():
     flow = RectifiedFlow(prediction="clean")
     t = torch.tensor([0.06, 0.5, 1.0])
     assert torch.allclose(flow.velocity(Clean(), noise, t, None), velocity(noise, t * 1000), atol=1e-4)
-    same = draw_samples(Clean(), noise, flow=flow, steps=10)
+    same = draw_samples(Clean(), noise, objective=flow, steps=10)
     assert torch.allclose(same, draw_samples(velocity, noise, steps=10), atol=1e-4)
     with pytest.raises(InputError, match="prediction"):
         RectifiedFlow(prediction="noise")

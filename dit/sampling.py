@@ -1,0 +1,208 @@
+"""From noise to images: deterministic and stochastic samplers for every objective, with classifier-free guidance.
+
+All of them walk the linear path ``z = a(u) x_0 + u eps`` of :mod:`ditscale.dit.objective`, where the model gives the
+slope ``dz/du``. Noise levels that a user names are shares of noise, ``u / (a + u)``: 0 for data, 1 for noise, the time of
+rectified flow, and ``sigma / (1 + sigma)`` for the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditscale.dit.flow import RectifiedFlow
+from ditscale.dit.objective import Objective, Prediction, need_number
+from ditscale.errors import InputError
+
+SAMPLERS = ("euler", "heun", "ddim", "ddpm")
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise that a step adds before it removes more (Karras et al., arXiv:2206.00364, algorithm 2).
+
+    Args:
+        amount: S_churn, spread over the steps. Default: 40.
+        least, most: S_tmin and S_tmax, of sigma (noise over signal). Default: 0.05 and 50.
+        noise: S_noise, the added noise's standard deviation. Default: 1.003.
+    """
+
+    amount: float = 40.0
+    least: float = 0.05
+    most: float = 50.0
+    noise: float = 1.003
+
+    def __post_init__(self) -> None:
+        for field in ("amount", "least", "noise"):
+            need_number(f"churn.{field}", getattr(self, field), least=0)
+
+
+@torch.no_grad()
+def draw_samples(
+    model: nn.Module,
+    noise: Tensor,
+    y: Any = None,
+    *,
+    objective: Objective | None = None,
+    steps: int = 25,
+    sampler: str = "heun",
+    guidance: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guided_channels: int | None = None,
+    shift: float = 1.0,
+    eta: float = 0.0,
+    churn: Churn | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Follow the path from noise to images; equal arguments give equal images.
+
+    Args:
+        model: called as ``model(x, t, y, drop=...)``; its first C channels are the prediction.
+        noise: [B, C, ...] standard normal.
+        y: the condition as the model takes it (a tensor, or a tuple of tensors, with one row a sample), or None.
+        objective: that the model was trained with. Default: ``RectifiedFlow()``.
+        steps: at least 1. Default: 25.
+        sampler: "euler" (one evaluation a step), "heun" (two; the last step one; with EDM that paper's algorithm 1),
+            "ddim" (one; arXiv:2010.02502) or "ddpm" (one; ancestral, with the variance that the model learned or else
+            the posterior's). Default: "heun".
+        guidance: classifier-free guidance weight w in ``s_none + w (s_y - s_none)``; 1 means none and costs half.
+            Default: 1.0.
+        guidance_interval: least and greatest share of noise at which to guide (arXiv:2404.07724). Default: all.
+        guided_channels: guide the first so many channels only; the released DiT guides 3 of 4. Default: all.
+        shift: > 1 spends more steps at high noise, ``t' = shift t / (1 + (shift - 1) t)``. Default: 1.0.
+        eta: noise of "ddim", from 0 (deterministic) to 1 (as much as the posterior). Default: 0.0.
+        churn: noise for "euler" and "heun". Default: None.
+        seed: of the noise that stochastic samplers add. Default: 0.
+        progress: called with (steps done, steps). Default: None.
+
+    Returns:
+        [B, C, ...] float32, not clipped.
+
+    Raises:
+        InputError: an argument is out of range, or guidance is asked for without a condition.
+    """
+    objective = objective or RectifiedFlow()
+    if steps < 1:
+        raise InputError(f"steps: expected at least 1, got {steps}")
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if guidance != 1.0 and y is None:
+        raise InputError(f"guidance: expected 1.0 for a model without a condition, got {guidance}")
+    if not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        raise InputError(f"guidance_interval: expected 0 <= least <= greatest <= 1, got {guidance_interval}")
+    need_number("shift", shift, above=0)
+    if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
+        raise InputError(f"eta: expected 0 to 1 for ddim and 0 for other samplers, got {eta} for {sampler}")
+    if churn is not None and sampler not in ("euler", "heun"):
+        raise InputError(f"churn: expected none for sampler {sampler}, got some")
+
+    ask = _Guided(model, objective, y, len(noise), guidance, guidance_interval, guided_channels)
+    levels = objective.levels(steps, shift).to(noise.device)
+    draw = _Noise(noise, seed)
+    was_training = model.training
+    model.eval()
+    z = noise.float() * levels[0]
+    for i in range(steps):
+        u, u_next = levels[i], levels[i + 1]
+        if sampler in ("euler", "heun"):
+            if churn is not None:
+                z, u = _churned(objective, churn, steps, z, u, draw)
+            slope = ask(z, u).slope
+            ahead = z + (u_next - u) * slope
+            if sampler == "heun" and i + 1 < steps:
+                ahead = z + (u_next - u) * 0.5 * (slope + ask(ahead, u_next).slope)
+            z = ahead
+        else:
+            z = _ancestral(objective, ask(z, u), z, u, u_next, eta if sampler == "ddim" else None, draw)
+        if progress is not None:
+            progress(i + 1, steps)
+    model.train(was_training)
+    return z
+
+
+class _Noise:
+    """Standard normal tensors of one shape in a fixed order, the same on every device."""
+
+    def __init__(self, like: Tensor, seed: int) -> None:
+        self.like, self.generator = like, torch.Generator().manual_seed(seed)
+
+    def __call__(self) -> Tensor:
+        return torch.randn(self.like.shape, generator=self.generator).to(self.like.device)
+
+
+class _Guided:
+    """The model with classifier-free guidance, as a function of the place on the path."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        y: Any,
+        count: int,
+        guidance: float,
+        interval: tuple[float, float],
+        channels: int | None,
+    ) -> None:
+        self.model, self.objective, self.y, self.count = model, objective, y, count
+        self.guidance, self.interval, self.channels = guidance, interval, channels
+        self.twice = None if guidance == 1.0 else doubled(y)
+
+    def __call__(self, z: Tensor, u: Tensor) -> Prediction:
+        count, objective = self.count, self.objective
+        u_B = u.expand(count)
+        share = float(u / (objective.signal(u) + u))
+        if self.twice is None or not self.interval[0] <= share <= self.interval[1]:
+            return objective.predict(self.model, z, u_B, self.y)
+        drop = torch.arange(2 * count, device=z.device) >= count
+        both = objective.predict(self.model, torch.cat([z, z]), torch.cat([u_B, u_B]), self.twice, drop=drop)
+        with_y, without = both.slope[:count], both.slope[count:]
+        guided = torch.lerp(without, with_y, self.guidance)
+        if self.channels is not None:
+            guided = torch.cat([guided[:, : self.channels], with_y[:, self.channels :]], 1)
+        return Prediction(guided, None if both.variance is None else both.variance[:count])
+
+
+def doubled(y: Any) -> Any:
+    """A condition twice, one below the other: a tensor, or a tuple of tensors."""
+    return tuple(torch.cat([part, part]) for part in y) if isinstance(y, tuple) else torch.cat([y, y])
+
+
+def _churned(
+    objective: Objective, churn: Churn, steps: int, z: Tensor, u: Tensor, draw: _Noise
+) -> tuple[Tensor, Tensor]:
+    """z with noise added, and the level where it then is; as it was outside the churn's range."""
+    signal = objective.signal(u)
+    sigma = u / signal
+    if not churn.least <= float(sigma) <= churn.most:
+        return z, u
+    more = sigma * (1 + min(churn.amount / steps, math.sqrt(2) - 1))
+    # Back to the linear path: signal and noise of x_0 + more eps, scaled as that path scales them.
+    u_more = more if float(signal) == 1 and float(objective.signal(more)) == 1 else more / (1 + more)
+    kept = objective.signal(u_more) / signal
+    added = (u_more.square() - (kept * u).square()).clamp(min=0).sqrt()
+    return kept * z + churn.noise * added * draw(), u_more
+
+
+def _ancestral(
+    objective: Objective, said: Prediction, z: Tensor, u: Tensor, u_next: Tensor, eta: float | None, draw: _Noise
+) -> Tensor:
+    """A step to u_next by way of the estimated data and noise: DDIM with ``eta``, or ancestral where that is None."""
+    # z = a x_0 + u eps and slope = a' x_0 + eps with a = 1 + a' u, so both follow from z and the slope.
+    falls = (objective.signal(u) - 1) / u
+    clean = z - u * said.slope
+    eps = said.slope - falls * clean
+    low, high = objective.variance_bounds(u, u_next)
+    if eta is not None:
+        low = eta**2 * low
+    mean = objective.signal(u_next) * clean + (u_next.square() - low).clamp(min=0).sqrt() * eps
+    if float(u_next) == 0 or eta == 0:
+        return mean
+    if eta is None and said.variance is not None:
+        return mean + torch.exp(0.5 * torch.lerp(low.log().to(z), high.log().to(z), said.variance)) * draw()
+    return mean + low.sqrt() * draw()
