@@ -1,4 +1,4 @@
-"""What a measurement ran on: device, caches, threads, versions, commit, clocks; and published peaks, each with its source."""
+"""What a measurement ran on: device, caches, threads, versions, commit, clocks. Published peaks: ditscale.peaks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,6 @@ from typing import Any
 
 import ditscale
 
-# Published memory bandwidth, bytes/s, and its source. Peak FLOP/s stand in ditscale.scaling.gpus. Nothing here decides a
-# share of a roof: those are taken against ceilings measured in the same run (ceilings.py).
-BANDWIDTH_PEAKS: dict[str, tuple[float, str]] = {
-    "a100": (2.039e12, "NVIDIA A100 80GB SXM data sheet: 2,039 GB/s"),
-    "h100": (3.35e12, "NVIDIA H100 SXM5 data sheet: 3.35 TB/s"),
-    "h100-pcie": (2.0e12, "NVIDIA H100 PCIe data sheet: 2 TB/s"),
-    "h200": (4.8e12, "NVIDIA H200 SXM data sheet: 4.8 TB/s"),
-    "b200": (8.0e12, "NVIDIA HGX B200 data sheet: 8 TB/s per GPU"),
-    "rtx4090": (1.008e12, "NVIDIA GeForce RTX 4090 specifications: 1,008 GB/s"),
-    "mi300x": (5.3e12, "AMD Instinct MI300X data sheet: 5.3 TB/s"),
-}
 PEERS = ("liger-kernel", "quack-kernels", "apex", "flash-attn", "xformers", "transformer-engine")
 _GPU_STATE = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_throttle_reasons.active"
 
@@ -184,15 +173,6 @@ def pin(threads: int | None) -> int:
         os.sched_setaffinity(0, set(usable[:count]))
     torch.set_num_threads(count)
     return count
-
-
-def gpu_key(name: str) -> str | None:
-    """The name of a GPU in the tables of peaks, from what its driver calls it; None where it is not in them."""
-    low = name.lower().replace(" ", "").replace("-", "")
-    if "h100" in low and "pcie" in low:
-        return "h100-pcie"
-    keys = [key for key in BANDWIDTH_PEAKS if key != "h100-pcie" and key in low]
-    return keys[0] if keys else None
 
 
 def slug(facts: dict[str, Any]) -> str:

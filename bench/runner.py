@@ -225,13 +225,14 @@ class Session:
         """Training FLOPs by the ledger (convention matmul) over the published peak; on a CPU over the measured one."""
         from ditscale.bench.cases import model_config
         from ditscale.dit.flops import count
-        from ditscale.scaling.gpus import PEAKS
+        from ditscale.peaks import find_peak
 
         train = count(model_config(case), batch=case.shape["B"]).train
-        key = devices.gpu_key(self.common["device"]["name"]) if self.device == "cuda" else None
+        published = find_peak(self.common["device"]["name"], case.dtype) if self.device == "cuda" else None
         assert self.roof is not None
-        if key in PEAKS and case.dtype != "float32":
-            peak, source = PEAKS[key]
+        peak: float
+        if published is not None and case.dtype != "float32":  # whether float32 runs as tf32 is a setting
+            peak, source = published.flops, published.source
         else:
             peak, source = self.roof.flop_rate[case.dtype], "measured matrix product of the same run"
         return {

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.encoders import AutoencoderSpec, TextEncoderSpec
 from ditscale.dit.flops import count
-from ditscale.dit.peaks import Peak, find_peak
 from ditscale.errors import InputError
+from ditscale.peaks import Peak, find_peak
 
 CHARGES = ("model", "hardware", "everything")
 _WINDOW = 20

@@ -13,11 +13,9 @@ from ditscale.dit import DiTConfig
 from ditscale.dit.attribution import EVERYTHING, ModuleAttribution
 from ditscale.dit.encoders import AUTOENCODERS, TEXT_ENCODERS, AutoencoderSpec, TextEncoderSpec
 from ditscale.dit.flops import FlopMeter, count, trace
-from ditscale.dit.peaks import all_peaks, find_peak
 from ditscale.dit.torch_costs import matmul_formulas
 from ditscale.dit.tracing import Watch
 from ditscale.errors import InputError
-from ditscale.scaling.gpus import PEAKS
 
 SMALL = DiTConfig(image_size=8, latent_factor=1, width=8, depth=2, heads=2, num_classes=3)
 CAPTIONS = SMALL.replace(condition="caption", caption_tokens=4, context="cross-attention")
@@ -127,32 +125,6 @@ def test_budget_pays_for_whole_steps() -> None:
 def test_impossible_meters_are_named(arguments: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError, match=word):
         FlopMeter(SMALL, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("name", "device"),
-    [
-        ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("h100-pcie", "H100 PCIe"),
-        ("NVIDIA H100 NVL", "H100 NVL"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A10", "A10"),
-        ("NVIDIA A10G", None),
-        ("NVIDIA L4", "L4"), ("NVIDIA L40", "L40"), ("NVIDIA L40S", "L40S"), ("NVIDIA H200", "H200 SXM"),
-        ("NVIDIA B200", "B200"), ("NVIDIA GB200", "GB200"), ("NVIDIA GeForce RTX 3090", "RTX 3090"),
-        ("NVIDIA GeForce RTX 3090 Ti", None), ("AMD Instinct MI300X", "MI300X"), ("TPU v5 lite", "TPU v5e"),
-        ("cpu", None),
-    ],
-)  # fmt: skip
-def test_devices_by_the_names_they_give(name: str, device: str | None) -> None:
-    peak = find_peak(name)
-    assert (None if peak is None else peak.device) == device
-
-
-def test_peaks_have_sources_and_agree_with_the_planner() -> None:
-    for peak in all_peaks():
-        assert peak.source and 1e12 < peak.flops < 1e16
-        assert find_peak(peak.device, peak.dtype) == peak  # no pattern takes another's name
-    for gpu, (flops, _) in PEAKS.items():
-        peak = find_peak({"rtx4090": "rtx 4090"}.get(gpu, gpu))
-        assert peak is not None and peak.flops == flops, gpu
 
 
 @pytest.mark.parametrize(

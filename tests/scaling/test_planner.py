@@ -149,7 +149,7 @@ def test_saved_fits_and_study_folders(tmp_path: Path) -> None:
         ({"law": "nobody2020", "budget": 1e20}, "law: expected a fit's file or one of liang2024"),
         ({"law": "steplaw2025", "budget": 1e20}, "allocates no budget"),
         ({"law": "liang2024", "hours": 3.0}, "gpu: expected a machine"),
-        ({"law": "liang2024", "budget": 1e20, "gpu": "abacus"}, "gpu: expected one of a100"),
+        ({"law": "liang2024", "budget": 1e20, "gpu": "abacus"}, "gpu: expected one of H100"),
         ({"law": "liang2024", "budget": 1e20, "mfu": 0.3}, "mfu: expected --gpu"),
         ({"law": "liang2024", "budget": 1e20, "gpu": "h100", "mfu": 1.3}, "mfu: expected a share"),
         (
