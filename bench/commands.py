@@ -26,6 +26,7 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all cor
 Noise = Annotated[bool, typer.Option("--allow-noise", help="Measure on a noisy machine too; every row says so.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="Run every line at sizes of milliseconds; the times mean nothing.")]
 Seconds = Annotated[float, typer.Option(help="Time for the samples of one case.")]
+Aot = Annotated[bool, typer.Option("--aot", help="No times: the table of the compiled GPU kernels (adaln, attention).")]
 Files = Annotated[
     list[Path] | None, typer.Argument(help="Files of rows. Default: those committed under bench/results.")
 ]
@@ -39,7 +40,9 @@ def register(app: typer.Typer) -> None:
     for name, text in _SUITES.items():
         group.command(name, help=text)(_suite_command(name))
     group.command("all")(run_all)
-    for command in (compare, table, figures, environment):
+    from ditscale.bench.aot_commands import aot
+
+    for command in (compare, table, figures, environment, aot):
         group.command(command.__name__)(command)
     app.add_typer(group, name="bench")
 
@@ -64,8 +67,12 @@ def _suite_command(name: str) -> Callable[..., None]:
         out: Out = None,
         allow_noise: Noise = False,
         tiny: Tiny = False,
+        aot: Aot = False,
         as_json: Json = False,
     ) -> None:
+        if aot:
+            _ahead_of_time(name, only, as_json)
+            return
         session = _session(device, threads, seconds, allow_noise, tiny, against, as_json)
         chosen = _chosen(session, name, only)
         rows = session.start()
@@ -73,6 +80,15 @@ def _suite_command(name: str) -> Callable[..., None]:
         _finish(rows, session, out, as_json)
 
     return command
+
+
+def _ahead_of_time(suite: str, only: Sequence[str] | None, as_json: bool) -> None:
+    from ditscale.bench.aot_commands import FAMILIES, suite_table
+    from ditscale.errors import InputError
+
+    if suite not in FAMILIES:
+        raise InputError(f"--aot: expected a suite with GPU kernels of its own ({', '.join(FAMILIES)}), got {suite}")
+    suite_table(suite, only or (), as_json)
 
 
 def run_all(

@@ -1,0 +1,130 @@
+"""The ahead-of-time table: kernels as they are meet the committed budget, and what is worse is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="compiles Triton kernels")
+
+from ditscale.bench import aot, budget, sass
+from ditscale.bench.aot import Entry
+
+SASS = """
+        Function : a_kernel
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P4 LDG.E.128 R24, desc[UR6][R42.64] ;
+        /*0020*/                   LDG.E.U16.CONSTANT R2, desc[UR6][R4.64] ;
+        /*0030*/              @UP0 LDGSTS.E.BYPASS.128 [R3], desc[UR6][R4.64] ;
+        /*0040*/               @P3 STG.E.64 desc[UR6][R82.64], R20 ;
+        /*0050*/                   STL [R1], R2 ;
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0070*/                   FFMA R1, R2, R3, R4 ;
+        /*0080*/                   NOP ;
+"""
+
+
+def check(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """``ditscale bench aot`` in a process of its own: in this one the interpreter may have taken the compiler's place."""
+    command = [sys.executable, "-P", "-m", "ditscale", "bench", "aot", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    assert done.returncode in (0, 1), done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_the_kernels_meet_their_budget() -> None:
+    code, found = check("--check")
+    assert [f"{f['level']}: {f['key']} {f['text']}" for f in found["findings"] if f["level"] != "better"] == []
+    assert code == 0
+
+
+@pytest.mark.slow
+def test_every_kernel_compiled_anew_meets_its_budget() -> None:
+    code, found = check("--check", "--fresh")
+    assert [f for f in found["findings"] if f["level"] != "better"] == []
+    assert code == 0
+
+
+def test_instructions_are_counted() -> None:
+    kernel = sass._count(sass.Kernel("a_kernel", 32, 0, 0), SASS)
+    assert kernel.loads == {16: 1, 128: 2}
+    assert kernel.stores == {64: 1}
+    assert (kernel.local, kernel.mix["HMMA"], kernel.mix["FFMA"], kernel.mix["all"]) == (1, 1, 1, 8)
+
+
+RESOURCES = {
+    "registers": 40,
+    "stack": 0,
+    "shared": 1024,
+    "loads": {128: 4},
+    "stores": {128: 2},
+    "local": 0,
+    "bulk": 0,
+    "mix": {"HMMA": 8, "all": 100},
+}
+ENTRY = Entry("adaln", "an_op/forward", "a_kernel", "90", "0123 triton 3.7.1", 128, 7, RESOURCES)
+
+
+def levels(**changed: Any) -> list[tuple[str, str]]:
+    new = replace(ENTRY, resources={**RESOURCES, **changed})
+    return [(f.level, f.text) for f in budget.compare([new], {ENTRY.key: ENTRY})]
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"stack": 8}, "bytes of local memory a thread: 8, budget 0"),
+        ({"local": 2}, "accesses to local memory: 2, budget 0"),
+        ({"loads": {128: 5}}, "bytes a thread loads in the code: 80, budget 64"),
+        ({"stores": {128: 3}}, "bytes a thread stores in the code: 48, budget 32"),
+        ({"loads": {64: 8}}, "moves less in accesses of 16 bytes: 33 %, budget 100 %"),
+        ({"mix": {"HMMA": 0, "all": 100}}, "uses no tensor cores, budget 8 instructions"),
+        ({"registers": 72}, "fewer threads fit a multiprocessor: 7 blocks of 128, budget 12 of 128"),
+        ({"shared": 64 << 10}, "fewer threads fit a multiprocessor: 3 blocks of 128, budget 12 of 128"),
+    ],
+)
+def test_what_is_worse_is_found(changed: dict[str, Any], text: str) -> None:
+    assert levels(**changed) == [("worse", text)]
+
+
+def test_equal_and_better_kernels_pass() -> None:
+    assert levels() == []
+    assert levels(registers=32, shared=0) == []
+    assert [level for level, _ in levels(loads={128: 3})] == ["better"]
+
+
+def test_local_memory_and_atomics_are_never_right_unless_the_launch_says_so() -> None:
+    spilled = replace(ENTRY, resources={**RESOURCES, "stack": 8})
+    assert [f.level for f in budget.absolute([spilled])] == ["worse"]
+    assert budget.absolute([replace(spilled, stack_bytes=8)]) == []
+    atomic = replace(ENTRY, resources={**RESOURCES, "mix": {"RED": 1, "all": 9}})
+    assert "atomic" in budget.absolute([atomic])[0].text
+
+
+def test_a_changed_kernel_is_told_from_the_budgets_without_compiling() -> None:
+    changed = replace(ENTRY, resources=None, fingerprint="4567 triton 3.7.1")
+    assert [f.level for f in budget.compare([changed], {ENTRY.key: ENTRY})] == ["stale"]
+    assert budget.compare([replace(ENTRY, resources=None)], {ENTRY.key: ENTRY}) == []
+    assert [f.level for f in budget.gone([], {ENTRY.key: ENTRY})] == ["stale"]
+
+
+def test_budgets_are_written_and_read_back(tmp_path: Path) -> None:
+    other = replace(ENTRY, case="an_op/backward")
+    budget.save("adaln", [other, ENTRY], tmp_path)
+    assert len((tmp_path / "adaln.jsonl").read_text().splitlines()) == 1  # equal kernels share a line
+    assert budget.load("adaln", tmp_path) == {e.key: replace(e, grid=0) for e in (other, ENTRY)}
+
+
+def test_names_of_cuda_kernels() -> None:
+    name = "_ZN8ditscale4cuda39_GLOBAL__N__8a2a5fea_7_norm_cu_83b5015612forward_fastIfLb1EEEvNS_11ForwardArgsEll"
+    try:
+        assert aot._demangled([name])[name] == ("norm", "forward_fast", "float, true")
+    except aot.BackendUnavailable as error:
+        pytest.skip(str(error))
