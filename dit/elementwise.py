@@ -65,7 +65,8 @@ FREE: Final[frozenset[str]] = frozenset(
     zero zero_ zeros zeros_like lift_fresh lift_fresh_copy _efficientzerotensor
     value_selecting_reduction_backward bucketize _reshape_copy _reshape_alias_copy diagonal_backward
     as_strided_scatter diagonal_scatter view_as_real_copy view_as_complex_copy _assert_async _assert_scalar
-    sym_size sym_numel sym_stride sym_storage_offset ceil floor round trunc bincount histc searchsorted unique
+    sym_size sym_numel sym_stride squeeze_ swapaxes_ swapdims_ t_ transpose_ unsafe_chunk unsafe_split
+    unsafe_split_with_sizes unsqueeze_ sym_storage_offset ceil floor round trunc bincount histc searchsorted unique
     _unique2 unique_dim unique_consecutive
     """.split()  # noqa: SIM905
 )

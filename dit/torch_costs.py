@@ -2,21 +2,24 @@
 table.
 
 ``matmul_formulas`` repairs what ``torch.utils.flop_counter`` leaves out or counts wrongly (torch 2.13):
-attention on the CPU, matrix-vector and dot products, grouped convolution's backward pass, grouped and integer
-products, the fused inference layers, and ditscale's own attention.
+attention on the CPU, attention called below ``scaled_dot_product_attention``, matrix-vector and dot products,
+grouped convolution's backward pass, grouped and integer products, and the fused inference layers. ditscale's own
+operators count by the formulas of their ``cost.py``.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry
 
 from ditscale.dit import elementwise as ew
-from ditscale.kernels.attn import cost as attention_cost
+from ditscale.dit import torch_attention
 
 Formula = Callable[..., int]
 
@@ -38,7 +41,8 @@ LIGHT = frozenset(
     grid_sampler_2d_backward grid_sampler_3d grid_sampler_3d_backward reflection_pad1d reflection_pad2d
     reflection_pad2d_backward replication_pad2d replication_pad2d_backward col2im im2col _fft_c2c _fft_r2c
     _fft_c2r nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward _embedding_bag
-    _embedding_bag_dense_backward addr glu glu_backward cummax cummin logcumsumexp kthvalue median mode
+    _embedding_bag_backward _embedding_bag_dense_backward
+    _linalg_check_errors addr glu glu_backward cummax cummin logcumsumexp kthvalue median mode
     quantile var_mean std std_mean cumprod renorm _weight_norm_interface _weight_norm_interface_backward
     _fused_rms_norm _fused_rms_norm_backward scatter_reduce index_reduce _foreach_norm _pdist_forward
     """.split()  # noqa: SIM905
@@ -70,24 +74,6 @@ def _product(a: Tensor, b: Tensor) -> int:
     return 2 * prod(a.shape) * b.shape[-1]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Scores and weighted sum; the value's width may differ from the key's."""
-    return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
-
-
-def _attention_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return _attention(q, k, v)
-
-
-def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * _attention(q, k, v)
-
-
-def _attention_backward_hardware(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    # The scores are formed again instead of being kept.
-    return 2 * _attention(q, k, v) + 2 * prod(q.shape) * k.shape[2]
-
-
 def _grouped_product(a: Tensor, b: Tensor, *rest: Any, **_: Any) -> int:
     """Rows in groups times a matrix each, or the sum over groups of rows: every row meets one matrix."""
     if a.dim() == 2 and b.dim() == 2:
@@ -104,34 +90,6 @@ def _encoder_layer(x: Tensor, width: int, *rest: Any, **_: Any) -> int:
     # Of the matrices after the attention's own two, the first is the feed-forward's: [hidden, width].
     hidden = [w for w in rest if isinstance(w, Tensor) and w.dim() == 2][2].shape[0]
     return _multi_head(x, x, x, width) + 4 * x.shape[0] * x.shape[1] * width * hidden
-
-
-def _ours_forward(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
-    return attention_cost.attention_flops_forward(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
-
-
-def _ours_backward(dout: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
-    return attention_cost.attention_flops_backward(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
-
-
-def _ours_qkv_forward(qkv: Tensor, *_: Any, **__: Any) -> int:
-    b, t, _three, h, k = qkv.shape
-    return attention_cost.attention_flops_forward(b, h, t, t, k)
-
-
-def _ours_qkv_backward(dout: Tensor, qkv: Tensor, *_: Any, **__: Any) -> int:
-    b, t, _three, h, k = qkv.shape
-    return attention_cost.attention_flops_backward(b, h, t, t, k)
-
-
-def _ours_backward_hardware(dout: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
-    sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
-    return attention_cost.attention_flops_backward_hardware(*sizes)
-
-
-def _ours_qkv_backward_hardware(dout: Tensor, qkv: Tensor, *_: Any, **__: Any) -> int:
-    b, t, _three, h, k = qkv.shape
-    return attention_cost.attention_flops_backward_hardware(b, h, t, t, k)
 
 
 # name in aten -> formula of (arguments, out_val); raw tensors, not shapes.
@@ -160,36 +118,22 @@ _PRODUCTS: dict[str, Formula] = {
     "_native_multi_head_attention": _multi_head,
     "_transformer_encoder_layer_fwd": _encoder_layer,
 }
-_ATTENTION_FORWARD = (
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-    "_scaled_dot_product_attention_math_for_mps",
-)
-_ATTENTION_BACKWARD = tuple(f"{name}_backward" for name in _ATTENTION_FORWARD if not name.endswith("_mps"))
-_OURS: dict[str, Formula] = {
-    "attention_fwd": _ours_forward,
-    "attention_bwd": _ours_backward,
-    "attention_qkv_fwd": _ours_qkv_forward,
-    "attention_qkv_bwd": _ours_qkv_backward,
-}
-_OURS_HARDWARE: dict[str, Formula] = {
-    "attention_bwd": _ours_backward_hardware,
-    "attention_qkv_bwd": _ours_qkv_backward_hardware,
-}
-OWN_LIGHT = frozenset(
-    f"{name}_{way}"
-    for name in (
-        "layernorm_modulate",
-        "gate_residual",
-        "gate_residual_layernorm_modulate",
-        "bias_gelu",
-        "qk_norm_rope",
-    )
-    for way in ("fwd", "bwd")
-)
+# Operators of ditscale.kernels by family; each ends in what it does ("_fwd", "_bwd", "_infer").
+_OWN_NAMESPACES = ("ditscale", "ditscale_triton")
+_OWN_ATTENTION = ("attention", "attention_qkv")
+_OWN_LIGHT = ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate", "bias_gelu", "qk_norm_rope")
+
+
+def own_operators() -> dict[Any, str]:
+    """Operators of ditscale.kernels that are loaded, to their families."""
+    for family in ("adaln", "attn", "gelu", "rotary"):  # they register themselves
+        importlib.import_module(f"ditscale.kernels.{family}.op")
+    own = {}
+    for packet in flop_registry:
+        namespace, _, name = getattr(packet, "_qualified_op_name", "").partition("::")
+        if namespace in _OWN_NAMESPACES:
+            own[packet] = name.rpartition("_")[0]
+    return own
 
 
 def matmul_formulas(*, hardware: bool = False) -> dict[Any, Formula]:
@@ -198,29 +142,53 @@ def matmul_formulas(*, hardware: bool = False) -> dict[Any, Formula]:
     Args:
         hardware: attention's backward pass forms the scores again, as fused kernels do. Default: False.
     """
+    return _formulas("hardware" if hardware else "matmul")
+
+
+def _formulas(kind: str) -> dict[Any, Formula]:
     table: dict[Any, Formula] = {}
-    backward: Formula = _attention_backward_hardware if hardware else _attention_backward
-    attention: dict[str, Formula] = dict.fromkeys(_ATTENTION_FORWARD, _attention_forward)
-    attention |= dict.fromkeys(_ATTENTION_BACKWARD, backward)
-    for name, formula in (_PRODUCTS | attention).items():
-        packet = _operator("aten", name)
+
+    def add(namespace: str, name: str, formula: Formula) -> None:
+        packet = _operator(namespace, name)
         if packet is not None:
-            table[packet] = _raw(formula)
-    ours = _OURS | (_OURS_HARDWARE if hardware else {})
-    for name, formula in ours.items():
-        packet = _operator("ditscale", name)
-        if packet is not None:
-            table[packet] = _raw(formula)
-    fused_linear = _operator("mkldnn", "_linear_pointwise")
-    if fused_linear is not None:
-        table[fused_linear] = _raw(_PRODUCTS["linear"])
+            table[packet] = raw(formula)
+
+    for name, formula in _PRODUCTS.items():
+        add("aten", name, formula)
+    add("mkldnn", "_linear_pointwise", _PRODUCTS["linear"])
+    for namespace, operators in (("aten", torch_attention.ATEN), ("torch_attn", torch_attention.VARLEN)):
+        for name, attention in operators.items():
+            add(namespace, name, _of_attention(attention, kind))
+    for packet, family in own_operators().items():
+        if family in _OWN_ATTENTION:
+            table[packet] = raw(_of_attention(torch_attention.own(packet), kind))
+        elif family in _OWN_LIGHT:
+            table[packet] = raw(flop_registry[packet] if kind == "all" else lambda *_, **__: 0)
     return table
+
+
+def _of_attention(attention: torch_attention.FusedAttention, kind: str) -> Formula:
+    count = {"matmul": attention.products, "hardware": attention.hardware, "all": attention.everything}[kind]
+    return lambda *args, **_: count(args)
+
+
+def all_formulas() -> dict[Any, Formula]:
+    """The same under the convention ``all``: attention with its softmax, ditscale's operators as they compute. The
+    biases of products, and operations that multiply no matrices, are :func:`all_cost`'s matter.
+    """
+    return _formulas("all")
 
 
 def all_cost(
     packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, formulas: dict[Any, Formula]
 ) -> int | None:
-    """FLOPs of one operation under the convention ``all``; None where nothing is known of it."""
+    """FLOPs of one operation under the convention ``all``; None where nothing is known of it.
+
+    Args:
+        packet: the operation.
+        args, kwargs, out: what it was called with and gave.
+        formulas: those of ``all_formulas``.
+    """
     name = packet.__name__.rstrip("_") if packet.__name__ not in ew.FREE else packet.__name__
     if packet in formulas:
         return formulas[packet](*args, **kwargs, out_val=out) + _bias(name, args, out)
@@ -259,8 +227,6 @@ def is_light(func: Any) -> bool:
     """Whether an operation that no formula counts is known not to multiply matrices."""
     name = func._overloadpacket.__name__
     namespace = func.namespace
-    if namespace == "ditscale":
-        return name in OWN_LIGHT
     if namespace == "prims":
         return name in ("convert_element_type", "iota", "broadcast_in_dim", "device_put", "fma")
     if namespace == "c10d" or namespace == "_c10d_functional" or namespace == "_c10d_functional_autograd":
@@ -295,7 +261,7 @@ def _bias(name: str, args: Sequence[Any], out: Any) -> int:
     return 0
 
 
-def _raw(formula: Formula) -> Formula:
+def raw(formula: Formula) -> Formula:
     """A copy that FlopCounterMode calls with tensors; by itself it would hand over shapes."""
 
     def counted(*args: Any, **kwargs: Any) -> int:

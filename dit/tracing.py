@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ditscale.dit.attribution import EVERYTHING, ModuleAttribution
 from ditscale.dit.ledger import aligned
-from ditscale.dit.torch_costs import Formula, all_cost, is_light, matmul_formulas
+from ditscale.dit.torch_costs import Formula, all_cost, all_formulas, is_light, matmul_formulas, own_operators, raw
 from ditscale.errors import InputError
 
 CONVENTIONS = ("matmul", "all", "hardware")
@@ -125,16 +125,15 @@ def trace(
         raise InputError(f"sharded: expected local or global, got {sharded!r}")
     twin = meta_twin(model)
     args, kwargs = _to_meta(inputs), _to_meta(keyword_inputs)
-    table = matmul_formulas(hardware=convention == "hardware") | _as_formulas(formulas or {})
+    everything = convention == "all"
+    table = all_formulas() if everything else matmul_formulas(hardware=convention == "hardware")
+    table |= _as_formulas(formulas or {})
     counter = FlopCounterMode(display=False, custom_mapping=table)
     attribution = ModuleAttribution(twin)
     counter.mod_tracker = attribution  # type: ignore[assignment]
-    watch = Watch(attribution, table, everything=convention == "all")
-    local: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if sharded == "local":
-        local = _LocalShards()
-    # Modes nest: what the counter does not take apart reaches the watch below it.
-    with _slow_path(), watch, counter, local:
+    watch = Watch(attribution, table, everything=everything)
+    # Modes nest: the last sees an operation first, and what the counter does not take apart reaches the watch.
+    with _slow_path(), watch, counter, _Entrance(local=sharded == "local"):
         out = _run(lambda: twin(*args, **kwargs))
         after_forward = _totals(counter, watch)
         if backward:
@@ -158,6 +157,8 @@ def meta_twin(model: nn.Module) -> nn.Module:
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
+    if any(_is_fully_sharded(module) for module in model.modules()):
+        raise InputError("model: expected one that FSDP does not shard yet: trace it before fully_shard")
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in tree_leaves([module._parameters, module._buffers, _plain_tensors(module)]):
@@ -172,6 +173,13 @@ def meta_twin(model: nn.Module) -> nn.Module:
         raise InputError(f"model: expected a module that can be copied to be counted, got {error}") from error
 
 
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether FSDP holds this module's weights (both of torch's kinds), told by the classes' names: torch.distributed need
+    not be there.
+    """
+    return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
+
+
 class Watch(TorchDispatchMode):
     """Sees every operation that torch's counter runs: notes those that nobody counts, and counts all by the
     table.
@@ -181,14 +189,13 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, attribution: ModuleAttribution, table: dict[Any, Formula], *, everything: bool) -> None:
         super().__init__()
-        from torch.utils.flop_counter import flop_registry
-
         self.uncounted: Counter[str] = Counter()
         self.flops: dict[str, Counter[str]] = {}
         self._attribution = attribution
         self._everything = everything
-        self._counted = {**flop_registry, **table}
-        self._table = table
+        # An operator of ours that the table leaves out is one that nobody decided on yet.
+        undecided = own_operators().keys() - table.keys()
+        self._counted = {op: formula for op, formula in {**flop_registry, **table}.items() if op not in undecided}
         self._outer = _OuterProducts()
         self._light: dict[Any, bool] = {}
 
@@ -204,7 +211,7 @@ class Watch(TorchDispatchMode):
         if self._everything:
             cost = all_cost(packet, args, kwargs, out, self._counted)
             if cost is None:
-                if not func.is_view and str(packet) not in self.uncounted:
+                if not getattr(func, "is_view", False) and str(packet) not in self.uncounted:
                     self.uncounted[str(packet)] += 1
             elif cost:
                 for name in self._attribution.parents:
@@ -245,16 +252,27 @@ class _OuterProducts:
         return name in ("sum", "mean") and out.numel() < tensors[0].numel()
 
 
-class _LocalShards(TorchDispatchMode):
-    """Lets sharded tensors take themselves apart first, so that the counter sees this rank's share."""
+class _Entrance(TorchDispatchMode):
+    """Sees every operation before torch's counter: lets sharded tensors take themselves apart first, so that the
+    counter sees this rank's share, and turns away operators that hold models of their own.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, *, local: bool) -> None:
+        super().__init__()
+        self._local = local
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        names = {t.__name__ for t in types}
-        if "DTensor" in names:
-            return NotImplemented
-        if "FakeTensor" in names:  # how a sharded operation finds its result's shape: no work of the model's
-            with _disable_current_modes():
-                return func(*args, **(kwargs or {}))
+        if isinstance(func, torch._ops.HigherOrderOperator) and func not in flop_registry:
+            raise InputError(f"model: expected one without control flow, whose cost depends on data; got {func}")
+        if self._local:
+            names = {t.__name__ for t in types}
+            if "DTensor" in names:
+                return NotImplemented
+            if "FakeTensor" in names:  # how a sharded operation finds its result's shape: no work of the model's
+                with _disable_current_modes():
+                    return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -271,14 +289,16 @@ def _slow_path() -> Iterator[None]:
 
 
 def _run(call: Callable[[], Any]) -> Any:
+    """What a twin raises, an eager model may well run: operations without shapes for meta, values that are read."""
     try:
         return call()
-    except NotImplementedError as error:
-        raise InputError(f"model: expected one that runs on the meta device, got {error}") from error
-    except RuntimeError as error:
-        if "meta" not in str(error).lower():
-            raise
-        raise InputError(f"model: expected one that runs on the meta device, got {error}") from error
+    except InputError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"model: expected one that runs on the meta device with these inputs, got {type(error).__name__}: {said}"
+        ) from error
 
 
 def _backward(out: Any, twin: nn.Module) -> None:
@@ -342,19 +362,13 @@ def _as_formulas(given: Mapping[Any, Formula | int]) -> dict[Any, Formula]:
     table: dict[Any, Formula] = {}
     for operator, formula in given.items():
         packet = getattr(operator, "_overloadpacket", operator)
-        if callable(formula):
-            raw = _keep_raw(formula)
-        elif formula == 0:
-            raw = _keep_raw(lambda *_, **__: 0)
-        else:
+        if formula == 0:
+            formula = _nothing
+        if not callable(formula):
             raise InputError(f"formulas: expected a function or 0 for {packet}, got {formula!r}")
-        table[packet] = raw
+        table[packet] = raw(formula)
     return table
 
 
-def _keep_raw(formula: Formula) -> Formula:
-    def counted(*args: Any, **kwargs: Any) -> int:
-        return formula(*args, **kwargs)
-
-    counted._get_raw = True  # type: ignore[attr-defined]
-    return counted
+def _nothing(*_: Any, **__: Any) -> int:
+    return 0

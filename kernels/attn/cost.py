@@ -28,6 +28,11 @@ def attention_softmax_flops_forward(B: int, H: int, T_q: int, T_k: int) -> int:
     return 5 * B * H * T_q * T_k
 
 
+def attention_softmax_flops_backward(B: int, H: int, T_q: int, T_k: int) -> int:
+    """Per score: product, sum and difference with the row's, product, scale. Weights made again are not counted."""
+    return 5 * B * H * T_q * T_k
+
+
 def attention_bytes_forward(B: int, H: int, T_q: int, T_k: int, K: int, size: int, save_stats: bool = True) -> int:
     """Read q, k, v, write the output; for backward, two float32 numbers a row."""
     return 2 * B * H * (T_q + T_k) * K * size + (8 * B * H * T_q if save_stats else 0)
