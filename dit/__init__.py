@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditscale.dit.config import DiTConfig as DiTConfig
+    from ditscale.dit.diffusion import DDPM as DDPM
+    from ditscale.dit.diffusion import EDM as EDM
     from ditscale.dit.flow import RectifiedFlow as RectifiedFlow
     from ditscale.dit.model import DiT as DiT
+    from ditscale.dit.sampling import draw_samples as draw_samples
     from ditscale.dit.training import TrainConfig as TrainConfig
     from ditscale.dit.training import train as train
 
 _HOMES = {
     "DiT": "ditscale.dit.model",
+    "DDPM": "ditscale.dit.diffusion",
     "DiTConfig": "ditscale.dit.config",
+    "EDM": "ditscale.dit.diffusion",
     "RectifiedFlow": "ditscale.dit.flow",
     "TrainConfig": "ditscale.dit.training",
+    "draw_samples": "ditscale.dit.sampling",
     "train": "ditscale.dit.training",
 }
 __all__ = sorted(_HOMES)
