@@ -42,20 +42,20 @@ def _same_weights(model: nn.Module, plain: nn.Module) -> nn.Module:
 
 def block_subject(case: Case, device: str) -> Subject:
     """One block, gradients of its input, condition and weights included."""
+    from ditscale.dit import DiTConfig
     from ditscale.dit.block import DiTBlock
-    from ditscale.kernels import gate_residual
+    from ditscale.dit.layers import settle
 
     B, T, D, H = (case.shape[k] for k in "BTDH")
     dtype = DTYPES[case.dtype]
     g = generator(0, device)
     x, c, dy = (torch.randn(*shape, generator=g, device=device).to(dtype) for shape in ((B, T, D), (B, D), (B, T, D)))
     plain = _randomised(PlainBlock(D, H, 4 * D), device).to(dtype)
-    ours = _same_weights(DiTBlock(D, H, 4 * D).to(device, dtype), plain)
+    ours = _same_weights(DiTBlock(DiTConfig(width=D, heads=H)).to(device, dtype), plain)
 
     def fused(x: Tensor, c: Tensor) -> Tensor:
         # Our block leaves its last gated branch to the next block's fused operator; alone it must add it itself.
-        x, (branch, gate) = ours(x, None, F.silu(c))
-        return gate_residual(x, branch, gate)
+        return settle(*ours(x, None, F.silu(c)))
 
     def candidate(forward: Callable[[Tensor, Tensor], Tensor], module: nn.Module, **more: Any) -> Candidate:
         leaves = [x.clone().requires_grad_(), c.clone().requires_grad_(), *module.parameters()]

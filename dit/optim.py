@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditscale.dit.model import DiT
+from ditscale.dit.mup import hidden_matrices
 from ditscale.errors import InputError
 
 
@@ -17,7 +18,8 @@ def parameter_groups(model: DiT, *, lr: float, weight_decay: float = 0.0) -> lis
     """Groups for AdamW with the learning rates of the maximal update parametrisation.
 
     Matrices whose input grows with the width learn at ``lr * base_width / width``; everything whose input does not
-    (patch and time features, word and label tables, biases) learns at ``lr``. Without ``mup_base_width`` there is one
+    (patch and time features, tables, biases, norms) learns at ``lr``; see
+    :mod:`ditscale.dit.mup`. Without ``mup_base_width`` there is one
     rate. Source: arXiv:2203.03466, table 3 (Adam); for DiT arXiv:2505.15270.
 
     Args:
@@ -27,13 +29,11 @@ def parameter_groups(model: DiT, *, lr: float, weight_decay: float = 0.0) -> lis
     """
     config = model.config
     scale = 1.0 if config.mup_base_width is None else config.mup_base_width / config.width
-    # Matrices that are fed by something of fixed width.
-    inputs = {"x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.proj.weight"}
+    slowed = hidden_matrices(model)
     fixed: list[Tensor] = []
     hidden: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and "embedding_table" not in name
-        (hidden if is_matrix and name not in inputs else fixed).append(parameter)
+        (hidden if name in slowed else fixed).append(parameter)
     return [
         {"params": hidden, "lr": lr * scale, "weight_decay": weight_decay},
         {"params": fixed, "lr": lr, "weight_decay": 0.0},
