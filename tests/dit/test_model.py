@@ -214,6 +214,7 @@ def test_what_is_only_counted_is_refused(field, value):
         DiT(config)
 
 
+@torch.no_grad()
 def test_weights_are_drawn_as_documented():
     torch.manual_seed(0)
     wide = {"width": 192, "heads": 4, "depth": 1}
