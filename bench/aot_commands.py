@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from ditscale.bench.aot_table import Table
 
+Row = dict[str, Any]
 # What belongs to the operators of a suite. The CUDA library is shown with all of them: it is one file.
-FAMILIES = {"adaln": ("adaln", "gelu", "rotary"), "attention": ("attn",)}
+FAMILIES = {"adaln": ("adaln", "gelu"), "attention": ("attn", "rotary")}
 
 _SHOWN = 40  # findings that a person is told one by one
 
@@ -93,7 +94,7 @@ def _show(table: Table) -> None:
     view = View(
         "case", "kernel", "sm", "registers", "local", "shared", "16 B", "blocks", "products", "MB", "us at the roof"
     )
-    groups: dict[tuple[str, str, str], list[dict]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in table.rows():
         groups.setdefault((row["family"], row["case"], row["kernel"]), []).append(row)
     for (_, case, kernel), rows in groups.items():
@@ -116,6 +117,6 @@ def _show(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 220).print(view)
 
 
-def _each(rows: Sequence[dict], name: str) -> str:
+def _each(rows: Sequence[Row], name: str) -> str:
     values = [str(row[name]) if row[name] is not None else "" for row in rows]
     return values[0] if len(set(values)) == 1 else " ".join(values)

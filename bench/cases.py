@@ -22,6 +22,7 @@ TOKENS = (256, 1024, 4096)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 ADALN_OPS = ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate")
+ATTENTION_OPS = ("attention", "qk_norm_rope")
 PASSES = ("forward", "backward", "forward_backward")
 
 
@@ -71,7 +72,7 @@ class Case:
         return tuple(_WORK[self.suite](self)) if self.suite in _WORK else ()
 
 
-def _adaln_work(case: Case) -> Iterable[Work]:
+def _memory_work(case: Case) -> Iterable[Work]:
     s, size = case.shape, SIZE[case.dtype]
     flops = bytes_moved = 0
     for direction in _directions(case.passes):
@@ -80,10 +81,9 @@ def _adaln_work(case: Case) -> Iterable[Work]:
             flops += getattr(gelu, f"bias_gelu_flops_{direction}")(rows, width)
             bytes_moved += getattr(gelu, f"bias_gelu_bytes_{direction}")(rows, width, size, size)
         elif case.op == "qk_norm_rope":
-            if direction == "backward":
-                raise InputError("qk_norm_rope: its backward pass has no cost function yet")
-            flops += rotary.qk_norm_rope_flops_forward(s["B"], s["H"], s["T"], s["K"])
-            bytes_moved += rotary.qk_norm_rope_bytes_forward(s["B"], s["H"], s["T"], s["K"], size)
+            sizes = (s["B"], s["H"], s["T"], s["K"])
+            flops += getattr(rotary, f"qk_norm_rope_flops_{direction}")(*sizes)
+            bytes_moved += getattr(rotary, f"qk_norm_rope_bytes_{direction}")(*sizes, size)
         else:
             flops += getattr(adaln, f"{case.op}_flops_{direction}")(s["B"], s["T"], s["D"])
             # Inference keeps no statistics.
@@ -93,6 +93,9 @@ def _adaln_work(case: Case) -> Iterable[Work]:
 
 
 def _attention_work(case: Case) -> Iterable[Work]:
+    if case.op != "attention":
+        yield from _memory_work(case)
+        return
     s, size = case.shape, SIZE[case.dtype]
     B, H, T, K = (s[k] for k in "BHTK")
     for direction in _directions(case.passes):
@@ -118,7 +121,7 @@ def _model_work(case: Case) -> Iterable[Work]:
             yield Work(flops if product else 0, flops, getattr(line, f"bytes_{direction}"))
 
 
-_WORK = {"adaln": _adaln_work, "attention": _attention_work, "block": _model_work, "step": _model_work}
+_WORK = {"adaln": _memory_work, "attention": _attention_work, "block": _model_work, "step": _model_work}
 
 
 def _directions(passes: str) -> tuple[str, ...]:
@@ -182,8 +185,8 @@ def operator_case(
     label: str = "",
 ) -> Case:
     """A case of one operator, with the sizes that it is said in."""
-    suite = "attention" if op == "attention" else "adaln"
-    if op in ("attention", "qk_norm_rope"):
+    suite = "attention" if op in ATTENTION_OPS else "adaln"
+    if op in ATTENTION_OPS:
         dims: tuple[tuple[str, int], ...] = (("B", B), ("H", H), ("T", T), ("K", D // H))
     elif op == "bias_gelu":
         dims = (("B", B), ("T", T), ("F", 4 * D))
@@ -213,38 +216,33 @@ def step_case(B: int, T: int, D: int, H: int, L: int, *, C: int = 3, dtype: str 
 
 
 def _cpu() -> dict[str, list[Case]]:
-    """About ten minutes on two cores, compile time included; in each suite the most telling first."""
+    """What two cores can measure in ten minutes, the compiler's time included; in each suite the most telling first."""
     two = ("forward", "forward_backward")
-    fused = "gate_residual_layernorm_modulate"
+    fused, modulate = "gate_residual_layernorm_modulate", "layernorm_modulate"
 
     def at(op: str, passes: str, B: int, T: int, model: str, dtype: str = "float32", cache: str = "rotating") -> Case:
         D, H = MODELS[model]
         return operator_case(op, passes, dtype, B, T, D, H, cache=cache, label=f"DiT-{model}")
 
-    adaln_cases = [at(op, p, 32, 256, "S") for op in ("layernorm_modulate", fused) for p in two]
-    adaln_cases += [at(fused, p, 8, 256, "XL") for p in two]
-    adaln_cases += [at("layernorm_modulate", p, 8, 1024, "B") for p in two]
-    # In the cache: x of 1.5 MiB, as in the study of the demo's scale.
-    adaln_cases += [at(fused, p, 4, 256, "S", cache="resident") for p in two]
-    adaln_cases += [at("layernorm_modulate", p, 4, 256, "S", cache="resident") for p in two]
-    adaln_cases += [at(fused, "forward_backward", 4, 1024, "L"), at(fused, "forward_backward", 4, 4096, "XL")]
+    # Of 2,048 to 16,384 rows.
+    shapes = ((32, 256, "S"), (8, 256, "XL"), (8, 1024, "B"), (4, 1024, "L"), (4, 4096, "XL"))
+    adaln_cases = [at(op, p, *shape) for shape in shapes for op in (modulate, fused) for p in two]
+    # In the caches: x of 1.5 MiB, as in the demo's study.
+    adaln_cases += [at(op, p, 4, 256, "S", cache="resident") for op in (modulate, fused) for p in two]
+    adaln_cases += [at(fused, "forward_backward", 32, 256, "S", "bfloat16")]
     adaln_cases += [at("bias_gelu", p, 8, 256, "S") for p in two]
     adaln_cases += [at("gate_residual", "forward_backward", 32, 256, "S")]
-    adaln_cases += [at(fused, "forward_backward", 32, 256, "S", "bfloat16")]
-    adaln_cases += [
-        at(fused, "forward_backward", 64, 256, "XL"),
-        at("layernorm_modulate", "forward_backward", 8, 256, "L"),
-    ]
 
-    attention_cases = [at("attention", p, 8, 256, "S") for p in two]
+    attention_cases = [at("attention", p, 32, 256, "S") for p in two]
+    attention_cases += [at("attention", p, 8, 256, "XL") for p in two]
+    attention_cases += [at("attention", p, 16, 64, "S", cache="resident") for p in two]
     attention_cases += [
-        at("attention", "forward_backward", 4, 256, "XL"),
-        at("attention", "forward_backward", 2, 1024, "B"),
+        at("attention", "forward_backward", 16, 64, "XL"),
+        at("attention", "forward_backward", 4, 1024, "B"),
     ]
-    attention_cases += [
-        at("attention", "forward_backward", 16, 64, "S"),
-        at("attention", "forward", 1, 4096, "S"),
-    ]
+    attention_cases += [at("attention", "forward_backward", 2, 1024, "XL")]
+    attention_cases += [at("qk_norm_rope", p, 8, 256, "XL") for p in two]
+    attention_cases += [at("qk_norm_rope", "forward_backward", 32, 256, "S")]
 
     return {
         "adaln": adaln_cases,
@@ -263,21 +261,31 @@ def _cpu() -> dict[str, list[Case]]:
 
 
 def _cuda() -> dict[str, list[Case]]:
-    """What a GPU is asked: bfloat16 first, all four widths, from few rows to many."""
-    fused = "gate_residual_layernorm_modulate"
+    """What a GPU is asked first: bfloat16, all four widths at 8,192 tokens, then few and many tokens."""
+    fused, modulate = "gate_residual_layernorm_modulate", "layernorm_modulate"
+    two = ("forward", "forward_backward")
     adaln_cases: list[Case] = []
-    for op in (fused, "layernorm_modulate"):
+    for op in (fused, modulate):
         for p in PASSES:
             adaln_cases += grid(op, p, "bfloat16", ("XL",), (256,), (32,))
-    for op in (fused, "layernorm_modulate", "bias_gelu", "gate_residual"):
-        for p in ("forward", "forward_backward"):
-            adaln_cases += grid(op, p, "bfloat16", batches=(1, 8, 32, 128), rows=(256, 65_536))
-    adaln_cases += grid(fused, "forward_backward", "float32", tokens=(256,), batches=(32,))
-    attention_cases = [
-        case
-        for p in ("forward", "forward_backward")
-        for case in grid("attention", p, "bfloat16", batches=(4, 8, 32), rows=(1024, 32_768))
-    ]
+    for op in (fused, modulate, "bias_gelu", "gate_residual"):
+        for p in two:
+            adaln_cases += grid(op, p, "bfloat16", tokens=(256,), batches=(32,))
+    for op in (fused, modulate):
+        for p in two:
+            adaln_cases += grid(op, p, "bfloat16", ("S", "XL"), (256,), (1, 256))
+            adaln_cases += grid(op, p, "bfloat16", ("S", "XL"), (1024, 4096), (8,))
+    adaln_cases += grid(fused, "forward_backward", "float32", ("S", "XL"), (256,), (32,))
+    attention_cases: list[Case] = []
+    for tokens, batches in ((256, (32,)), (1024, (8,)), (4096, (2,))):
+        for p in two:
+            # Head widths of 64, 72 and, for a model of 16 such heads, 128.
+            attention_cases += grid("attention", p, "bfloat16", ("XL", "B"), (tokens,), batches)
+            attention_cases += [
+                operator_case("attention", p, "bfloat16", b, tokens, 2048, 16, label="K = 128") for b in batches
+            ]
+    for p in two:
+        attention_cases += grid("qk_norm_rope", p, "bfloat16", ("XL", "B"), (256,), (32,))
     blocks = [
         block_case(b, t, *MODELS[m], dtype="bfloat16", label=f"DiT-{m}")
         for m, b, t in (
@@ -301,6 +309,17 @@ def _cuda() -> dict[str, list[Case]]:
     }
 
 
+def _grid(device: str) -> dict[str, list[Case]]:
+    """Every model, token count and batch: B * T from 256 to 16,384 rows on a processor, to 131,072 on a GPU."""
+    dtype, most = ("float32", 16_384) if device == "cpu" else ("bfloat16", 131_072)
+    found: dict[str, list[Case]] = {"adaln": [], "attention": []}
+    for op in (*ADALN_OPS, "bias_gelu", *ATTENTION_OPS):
+        for p in ("forward", "forward_backward"):
+            of_op = grid(op, p, dtype, rows=(256, most))
+            found[of_op[0].suite] += of_op
+    return found
+
+
 def _tiny(device: str) -> dict[str, list[Case]]:
     """Every kind of case at sizes that take milliseconds, for tests and dry runs."""
     dtype = "float32" if device == "cpu" else "bfloat16"
@@ -310,22 +329,29 @@ def _tiny(device: str) -> dict[str, list[Case]]:
         for p in ("forward", "forward_backward")
     ]
     small += [operator_case("layernorm_modulate", "backward", dtype, 2, 16, 32, 2, cache="resident", label="tiny")]
-    small += [operator_case("qk_norm_rope", "forward", dtype, 2, 16, 32, 2, label="tiny")]
+    heads = [operator_case(op, p, dtype, 2, 16, 32, 2, label="tiny") for op in ATTENTION_OPS for p in PASSES]
     return {
         "adaln": small,
-        "attention": [operator_case("attention", p, dtype, 2, 16, 32, 2, label="tiny") for p in PASSES],
+        "attention": heads,
         "block": [block_case(2, 16, 32, 2, dtype=dtype, label="tiny")],
         "step": [step_case(2, 16, 32, 2, 2, dtype=dtype, label="tiny")],
     }
 
 
-def cases(suite: str, device: str, *, tiny: bool = False) -> list[Case]:
+def cases(suite: str, device: str, *, tiny: bool = False, whole_grid: bool = False) -> list[Case]:
     """The cases of a suite on "cpu" or "cuda", the most telling first.
+
+    Args:
+        suite: "adaln", "attention", "block" or "step".
+        device: "cpu" or "cuda".
+        tiny: sizes of milliseconds. Default: False.
+        whole_grid: every model at 256, 1,024 and 4,096 tokens and batches of 1 to 256, as far as a device goes; of the
+            operators' suites only. Default: False.
 
     Raises:
         InputError: no such suite.
     """
-    table = _tiny(device) if tiny else (_cuda() if device == "cuda" else _cpu())
+    table = _tiny(device) if tiny else _grid(device) if whole_grid else _cuda() if device == "cuda" else _cpu()
     if suite not in table:
         raise InputError(f"suite: expected one of {', '.join(table)}, got {suite!r}")
     return table[suite]

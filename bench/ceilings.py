@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ditscale.bench.cases import Work
-from ditscale.bench.devices import last_level_cache
+from ditscale.bench.devices import core_caches, last_level_cache, rotation_bytes
 from ditscale.bench.subjects import DTYPES
 from ditscale.bench.timing import Protocol, Timing, measure
 
@@ -42,15 +42,11 @@ def matmul_call(n: int, dtype: torch.dtype, device: str) -> Any:
 def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> list[dict[str, Any]]:
     """The ceilings, as dictionaries: ``op`` copy or matmul, its size, ``value`` in bytes/s or FLOP/s, and the timing.
 
-    Copies are measured beyond the last-level cache and at an eighth and a thirty-second of it; products at several sizes per
-    dtype. The roof of a dtype is the best of its sizes.
+    Copies are measured in the caches, beyond them, and of four times as much, which shows that beyond is beyond. Products are
+    measured at several sizes per dtype; the roof of a dtype is the best of its sizes.
     """
-    cache = last_level_cache(device)
     found: list[dict[str, Any]] = []
-    sizes = {"rotating": 4 * cache, "resident": cache // 8, "resident small": cache // 32}
-    for where, size in sizes.items():
-        size = 1 << 16 if tiny else size
-        sets = 4 if where == "rotating" else 1
+    for where, size, sets in _copies(device, tiny):
         timing = measure({"copy": copy_call(size, sets, device)}, sets=sets, device=device, protocol=protocol)["copy"]
         found.append(_ceiling("copy", where, size, size // 8 * 8, timing, "float32"))
     for dtype in _dtypes(device):
@@ -59,6 +55,23 @@ def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> 
             timing = measure(calls, sets=1, device=device, protocol=protocol)["matmul"]
             found.append(_ceiling("matmul", "", n, 2 * n**3, timing, dtype))
     return found
+
+
+def _copies(device: str, tiny: bool) -> list[tuple[str, int, int]]:
+    """(where, bytes read and written, buffer sets)."""
+    if tiny:
+        return [("resident", 1 << 16, 1), ("rotating", 1 << 16, 4)]
+    beyond = rotation_bytes(device)
+    if device == "cuda":
+        cache = last_level_cache(device)
+        return [("resident", cache // 4, 1), ("rotating", beyond // 3, 4), ("large", 4 * beyond, 1)]
+    cache = core_caches()
+    return [
+        ("resident", cache // 2, 1),
+        ("resident", 4 * cache, 1),
+        ("rotating", beyond // 4, 5),
+        ("large", 4 * beyond, 1),
+    ]
 
 
 def _dtypes(device: str) -> Sequence[str]:
@@ -85,16 +98,30 @@ class Roof:
     """The roof over a case: the least time in which the device could do its work."""
 
     def __init__(self, ceilings: list[dict[str, Any]]) -> None:
-        self.bandwidth = max(c["value"] for c in ceilings if c["op"] == "copy" and c["where"] == "rotating")
+        copies = [c for c in ceilings if c["op"] == "copy"]
+        self.bandwidth = max(c["value"] for c in copies if c["where"] in ("rotating", "large"))
+        self.in_cache = sorted((c["size"], c["value"]) for c in copies if c["where"] == "resident")
         self.flop_rate: dict[str, float] = {}
         for c in ceilings:
             if c["op"] == "matmul":
                 self.flop_rate[c["dtype"]] = max(self.flop_rate.get(c["dtype"], 0.0), c["value"])
 
-    def ms(self, work: Sequence[Work], dtype: str) -> tuple[float, str]:
-        """(milliseconds, "memory" or "compute"): every piece at the slower of its bytes and its products, added up."""
+    def copy_rate(self, total_bytes: int, resident: bool) -> float:
+        """Bytes a second of a copy that stays in the caches (the next larger one measured), or of one beyond them."""
+        fitting = [value for size, value in self.in_cache if size >= total_bytes] if resident else []
+        return fitting[0] if fitting else self.bandwidth
+
+    def ms(self, work: Sequence[Work], dtype: str, *, resident: bool = False) -> tuple[float, str]:
+        """(milliseconds, "memory" or "compute"): every piece at the slower of its bytes and its products, added up.
+
+        Args:
+            work: the pieces.
+            dtype: whose rate of products counts.
+            resident: the pieces find and leave everything in the caches. Default: False.
+        """
         rate = self.flop_rate.get(dtype) or max(self.flop_rate.values())
-        memory = [w.bytes_moved / self.bandwidth for w in work]
+        bandwidth = self.copy_rate(sum(w.bytes_moved for w in work), resident)
+        memory = [w.bytes_moved / bandwidth for w in work]
         compute = [w.matmul_flops / rate for w in work]
         seconds = sum(map(max, memory, compute))
         bound = "compute" if sum(c for m, c in zip(memory, compute, strict=True) if c > m) > seconds / 2 else "memory"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,9 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all cor
 Noise = Annotated[bool, typer.Option("--allow-noise", help="Measure on a noisy machine too; every row says so.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="Run every line at sizes of milliseconds; the times mean nothing.")]
 Seconds = Annotated[float, typer.Option(help="Time for the samples of one case.")]
+Grid = Annotated[
+    bool, typer.Option("--grid", help="Every model, token count and batch of 1 to 256 (adaln, attention).")
+]
 Aot = Annotated[bool, typer.Option("--aot", help="No times: the table of the compiled GPU kernels (adaln, attention).")]
 Files = Annotated[
     list[Path] | None, typer.Argument(help="Files of rows. Default: those committed under bench/results.")
@@ -67,13 +69,14 @@ def _suite_command(name: str) -> Callable[..., None]:
         out: Out = None,
         allow_noise: Noise = False,
         tiny: Tiny = False,
+        grid: Grid = False,
         aot: Aot = False,
         as_json: Json = False,
     ) -> None:
         if aot:
             _ahead_of_time(name, only, as_json)
             return
-        session = _session(device, threads, seconds, allow_noise, tiny, against, as_json)
+        session = _session(device, threads, seconds, allow_noise, tiny, against, as_json, grid)
         chosen = _chosen(session, name, only)
         rows = session.start()
         rows += _rows(session, name, chosen)
@@ -192,8 +195,8 @@ def environment(device: Device = None, threads: Threads = None, as_json: Json = 
     """What would stand beside a measurement made here: device, versions, commit, clocks."""
     from ditscale.bench import devices
 
-    which = _device(device)
     devices.pin(threads)
+    which = _device(device)
     facts = {"device": devices.machine(which), "versions": devices.versions(), **devices.commit()}
     facts |= {"state": devices.state(which), "file": f"{devices.slug(facts['device'])}.jsonl"}
     if as_json:
@@ -230,12 +233,11 @@ def _session(
     tiny: bool,
     against: list[str] | None,
     quiet: bool,
+    grid: bool = False,
 ) -> Session:
-    if "torch" not in sys.modules:
-        # Each OpenMP thread on a core of its own; read once, when torch loads.
-        os.environ.setdefault("OMP_PROC_BIND", "true")
-        os.environ.setdefault("OMP_PLACES", "cores")
     from ditscale.bench import devices
+
+    devices.pin(threads)  # before torch loads
     from ditscale.bench.runner import Session
     from ditscale.bench.timing import TINY, Protocol
     from ditscale.errors import InputError
@@ -243,7 +245,6 @@ def _session(
     if not seconds > 0:
         raise InputError(f"--seconds: expected a positive number, got {seconds}")
     which = _device(device)
-    devices.pin(threads)
 
     def say(line: str) -> None:
         if not quiet:
@@ -255,6 +256,7 @@ def _session(
         allow_noise=allow_noise,
         against=tuple(against or ()),
         tiny=tiny,
+        whole_grid=grid,
         say=say,
     )
 
@@ -264,11 +266,13 @@ def _chosen(session: Session, suite: str, only: Sequence[str] | None) -> list[Ca
     from ditscale.bench.cases import cases
     from ditscale.errors import InputError
 
+    if session.whole_grid and suite not in ("adaln", "attention"):
+        raise InputError(f"--grid: expected adaln or attention, got {suite}")
     if not only:
         return None
     if suite in ("fit", "flops"):
         raise InputError(f"--only: expected none for {suite}, got {only[0]!r}")
-    every = cases(suite, session.device, tiny=session.tiny)
+    every = cases(suite, session.device, tiny=session.tiny, whole_grid=session.whole_grid)
     chosen = [case for case in every if any(text in case.id for text in only)]
     if not chosen:
         raise InputError(f"--only: expected a part of a case's name such as {every[0].id!r}, got {only[0]!r}")

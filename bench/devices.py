@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,23 @@ def last_level_cache(device: str) -> int:
     return max(cache_bytes().values(), default=32 << 20)
 
 
+def core_caches() -> int:
+    """Bytes of the second-level caches of the cores in use, 1 MiB a core where none is stated."""
+    import torch
+
+    return cache_bytes().get("L2", 1 << 20) * torch.get_num_threads()
+
+
+def rotation_bytes(device: str) -> int:
+    """What buffers that take turns must fill together so that none is found in a cache when its turn comes.
+
+    Three times the last-level cache, on a processor at most 512 MiB: the several hundred MB that a virtual machine states belong
+    to all cores of its host, and copies are as slow beyond 128 MB as at 3 GB there (ceilings of both sizes stand in the rows).
+    """
+    wanted = 3 * last_level_cache(device)
+    return wanted if device == "cuda" else min(wanted, 512 << 20)
+
+
 def machine(device: str) -> dict[str, Any]:
     """Facts that stand in every row measured on ``device`` ("cpu" or "cuda")."""
     import torch
@@ -117,8 +135,7 @@ def machine(device: str) -> dict[str, Any]:
         "name": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "places": os.environ.get("OMP_PLACES") if os.environ.get("OMP_PROC_BIND", "").lower() == "true" else None,
+        "pinned_to": _cores,
         "instruction_set": cpu_isa(),
         "cache_bytes": cache_bytes(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -155,24 +172,39 @@ def state(device: str) -> dict[str, Any]:
     return found
 
 
+_cores: list[int] | None = None  # that pin() chose, before OpenMP bound this thread to the first of them
+
+
 def pin(threads: int | None) -> int:
-    """Use ``threads`` threads on as many cores and no others; returns how many. Default: all cores this process may use.
+    """Use ``threads`` threads, each bound to a core of its own, and no other cores; returns how many.
+
+    Where torch is loaded already its threads are only counted, not bound: OpenMP reads the places once, when it starts.
+
+    Args:
+        threads: how many. Default: all cores this process may use.
 
     Raises:
         InputError: fewer than one, or more than there are cores.
     """
-    import torch
-
+    global _cores
     from ditscale.errors import InputError
 
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    usable = _cores or _affinity()
     count = len(usable) if threads is None else threads
     if not 1 <= count <= len(usable):
         raise InputError(f"--threads: expected 1 to {len(usable)}, the cores this process may use, got {count}")
-    if hasattr(os, "sched_setaffinity") and count < len(usable):
-        os.sched_setaffinity(0, set(usable[:count]))
+    if "torch" not in sys.modules and hasattr(os, "sched_setaffinity"):
+        _cores = usable[:count]
+        os.sched_setaffinity(0, set(_cores))
+        os.environ.update(OMP_PROC_BIND="true", OMP_PLACES="cores")
+    import torch
+
     torch.set_num_threads(count)
     return count
+
+
+def _affinity() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def slug(facts: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditscale import kernels
-from ditscale.bench.cases import Case
+from ditscale.bench.cases import ATTENTION_OPS, Case
 from ditscale.bench.subjects import DTYPES, Candidate, Results, Subject, buffer_sets, fresh_compile, generator
 from ditscale.errors import BackendUnavailable
 from ditscale.kernels import dispatch
@@ -25,9 +25,9 @@ LEAVES = {
     "gate_residual": ("x", "branch", "gate"),
     "gate_residual_layernorm_modulate": ("x", "branch", "gate", "shift", "scale"),
     "bias_gelu": ("x", "bias"),
-    "qk_norm_rope": ("q", "k", "q_weight", "k_weight", "cos", "sin"),
+    "qk_norm_rope": ("q", "k", "q_weight", "k_weight"),
     "attention": ("q", "k", "v"),
-}
+}  # what gradients are taken of; further inputs (the tables of angles) are constants
 
 
 def make_set(case: Case, device: str, seed: int) -> Set:
@@ -42,7 +42,7 @@ def make_set(case: Case, device: str, seed: int) -> Set:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, device=device).to(dtype)
 
-    if case.op in ("attention", "qk_norm_rope"):
+    if case.op in ATTENTION_OPS:
         B, H, T, K = (s[k] for k in "BHTK")
         q, k, v = draw(B, T, 3, H, K).permute(2, 0, 3, 1, 4).unbind(0)
         if case.op == "attention":
@@ -100,6 +100,16 @@ PLAIN: dict[str, Function] = {
 }
 
 
+def _apex_like(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """A fused norm and one fused line of modulation: two kernels, as with apex or any library of norms."""
+    return torch.addcmul(shift.unsqueeze(1), F.layer_norm(x, (x.shape[-1],), eps=1e-6), 1 + scale.unsqueeze(1))
+
+
+def _apex_like_fused(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    x = torch.addcmul(x, gate.unsqueeze(1), branch)
+    return x, _apex_like(x, shift, scale)
+
+
 def _with_norm(norm: Callable[[Tensor], Tensor]) -> dict[str, Function]:
     """The modulated operators with another library's LayerNorm, and PyTorch for the rest of the line."""
 
@@ -143,8 +153,12 @@ def peers(case: Case, device: str, leaves: Sequence[Tensor]) -> dict[str, Callab
             found["flash_attn"] = _peer("flash_attn", lambda m: _token_major(m.flash_attn_func))
             found["xformers"] = _peer("xformers.ops", lambda m: _token_major(m.memory_efficient_attention))
         return found
-    if device != "cuda" or case.op not in ("layernorm_modulate", "gate_residual_layernorm_modulate"):
+    if case.op not in ("layernorm_modulate", "gate_residual_layernorm_modulate"):
         return {}
+    plain: Function = _apex_like if case.op == "layernorm_modulate" else _apex_like_fused
+    always: dict[str, Callable[[], Function]] = {"apex-like": lambda: plain}
+    if device != "cuda":
+        return always
     weight, bias = _ones(leaves[0])
     width = (leaves[0].shape[-1],)
     makers: dict[str, tuple[str, Callable[[Any], Callable[[Tensor], Tensor]]]] = {
@@ -161,7 +175,7 @@ def peers(case: Case, device: str, leaves: Sequence[Tensor]) -> dict[str, Callab
             lambda m: lambda x: m.layernorm(x.view(-1, width[0]), weight.float(), eps=1e-6).view_as(x),
         ),
     }
-    return {
+    return always | {
         name: _peer(module, lambda m, make=make: _with_norm(make(m))[case.op])  # type: ignore[misc]
         for name, (module, make) in makers.items()
     }
@@ -195,68 +209,77 @@ def operator_subject(case: Case, device: str, most_sets: int = 512) -> Subject:
     def with_backend(name: str) -> Callable[[], Candidate]:
         def build() -> Candidate:
             dispatch.resolve(case.op, name, device, dtype)  # raises with the reason
-            return _candidate(lambda *leaves: op(*leaves, backend=name), case, data, auto=name == auto)
+            taken = name == ("auto" if case.op == "attention" else auto)
+            return _candidate(lambda *leaves: op(*leaves, backend=name), case, data, auto=taken)
 
         return build
 
     build: dict[str, Callable[[], Candidate]] = {}
     build["eager"] = lambda: _candidate(PLAIN[case.op], case, data)
-    build["compile"] = lambda: _candidate(fresh_compile(PLAIN[case.op]), case, data)
+    build["compile"] = lambda: _candidate(
+        fresh_compile(PLAIN[case.op], keeps_graph=case.passes == "backward"), case, data
+    )
     for name, make in peers(case, device, first[0]).items():
         build[name] = lambda make=make: _candidate(make(), case, data)  # type: ignore[misc]
     build["reference"] = with_backend("reference")
+    if case.op == "attention":
+        build["ours-auto"] = with_backend("auto")  # which looks at the shape too
     for name in dict.fromkeys((*dispatch.BACKENDS[case.op], "triton", "cuda")):
-        # On a CPU the GPU's backends are no news; on a GPU a missing one is.
-        if name != "sdpa" and (name == "cpu") == (device == "cpu"):
+        # On a CPU the GPU's backends are no news; on a GPU a missing one is. Other people's kernels are peers.
+        if name in ("cpu", "triton", "cuda") and (name == "cpu") == (device == "cpu"):
             build[f"ours-{name}"] = with_backend(name)
 
     def exact() -> Results:
-        wide = [(_leaves([t.double() for t in data[0][0]]), [t.double() for t in data[0][1]])]
+        wide = [(_inputs(case, [t.double() for t in data[0][0]]), [t.double() for t in data[0][1]])]
         return _results(lambda *leaves: op(*leaves, backend="reference"), case, wide)
 
-    return Subject(case, sets, set_bytes, build, exact, copies=case.suite == "adaln")
+    return Subject(case, sets, set_bytes, build, exact, copies=case.op != "attention")
 
 
-def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.detach().requires_grad_() for t in tensors]
+def _inputs(case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same memory as inputs that ask for gradients, but for those that are constants."""
+    count = len(LEAVES[case.op])
+    return [t.detach().requires_grad_() for t in tensors[:count]] + list(tensors[count:])
 
 
 def _candidate(function: Function, case: Case, data: list[Set], *, auto: bool = False) -> Candidate:
-    sets = [(_leaves(leaves), cotangents) for leaves, cotangents in data]
+    sets = [(_inputs(case, inputs), cotangents) for inputs, cotangents in data]
+    count = len(LEAVES[case.op])
 
     def forward(place: int) -> Any:
         with torch.no_grad():
             return function(*sets[place][0])
 
     def forward_backward(place: int) -> Any:
-        leaves, cotangents = sets[place]
-        outputs = function(*leaves)
-        return outputs, torch.autograd.grad(outputs, leaves, cotangents)
+        inputs, cotangents = sets[place]
+        outputs = function(*inputs)
+        return outputs, torch.autograd.grad(outputs, inputs[:count], cotangents)
 
     graphs: list[Any] = []
 
     def backward(place: int) -> Any:
         if not graphs:
-            graphs.extend(function(*leaves) for leaves, _ in sets)
-        leaves, cotangents = sets[place]
-        return torch.autograd.grad(graphs[place], leaves, cotangents, retain_graph=True)
+            graphs.extend(function(*inputs) for inputs, _ in sets)
+        inputs, cotangents = sets[place]
+        return torch.autograd.grad(graphs[place], inputs[:count], cotangents, retain_graph=True)
 
     call = {"forward": forward, "backward": backward, "forward_backward": forward_backward}[case.passes]
     return Candidate(call, lambda: _results(function, case, sets), auto=auto)
 
 
 def _results(function: Function, case: Case, sets: list[Set]) -> Results:
-    leaves, cotangents = sets[0]
+    inputs, cotangents = sets[0]
     if case.passes == "forward":
         with torch.no_grad():
-            outputs = function(*leaves)
+            outputs = function(*inputs)
     else:
-        outputs = function(*leaves)
+        outputs = function(*inputs)
     many = outputs if isinstance(outputs, tuple) else (outputs,)
     found = {f"output {i}": t.detach() for i, t in enumerate(many)}
     if case.passes != "forward":
-        grads = torch.autograd.grad(many, leaves, cotangents)
-        found |= {f"d{name}": g for name, g in zip(LEAVES[case.op], grads, strict=True)}
+        names = LEAVES[case.op]
+        grads = torch.autograd.grad(many, inputs[: len(names)], cotangents)
+        found |= {f"d{name}": g for name, g in zip(names, grads, strict=True)}
     return found
 
 

@@ -102,7 +102,7 @@ class _Time(nn.Module):
         # Rounded once: a time of 1,000 makes the last digit of a frequency the fifth of its angle.
         frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64, device=t.device) / half)
         angles = t[:, None].float() * frequencies.float()
-        y: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        y: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
         return y
 
 

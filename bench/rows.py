@@ -12,9 +12,9 @@ from ditscale.errors import InputError
 
 SCHEMA = 1
 Row = dict[str, Any]
-# "measured"; "skipped" (time was up); "unavailable" (cannot run here); "wrong" (failed the check, so it was not timed);
-# "failed" (raised).
-STATUSES = ("measured", "skipped", "unavailable", "wrong", "failed")
+# "measured"; "skipped" (time was up); "unavailable" (cannot run here); "noisy" (other work disturbed the rounds); "wrong" (failed
+# the check, so it was not timed); "failed" (raised).
+STATUSES = ("measured", "skipped", "unavailable", "noisy", "wrong", "failed")
 REQUIRED = (
     "schema",
     "suite",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ditscale.bench import ceilings, devices
 from ditscale.bench.cases import ADALN_OPS, Case, cases
@@ -27,9 +27,10 @@ class Session:
     Args:
         device: "cpu" or "cuda".
         protocol: how everything is timed.
-        allow_noise: measure on a noisy machine too; every row then says so.
+        allow_noise: measure on a noisy machine too; the rows say how noisy.
         against: if not empty, only these providers, ours uncompiled, and plain PyTorch, which the check needs.
         tiny: the cases of tests and dry runs.
+        whole_grid: every model, token count and batch.
         deadline: ``time.monotonic()`` after which cases are skipped.
         say: takes lines for a person.
     """
@@ -39,10 +40,15 @@ class Session:
     allow_noise: bool = False
     against: tuple[str, ...] = ()
     tiny: bool = False
+    whole_grid: bool = False
     deadline: float = float("inf")
     say: Callable[[str], None] = print
     roof: ceilings.Roof | None = None
     common: Row = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.allow_noise:
+            self.protocol = replace(self.protocol, refuse=False)
 
     def start(self) -> list[Row]:
         """Calibrate and measure the ceilings; returns the ceilings' rows.
@@ -50,7 +56,7 @@ class Session:
         Raises:
             MachineTooNoisy: and noise was not allowed.
         """
-        spread = self._quiet(self.protocol)
+        spread = calibrate(self.device, self.protocol)
         self.common = {
             "schema": SCHEMA,
             "device": devices.machine(self.device),
@@ -67,16 +73,6 @@ class Session:
             rows.append(row | {"dtype": c["dtype"], unit: c["value"], "noise": spread, **_times(c["timing"])})
         return rows
 
-    def _quiet(self, protocol: Protocol) -> float:
-        try:
-            return calibrate(self.device, protocol)
-        except MachineTooNoisy:
-            if not self.allow_noise:
-                raise
-            return calibrate(
-                self.device, Protocol(rounds=protocol.rounds, noise_limit=float("inf"), patience_seconds=0.0)
-            )
-
     def _row(self, suite: str, case: str, op: str, provider: str, status: str, reason: str | None = None) -> Row:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         head = {
@@ -91,8 +87,10 @@ class Session:
 
     def wants(self, provider: str, yardstick: str) -> bool:
         """Whether a provider is asked for."""
-        if not self.against or provider in (*self.against, yardstick):
+        if provider in (*self.against, yardstick):
             return True
+        if not self.against:
+            return provider != "reference"  # plain PyTorch once more
         return provider.startswith("ours") and provider != "ours-compile"
 
     def suite(self, name: str, *, only: Sequence[Case] | None = None) -> Iterator[Row]:
@@ -109,7 +107,8 @@ class Session:
             return
         if name == "adaln" and only is None:
             yield from self.host_rows()
-        for case in cases(name, self.device, tiny=self.tiny) if only is None else only:
+        every = cases(name, self.device, tiny=self.tiny, whole_grid=self.whole_grid) if only is None else only
+        for case in every:
             yield from self.case(case)
 
     def host_rows(self) -> Iterator[Row]:
@@ -145,6 +144,7 @@ class Session:
             try:
                 candidate = build()
                 results = candidate.results()
+                candidate.call(0)  # what cannot be called must not fail in the midst of the others' rounds
             except BackendUnavailable as error:
                 yield self._case_row(case, name, "unavailable", str(error))
                 continue
@@ -179,9 +179,15 @@ class Session:
         if subject.copies:
             total = sum(w.bytes_moved for w in work)
             calls["copy"] = ceilings.copy_call(total, subject.sets, self.device)
-        noise = self._quiet(self.protocol)
         before = devices.state(self.device)
-        timings = measure(calls, sets=subject.sets, device=self.device, protocol=self.protocol)
+        try:
+            noise = calibrate(self.device, self.protocol)
+            timings = measure(
+                calls, sets=subject.sets, device=self.device, protocol=self.protocol, graphs=subject.graphs
+            )
+        except MachineTooNoisy as error:
+            yield self._case_row(case, "all", "noisy", str(error))
+            return
         after = devices.state(self.device)
         for name, timing in timings.items():
             row = self.measured_row(case.suite, case.id, case.op, name, timing, timings)
@@ -205,7 +211,9 @@ class Session:
         work = case.work()
         if not work or self.roof is None:
             return {}
-        roof_ms, bound = self.roof.ms(work, case.dtype)
+        # A model's pieces are larger than a cache together, whatever each is alone.
+        resident = case.cache == "resident" and case.suite in ("adaln", "attention")
+        roof_ms, bound = self.roof.ms(work, case.dtype, resident=resident)
         seconds = timing.median_ms / 1e3
         bytes_moved, flops = sum(w.bytes_moved for w in work), sum(w.matmul_flops or w.flops for w in work)
         row: Row = {
@@ -282,6 +290,7 @@ def _times(timing: Timing) -> Row:
         "samples": len(timing.samples_ms),
         "calls_per_sample": timing.calls_per_sample,
         "timer": timing.timer,
+        "disturbed": round(timing.disturbed, 3),
     }
 
 

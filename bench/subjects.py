@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ditscale.bench.cases import Case
-from ditscale.bench.devices import last_level_cache
+from ditscale.bench.devices import rotation_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Results = dict[str, Tensor]
@@ -47,6 +47,7 @@ class Subject:
         exact: the results in float64.
         yardstick: the provider whose error at the same dtype is the allowance: plain PyTorch.
         copies: whether a copy of as many bytes is timed beside it.
+        graphs: whether a GPU is given the calls as a captured graph.
     """
 
     case: Case
@@ -56,27 +57,43 @@ class Subject:
     exact: Callable[[], Results]
     yardstick: str = "eager"
     copies: bool = False
-    unavailable: dict[str, str] = field(default_factory=dict)
+    graphs: bool = True
 
 
 def buffer_sets(case: Case, set_bytes: int, device: str, most: int) -> int:
-    """How many sets so that all together are three times the last-level cache; 1 for a resident case."""
+    """How many sets so that all together are beyond the caches (:func:`rotation_bytes`); 1 for a resident case."""
     if case.cache == "resident":
         return 1
-    wanted = math.ceil(3 * last_level_cache(device) / max(1, set_bytes)) + 1
+    wanted = math.ceil(rotation_bytes(device) / max(1, set_bytes)) + 1
     return max(2, min(wanted, most, _MOST_BYTES // max(1, set_bytes)))
 
 
-def fresh_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def fresh_compile(function: Callable[..., Any], *, keeps_graph: bool = False) -> Callable[..., Any]:
     """``torch.compile`` of a function for this shape alone.
 
     The compiler's memory of other shapes is dropped first: with it, the ninth shape of a function would quietly run
     uncompiled, and shapes would be treated as unknown from the second on.
+
+    Args:
+        function: what is compiled at its first call.
+        keeps_graph: its backward pass will run more than once on the same saved tensors. Default: False.
     """
     torch.compiler.reset()
-    # The backward pass is timed alone too, which runs it twice on the same saved tensors.
-    with torch._functorch.config.patch(donated_buffer=False):
-        return torch.compile(function, dynamic=False, fullgraph=True)
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+    if not keeps_graph:
+        return compiled
+    first = True
+
+    def call(*inputs: Any) -> Any:
+        nonlocal first
+        if not first:
+            return compiled(*inputs)
+        first = False
+        # Else the first backward pass may overwrite them; and a cached compile of another process would not know of this.
+        with torch._functorch.config.patch(donated_buffer=False, enable_autograd_cache=False):
+            return compiled(*inputs)
+
+    return call
 
 
 def generator(seed: int, device: str) -> torch.Generator:

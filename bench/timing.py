@@ -1,7 +1,8 @@
 """The one protocol by which anything here is timed. Said in words in ``docs/benchmarks.md``.
 
 Candidates are interleaved: in every round each is timed once, in an order that moves on by one from round to round, so that a
-slow second of the machine falls on all of them. Speed-ups are medians of the ratios within rounds.
+slow second of the machine falls on all of them. A sample during which other work took a core is measured again, and a round that
+stays disturbed is dropped. Speed-ups are medians of the ratios within rounds.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ditscale.bench.interference import waited_ns
 from ditscale.errors import InputError
 
 Call = Callable[[int], Any]
 
 
 class MachineTooNoisy(InputError):
-    """The calibration loop spread too much for times to mean anything; says how much and what the limit is."""
+    """Times would mean nothing here now; says why, how much and what the limit is."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,31 @@ class Protocol:
         sample_ms: a sample is as many calls as fill this time.
         warm_up_ms: untimed calls of each candidate before the first round.
         seconds: time for all rounds of a case.
+        waited_limit: share of a sample that the process's threads may have waited for a core; above, it is disturbed.
+        attempts: times that a disturbed sample is measured again within its round.
         noise_limit: largest (p80 - p20) / median of the calibration loop.
         patience_seconds: how long to wait for a quiet machine before giving up.
         most_sets: buffer sets of a rotating case, at most.
+        refuse: give no times where the limits are passed. False: give what there is, with its noise.
     """
 
-    rounds: int = 40
+    rounds: int = 60
     least_rounds: int = 7
-    sample_ms: float = 8.0
+    sample_ms: float = 4.0
     warm_up_ms: float = 30.0
     seconds: float = 5.0
+    waited_limit: float = 0.01
+    attempts: int = 6
     noise_limit: float = 0.10
     patience_seconds: float = 20.0
     most_sets: int = 512
+    refuse: bool = True
 
 
 # Runs every line in milliseconds; its times mean nothing.
-TINY = Protocol(2, 2, sample_ms=0.0, warm_up_ms=0.0, seconds=0.0, noise_limit=1e9, patience_seconds=0.0, most_sets=2)
+TINY = Protocol(
+    2, 2, sample_ms=0.0, warm_up_ms=0.0, seconds=0.0, attempts=1, patience_seconds=0.0, most_sets=2, refuse=False
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,11 +70,13 @@ class Timing:
         samples_ms: milliseconds of one call, one number a round.
         calls_per_sample: calls behind each number.
         timer: "perf_counter", "cuda graph" or "cuda events".
+        disturbed: share of all samples of the measurement that other work had disturbed, and that are not among these.
     """
 
     samples_ms: tuple[float, ...]
     calls_per_sample: int
     timer: str = "perf_counter"
+    disturbed: float = 0.0
 
     @property
     def median_ms(self) -> float:
@@ -87,6 +99,13 @@ class Timing:
         return {"median": float(median), "p20": float(p20), "p80": float(p80)}
 
 
+class Sample(NamedTuple):
+    """One number, and the share of its time that our threads waited for a core."""
+
+    ms: float
+    waited: float
+
+
 def relative_spread(samples: Sequence[float]) -> float:
     """(p80 - p20) / median."""
     p20, median, p80 = np.percentile(samples, [20, 50, 80])
@@ -101,21 +120,24 @@ def calibrate(device: str, protocol: Protocol) -> float:
     """
     deadline = time.monotonic() + protocol.patience_seconds
     while True:
-        spread = _calibration_spread(device, samples=60 if protocol.rounds > 5 else 5)
-        if spread <= protocol.noise_limit:
+        spread = _calibration_spread(device, protocol)
+        if spread <= protocol.noise_limit or not protocol.refuse:
             return spread
         if time.monotonic() >= deadline:
             raise MachineTooNoisy(
                 f"this machine is too noisy to time on: a fixed piece of work spreads by {100 * spread:.0f} % "
-                f"(20th to 80th percentile), allowed {100 * protocol.noise_limit:.0f} %; stop what else runs, or give "
-                f"--allow-noise to measure all the same and have every row say so"
+                f"(20th to 80th percentile), allowed {100 * protocol.noise_limit:.0f} %; {_ADVICE}"
             )
         time.sleep(1.0)
 
 
-def _calibration_spread(device: str, samples: int) -> float:
-    """About 4 ms of arithmetic in the caches, ``samples`` times. Both threads meet at every operation, so a core that is
-    taken away shows."""
+_ADVICE = "stop what else runs, or give --allow-noise to measure all the same and have every row say so"
+
+
+def _calibration_spread(device: str, protocol: Protocol) -> float:
+    """About 3 ms of arithmetic in the caches, 40 times. Both threads meet at every operation, so a core that is taken away
+    shows; samples that are known to be disturbed are made again, as in a measurement."""
+    samples = 40 if protocol.rounds > 5 else 5
     x = torch.full((1 << 17,), 0.5, device=device)
 
     def work(_: int) -> None:
@@ -125,12 +147,15 @@ def _calibration_spread(device: str, samples: int) -> float:
     work(0)
     if device == "cuda":
         graph = _capture(work, 1)
+        _replay_ms(graph, 200, None)
         return relative_spread([_replay_ms(graph, 5, None) for _ in range(samples)])
-    calls = max(1, round(4e6 / max(1, _timed_ns(work, 0, 1))))
-    return relative_spread([_timed_ns(work, 0, calls) for _ in range(samples)])
+    calls = max(1, round(3e6 / max(1, _timed_ns(work, 0, 1))))
+    return relative_spread([_calmest(lambda: _watched(work, calls), protocol)[0].ms for _ in range(samples)])
 
 
-def measure(candidates: dict[str, Call], *, sets: int, device: str, protocol: Protocol) -> dict[str, Timing]:
+def measure(
+    candidates: dict[str, Call], *, sets: int, device: str, protocol: Protocol, graphs: bool = True
+) -> dict[str, Timing]:
     """Time every candidate, interleaved.
 
     Args:
@@ -139,35 +164,68 @@ def measure(candidates: dict[str, Call], *, sets: int, device: str, protocol: Pr
         sets: buffer sets; 1 for a working set that stays where the call before left it.
         device: "cpu" or "cuda".
         protocol: how long and how often.
+        graphs: on a GPU, capture the calls; False for what is used uncaptured, such as a training step. Default: True.
 
     Returns:
-        Timings by name, all of the same number of rounds.
+        Timings by name, all of the same rounds.
+
+    Raises:
+        MachineTooNoisy: other work disturbed nearly every round.
     """
     if device == "cuda":
-        return _measure_cuda(candidates, sets, protocol)
+        return _measure_cuda(candidates, sets, protocol, graphs)
     runs = {name: _CpuRun(call, sets, protocol) for name, call in candidates.items()}
-    samples = _rounds({name: run.sample_ms for name, run in runs.items()}, protocol)
-    return {name: Timing(tuple(samples[name]), run.calls) for name, run in runs.items()}
+    samples, disturbed = _rounds({name: run.sample for name, run in runs.items()}, protocol)
+    return {name: Timing(tuple(samples[name]), run.calls, disturbed=disturbed) for name, run in runs.items()}
 
 
-def _rounds(samplers: dict[str, Callable[[], float]], protocol: Protocol) -> dict[str, list[float]]:
+def _rounds(samplers: dict[str, Callable[[], Sample]], protocol: Protocol) -> tuple[dict[str, list[float]], float]:
+    """Samples by name, of the rounds in which none was disturbed; and the share of samples that were."""
     names = list(samplers)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    deadline = time.perf_counter() + protocol.seconds
+    kept = dropped = taken = bad = 0
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
+    started = time.perf_counter()
     try:
-        for number in range(protocol.rounds):
-            if number >= protocol.least_rounds and time.perf_counter() > deadline:
+        while kept < protocol.rounds:
+            seconds = time.perf_counter() - started
+            if kept >= protocol.least_rounds and seconds > protocol.seconds:
                 break
-            first = number % len(names)
+            if dropped and seconds > 2 * protocol.seconds + protocol.patience_seconds:
+                break
+            first = (kept + dropped) % len(names)
+            found = {}
             for name in names[first:] + names[:first]:
-                samples[name].append(samplers[name]())
+                found[name], tries = _calmest(samplers[name], protocol)
+                calm = found[name].waited <= protocol.waited_limit
+                taken, bad = taken + tries, bad + tries - calm
+            if protocol.refuse and any(sample.waited > protocol.waited_limit for sample in found.values()):
+                dropped += 1
+                continue
+            kept += 1
+            for name, sample in found.items():
+                samples[name].append(sample.ms)
     finally:
         if was_enabled:
             gc.enable()
-    return samples
+    if kept < min(protocol.least_rounds, protocol.rounds):
+        raise MachineTooNoisy(
+            f"other work on this machine disturbed {100 * bad / taken:.0f} % of the samples and left {kept} rounds of "
+            f"{kept + dropped} whole, expected {protocol.least_rounds}; {_ADVICE}"
+        )
+    return samples, bad / taken
+
+
+def _calmest(sampler: Callable[[], Sample], protocol: Protocol) -> tuple[Sample, int]:
+    """The first undisturbed sample, or the least disturbed of all attempts; and how many were made."""
+    best = sampler()
+    tries = 1
+    while best.waited > protocol.waited_limit and tries < protocol.attempts:
+        best = min(best, sampler(), key=lambda sample: sample.waited)
+        tries += 1
+    return best, tries
 
 
 class _CpuRun:
@@ -184,10 +242,12 @@ class _CpuRun:
             once = min(once, self._run(1))
         self.calls = max(1, min(10_000, round(protocol.sample_ms * 1e6 / max(1.0, once))))
 
-    def sample_ms(self) -> float:
+    def sample(self) -> Sample:
         if self.sets == 1:
             self._run(1)  # untimed: brings the working set back into the caches after the other candidates
-        return self._run(self.calls) / self.calls / 1e6
+        before = waited_ns()
+        elapsed = self._run(self.calls)
+        return Sample(elapsed / self.calls / 1e6, (waited_ns() - before) / max(1.0, elapsed))
 
     def _run(self, calls: int) -> float:
         """Nanoseconds of ``calls`` calls over successive sets."""
@@ -208,54 +268,65 @@ def _timed_ns(call: Call, place: int, calls: int) -> float:
     return float(time.perf_counter_ns() - started)
 
 
-def host_us(call: Callable[[], Any], *, protocol: Protocol) -> Callable[[], float]:
-    """A sampler of the host's microseconds a call: for calls whose work is nothing, so that only dispatch is left.
-
-    On a GPU the calls are enqueued and not waited for; the queue is emptied between samples.
-    """
-    on_gpu = torch.cuda.is_available()
-    for _ in range(20):
-        call()
-    calls = 200 if protocol.sample_ms else 3
-
-    def sample() -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
-        return _timed_ns(lambda _: call(), 0, calls) / calls / 1e3
-
-    return sample
+def _watched(call: Call, calls: int) -> Sample:
+    """Milliseconds of one of ``calls`` calls on set 0."""
+    before = waited_ns()
+    elapsed = _timed_ns(call, 0, calls)
+    return Sample(elapsed / calls / 1e6, (waited_ns() - before) / max(1.0, elapsed))
 
 
 def measure_host(calls: dict[str, Callable[[], Any]], *, protocol: Protocol) -> dict[str, Timing]:
-    """Host time per call of every candidate, interleaved; the samples are in milliseconds, as everywhere."""
-    samplers = {name: host_us(call, protocol=protocol) for name, call in calls.items()}
-    samples = _rounds(samplers, protocol)
-    return {name: Timing(tuple(us / 1e3 for us in samples[name]), 200) for name in calls}
+    """Host time per call, interleaved, of calls whose work is nothing, so that only dispatch is left; in milliseconds, as
+    everywhere. On a GPU the calls are enqueued and not waited for; the queue is emptied between samples."""
+    number = 200 if protocol.sample_ms else 3
+
+    def sampler(call: Callable[[], Any]) -> Callable[[], Sample]:
+        def sample() -> Sample:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return _watched(lambda _: call(), number)
+
+        for _ in range(20):
+            call()
+        return sample
+
+    samples, disturbed = _rounds({name: sampler(call) for name, call in calls.items()}, protocol)
+    return {name: Timing(tuple(samples[name]), number, disturbed=disturbed) for name in calls}
 
 
-def _measure_cuda(candidates: dict[str, Call], sets: int, protocol: Protocol) -> dict[str, Timing]:
-    """Graphs that call each set in turn, replayed after a flush of the L2; eager calls between events where a candidate
-    cannot be captured (then host time can be in the figure, and the row says so)."""
+def _measure_cuda(candidates: dict[str, Call], sets: int, protocol: Protocol, graphs: bool) -> dict[str, Timing]:
+    """Graphs that call each set in turn, replayed after a flush of the L2; eager calls between events where that is asked for or
+    a candidate cannot be captured (then host time can be in the figure, and the row says so)."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     # sets == 1 asks for a warm L2.
     flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda") if sets > 1 else None
-    samplers: dict[str, Callable[[], float]] = {}
+    samplers: dict[str, Callable[[], Sample]] = {}
     calls: dict[str, int] = {}
     timers: dict[str, str] = {}
     for name, call in candidates.items():
-        try:
-            graph = _capture(call, sets)
-            timers[name] = "cuda graph"
-        except RuntimeError:
-            torch.cuda.synchronize()
-            graph = _Eager(call, sets)
-            timers[name] = "cuda events"
-        once = max(1e-6, _replay_ms(graph, 1, flush))
+        work: _Graph | _Eager = _Eager(call, sets)
+        timers[name] = "cuda events"
+        if graphs:
+            try:
+                work = _capture(call, sets)
+                timers[name] = "cuda graph"
+            except RuntimeError:
+                torch.cuda.synchronize()
+        once = max(1e-6, _replay_ms(work, 1, flush))
+        # Clocks and caches settle before anything counts.
+        _replay_ms(work, max(1, min(1000, round(protocol.warm_up_ms / once))), flush)
         replays = max(1, min(1000, round(protocol.sample_ms / once)))
         calls[name] = replays * sets
-        samplers[name] = lambda graph=graph, n=replays: _replay_ms(graph, n, flush) / (n * sets)  # type: ignore[misc]
-    samples = _rounds(samplers, protocol)
+        samplers[name] = lambda work=work, n=replays: Sample(_replay_ms(work, n, flush) / (n * sets), 0.0)  # type: ignore[misc]
+    samples, _ = _rounds(samplers, protocol)
     return {name: Timing(tuple(samples[name]), calls[name], timers[name]) for name in candidates}
+
+
+class _Graph:
+    """A captured graph, and the results that its calls wrote to, which live as long as it."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, kept: list[Any]) -> None:
+        self.replay, self.kept = graph.replay, kept
 
 
 class _Eager:
@@ -270,7 +341,7 @@ class _Eager:
             self.ring[place] = self.call(place)
 
 
-def _capture(call: Call, sets: int) -> Any:
+def _capture(call: Call, sets: int) -> _Graph:
     """A CUDA graph of one call of each set, its results kept so that each has memory of its own."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -282,18 +353,17 @@ def _capture(call: Call, sets: int) -> Any:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         kept = [call(place) for place in range(sets)]
-    graph.kept = kept
     torch.cuda.synchronize()
-    return graph
+    return _Graph(graph, kept)
 
 
-def _replay_ms(graph: Any, replays: int, flush: torch.Tensor | None) -> float:
+def _replay_ms(work: _Graph | _Eager, replays: int, flush: torch.Tensor | None) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if flush is not None:
         flush.zero_()  # also gives the host time to enqueue what is timed, so no launch gap is in it
     start.record()
     for _ in range(replays):
-        graph.replay()
+        work.replay()
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))

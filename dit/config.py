@@ -23,34 +23,14 @@ MODULATIONS = ("adaln-zero", "adaln", "adaln-single", "none")
 CONTEXTS = ("pooled", "in-context", "cross-attention", "joint")
 ATTENTIONS = ("full", "space-time", "alternating")
 
-# Fields whose other values are for counting only: ditscale builds and trains models with these values.
-_TRAINABLE = {
-    "modulation": "adaln-zero",
-    "context": "pooled",
-    "pooled_width": 0,
-    "guidance_embed": False,
-    "mlp": "gelu",
-    "norm": "layer",
-    "qk_norm": "none",
-    "kv_heads": None,
-    "positions": "sincos",
-    "rope": False,
-    "experts": 0,
-    "image_width": None,
-    "frames": 1,
-    "patch_frames": 1,
-    "attention": "full",
-    "token_keep": (),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """A diffusion transformer: image or video, and every way of conditioning that ``ditscale.dit.flops`` can
     count.
 
-    The defaults are a DiT with adaLN-zero (Peebles & Xie, arXiv:2212.09748), the family that
-    ``ditscale.dit.DiT`` builds and trains; it refuses the other variants (see :meth:`need_trainable`).
+    The defaults are a DiT with adaLN-zero (Peebles & Xie, arXiv:2212.09748). ``ditscale.dit.DiT`` builds and trains what
+    is described here, but for what :meth:`need_trainable` refuses.
 
     Args:
         image_size: side of the square image, or height where ``image_width`` is given, in pixels. Default:
@@ -265,12 +245,13 @@ class DiTConfig:
             raise InputError("token_keep: expected none where context is joint or attention is not full, got some")
 
     def need_trainable(self) -> None:
-        """Raise InputError where a field asks for a variant that can be counted but not built and trained
-        here.
-        """
-        for field, value in _TRAINABLE.items():
-            if getattr(self, field) != value:
-                raise InputError(f"{field}: expected {value!r} for a model to be built, got {getattr(self, field)!r}")
+        """Raise InputError where a field asks for what can be counted but not built and trained here."""
+        if self.token_keep:
+            raise InputError("token_keep: expected none for a model to be built, got some")
+        if self.pooled_width and self.condition != "caption":
+            raise InputError(
+                f"pooled_width: expected 0 for a model of condition {self.condition}, got {self.pooled_width}"
+            )
 
     def grid_side(self, image_size: int) -> int:
         """Patches along a side of an ``image_size`` x ``image_size`` image, or InputError where it does not
@@ -311,6 +292,18 @@ class DiTConfig:
     def input_side(self) -> int:
         """Side of the model's square input, in latent cells."""
         return self.image_size // self.latent_factor
+
+    @property
+    def is_video(self) -> bool:
+        """The input has an axis of frames."""
+        return self.frames > 1 or self.patch_frames > 1
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input: (C, H, W) in latent cells, or (C, frames, H, W) for video."""
+        width = self.image_size if self.image_width is None else self.image_width
+        sides = (self.image_size // self.latent_factor, width // self.latent_factor)
+        return (self.in_channels, self.frames, *sides) if self.is_video else (self.in_channels, *sides)
 
     @property
     def mlp_width(self) -> int:

@@ -1,114 +1,241 @@
-"""The diffusion transformer: from a noisy image, a time and a condition to a prediction for every pixel."""
+"""The diffusion transformer: from a noisy image or video, a time and a condition to a prediction for every pixel."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditscale.dit.block import DiTBlock, FinalLayer, Modulation
+from ditscale.dit.block import Around, DiTBlock, FinalLayer
+from ditscale.dit.condition import CaptionEmbed, LabelEmbed
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.embed import CaptionEmbed, LabelEmbed, PatchEmbed, TimestepEmbed, position_table, unpatchify
+from ditscale.dit.embed import PatchEmbed, ScalarEmbed, VectorEmbed, position_table, unpatchify
+from ditscale.dit.flops import condition_tokens
+from ditscale.dit.initial import initialise
+from ditscale.dit.joint import JointBlock, SingleBlock
+from ditscale.dit.layers import Modulation, Pending, Turns, settle
 from ditscale.errors import InputError
+from ditscale.kernels.rotary.tables import rotary_table
+
+# The guidance scale is embedded like the time, which runs to 1000.
+GUIDANCE_SCALE = 1000.0
 
 
 class DiT(nn.Module):
-    """A DiT with adaLN-zero (Peebles & Xie, arXiv:2212.09748), built from a :class:`DiTConfig`.
+    """A diffusion transformer of any variant that a :class:`DiTConfig` describes.
 
-    Parameter names and shapes are those of the released models, so their state dicts load by name. A new model
-    predicts zero everywhere: the modulation and output layers start at zero.
+    Parameter names and shapes of the default variant, adaLN-zero (Peebles & Xie, arXiv:2212.09748), are those of the
+    released DiT and SiT, so their state dicts load by name; those of adaLN-single with cross-attention follow
+    PixArt-alpha where it has the same parts. A new model predicts zero everywhere: the output layer starts at zero, and
+    so do modulations and the output layers of branches that no gate closes.
+
+    Attributes:
+        config: the model.
+        balance_loss: of the last forward pass in training, the mixtures' mean balance loss, a scalar with a gradient (see
+            :class:`ditscale.dit.moe.Mixture`); None for a model without mixtures.
 
     Args:
         config: the model.
 
     Raises:
-        InputError: the configuration asks for a variant that can be counted but not built here.
+        InputError: the configuration asks for something that can be counted but not built here.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         config.need_trainable()
         self.config = config
+        self.balance_loss: Tensor | None = None
         d = config.width
-        self.x_embedder = PatchEmbed(config.in_channels, config.patch, d)
-        self.t_embedder = TimestepEmbed(d, config.frequency_width)
+        self.patch: tuple[int, ...] = (config.patch, config.patch)
+        if config.is_video:
+            self.patch = (config.patch_frames, *self.patch)
+        self.x_embedder = PatchEmbed(config.in_channels, self.patch, d)
+        self.t_embedder = ScalarEmbed(d, config.frequency_width)
         self.y_embedder: LabelEmbed | CaptionEmbed | None = None
         if config.condition == "class":
             self.y_embedder = LabelEmbed(config.num_classes, d)
         elif config.condition == "caption":
-            self.y_embedder = CaptionEmbed(config.vocabulary_size, config.caption_width, d)
-        side = config.grid_side(config.image_size)
-        self.register_buffer("pos_embed", position_table(d, side).unsqueeze(0))
-        self.blocks = nn.ModuleList(DiTBlock(d, config.heads, config.mlp_width) for _ in range(config.depth))
-        self.final_layer = FinalLayer(d, config.patch, config.out_channels)
+            self.y_embedder = CaptionEmbed(config)
+        if config.guidance_embed:
+            self.guidance_embedder = ScalarEmbed(d, config.frequency_width)
+        if config.pooled_width:
+            self.pooled_embedder = VectorEmbed(config.pooled_width, d)
+        if config.positions == "sincos":
+            self.register_buffer("pos_embed", position_table(d, self.grid).unsqueeze(0))
+        elif config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, d))
+        if config.modulation == "adaln-single":
+            # Under PixArt-alpha's name.
+            self.t_block = Modulation(d, 9 if config.attention == "space-time" else 6)
+        if config.context == "joint":
+            last = -1 if config.single_depth else config.depth - 1
+            self.blocks = nn.ModuleList(JointBlock(config, closed=i == last) for i in range(config.depth))
+            self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_depth))
+        else:
+            self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.add_turns()
         self.reset_parameters()
 
-    @torch.no_grad()
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Patches along time, height and width."""
+        return self.config.grid(self.config.image_size, self.config.image_width)
+
+    def add_turns(self) -> None:
+        """The tables of the rotary position embedding that the blocks need; the condition's tokens do not turn."""
+        config, (frames, rows, columns) = self.config, self.grid
+        if not config.rope:
+            return
+        k = config.width // config.heads
+        axes = (rows, columns) if frames == 1 else self.grid
+        tables = {"turns": rotary_table(axes, k)}
+        if config.attention != "full":
+            tables = {"space": rotary_table((rows, columns), k), "time": rotary_table((frames,), k)}
+        others = condition_tokens(config) + (config.modulation == "none")
+        if config.context == "in-context" or config.single_depth:
+            cos, sin = tables["turns"]
+            longer = F.pad(cos, (0, 0, 0, others), value=1.0), F.pad(sin, (0, 0, 0, others))
+            tables["all" if config.single_depth else "turns"] = longer
+        for name, (cos, sin) in tables.items():
+            self.register_buffer(f"{name}_cos", cos, persistent=False)
+            self.register_buffer(f"{name}_sin", sin, persistent=False)
+
+    def turns(self, name: str) -> Turns | None:
+        """A table of :meth:`add_turns`, or None where the model has none of that name."""
+        cos = getattr(self, f"{name}_cos", None)
+        return None if cos is None else Turns(cos, getattr(self, f"{name}_sin"))
+
     def reset_parameters(self) -> None:
-        """Initialise as the released DiT does; under muP the time layers follow their width as all others do.
+        """Draw the weights anew."""
+        initialise(self)
 
-        Linear layers are Xavier-uniform with zero bias; the time layers and the label table are normal with
-        standard deviation 0.02; the modulation and output layers are zero.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.width, -1))
-        self.x_embedder.proj.bias.zero_()  # type: ignore[union-attr]
-        if self.config.mup_base_width is None:
-            # A constant 0.02 suits widths near 1,000; a narrow model would hardly see the time at first.
-            for layer in self.t_embedder.mlp:
-                if isinstance(layer, nn.Linear):
-                    nn.init.normal_(layer.weight, std=0.02)
-        if isinstance(self.y_embedder, LabelEmbed):
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        elif isinstance(self.y_embedder, CaptionEmbed):
-            # A caption is a mean of a few words, so unit variance keeps it of order one before the linear layer.
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=1.0)
-        for module in self.modules():
-            if isinstance(module, Modulation):
-                nn.init.zeros_(module.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Any = None, *, drop: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
         """Predict from a noisy input.
 
         Args:
-            x: [B, C, S, S], S = ``config.input_side``.
+            x: [B, C, H, W], or [B, C, F, H, W] for video: ``config.input_shape`` behind B.
             t: [B], the time that the sines and cosines encode: 0 to 1000.
-            y: labels [B] int64, or caption words [B, K] int64 padded with 0; None where the model takes no condition.
+            y: labels [B] int64; caption words [B, K] int64 padded with 0 (K = ``config.caption_tokens`` where they are
+                tokens); features of a text encoder [B, S, W], padded with rows of zeros; where ``config.pooled_width`` is
+                set a pair of that and the pooled vectors [B, V]; None where the model takes no condition.
             drop: [B] bool, samples that see no condition (for classifier-free guidance). Default: None.
+            guidance: [B], the guidance scale that a distilled model (``config.guidance_embed``) is told. Default: 1.
 
         Returns:
-            [B, C_out, S, S].
+            [B, C_out, ...], the shape of x but for the channels.
 
         Raises:
             InputError: a shape is not as above, or the condition is missing or unwanted.
         """
-        self._check(x, t, y)
-        h_BTD = self.x_embedder(x) + self.pos_embed
+        config = self.config
+        y, pooled = self._check(x, t, y)
+        h_BTD = self.x_embedder(x)
+        if config.positions != "none":
+            h_BTD = h_BTD + self.pos_embed
         c_BD = self.t_embedder(t)
-        if self.y_embedder is not None:
-            c_BD = c_BD + self.y_embedder(y, drop)
-        c_silu_BD = F.silu(c_BD)
+        context, lengths = None, None
+        if isinstance(self.y_embedder, CaptionEmbed) and config.context != "pooled":
+            context, lengths = self.y_embedder.tokens(y, drop)
+        elif self.y_embedder is not None:
+            label_BD = self.y_embedder(y, drop)
+            if config.context == "pooled":
+                c_BD = c_BD + label_BD
+            else:
+                context = label_BD.unsqueeze(1)
+        if config.guidance_embed:
+            scale_B = torch.ones_like(t) if guidance is None else guidance
+            c_BD = c_BD + self.guidance_embedder(GUIDANCE_SCALE * scale_B)
+        if pooled is not None:
+            c_BD = c_BD + self.pooled_embedder(pooled, drop)
+        if config.modulation == "none":
+            # The time is the first token of the context, so that a caption's padding stays last.
+            time_B1D = c_BD.unsqueeze(1)
+            context = time_B1D if context is None else torch.cat([time_B1D, context], dim=1)
+            lengths = None if lengths is None else lengths + 1
+        c_silu_BD = None if config.modulation == "none" else F.silu(c_BD)
+        if config.context == "joint" and context is not None:
+            h_BTD, pending = self._joint(h_BTD, context, lengths, F.silu(c_BD))
+        else:
+            h_BTD, pending = self._one_stream(h_BTD, context, lengths, c_silu_BD)
+        out_BTF = self.final_layer(h_BTD, pending, c_BD, c_silu_BD)
+        return unpatchify(out_BTF, config.out_channels, self.patch, self.grid[-len(self.patch) :])
+
+    def _one_stream(
+        self, h: Tensor, context: Tensor | None, lengths: Tensor | None, c_silu: Tensor | None
+    ) -> tuple[Tensor, Pending | None]:
+        config, tokens = self.config, h.shape[1]
+        joined = config.context == "in-context"
+        around = Around(None if joined else context, None if joined else lengths)
+        if joined and context is not None:
+            h = torch.cat([h, context], dim=1)
+            around = Around(lengths=None if lengths is None else lengths + tokens)
+        around = around._replace(turns=self.turns("turns"), space=self.turns("space"), time=self.turns("time"))
+        c = c_silu
+        if config.modulation == "adaln-single":
+            c = torch.stack(self.t_block(c_silu), dim=1)
         pending = None
         for block in self.blocks:
-            h_BTD, pending = block(h_BTD, pending, c_silu_BD)
-        out_BTF = self.final_layer(h_BTD, pending, c_silu_BD)
-        return unpatchify(out_BTF, self.config.out_channels, self.config.patch)
+            h, pending = block(h, pending, c, around)
+        if self.training and pending is not None and pending.balance is not None:
+            self.balance_loss = pending.balance / len(range(0, config.depth, config.moe_every))
+        return first_tokens(h, pending, tokens) if joined else (h, pending)
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-        side = self.config.input_side
-        if x.ndim != 4 or x.shape[1:] != (self.config.in_channels, side, side):
-            expected = f"[B, {self.config.in_channels}, {side}, {side}]"
-            raise InputError(f"x: expected shape {expected}, got {list(x.shape)}")
+    def _joint(
+        self, h: Tensor, context: Tensor, lengths: Tensor | None, c_silu: Tensor
+    ) -> tuple[Tensor, Pending | None]:
+        tokens, pending, z, z_pending = h.shape[1], None, context, None
+        lengths = None if lengths is None else lengths + tokens
+        around = Around(lengths=lengths, turns=self.turns("turns"))
+        for block in self.blocks:
+            h, pending, z, z_pending = block(h, pending, z, z_pending, c_silu, around)
+        if not len(self.single_blocks):
+            return h, pending
+        h, pending = torch.cat([settle(h, pending), settle(z, z_pending)], dim=1), None
+        around = Around(lengths=lengths, turns=self.turns("all"))
+        for block in self.single_blocks:
+            h, pending = block(h, pending, c_silu, around)
+        return first_tokens(h, pending, tokens)
+
+    def _check(self, x: Tensor, t: Tensor, y: Any) -> tuple[Any, Tensor | None]:
+        """The condition in its two parts, after everything has been looked at."""
+        config = self.config
+        if x.shape[1:] != config.input_shape:
+            expected = ", ".join(map(str, config.input_shape))
+            raise InputError(f"x: expected shape [B, {expected}], got {list(x.shape)}")
         if t.shape != x.shape[:1]:
             raise InputError(f"t: expected shape [{x.shape[0]}], got {list(t.shape)}")
-        wanted = self.config.condition
+        pooled = None
+        if config.pooled_width:
+            if not (isinstance(y, tuple) and len(y) == 2):
+                raise InputError(f"y: expected a pair of tokens and pooled vectors, got {type(y).__name__}")
+            y, pooled = y
+            if pooled.shape != (len(x), config.pooled_width):
+                raise InputError(f"y[1]: expected shape [{len(x)}, {config.pooled_width}], got {list(pooled.shape)}")
+        wanted = config.condition
         if (y is None) != (wanted == "none"):
             came = "None" if y is None else f"a tensor of shape {list(y.shape)}"
             raise InputError(f"y: expected {'None' if wanted == 'none' else wanted + ' indices'}, got {came}")
-        if y is not None and (y.ndim != (1 if wanted == "class" else 2) or y.shape[0] != x.shape[0]):
-            expected = f"[{x.shape[0]}]" if wanted == "class" else f"[{x.shape[0]}, K]"
-            raise InputError(f"y: expected shape {expected}, got {list(y.shape)}")
+        if y is None:
+            return None, pooled
+        shape: tuple[int | None, ...] = (len(x),)
+        if wanted == "caption":
+            shape = (len(x), None if config.context == "pooled" else config.caption_tokens)
+            if not config.vocabulary_size:
+                shape = (*shape, config.caption_width)
+        if y.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, y.shape, strict=True)):
+            expected = ", ".join("K" if n is None else str(n) for n in shape)
+            raise InputError(f"y: expected shape [{expected}], got {list(y.shape)}")
+        return y, pooled
+
+
+def first_tokens(h_BTD: Tensor, pending: Pending | None, tokens: int) -> tuple[Tensor, Pending | None]:
+    """The image's part of a stream that holds more, and of the branch that is still to be added to it."""
+    if pending is not None:
+        pending = pending._replace(branch=pending.branch[:, :tokens])
+    return h_BTD[:, :tokens], pending

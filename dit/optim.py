@@ -1,4 +1,4 @@
-"""The learning rates: of each parameter under muP, and over the steps."""
+"""The optimizer's groups under muP, the learning rate's schedule, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ditscale.dit.model import DiT
+from ditscale.dit.mup import hidden_matrices
 from ditscale.errors import InputError
 
 
@@ -16,7 +18,8 @@ def parameter_groups(model: DiT, *, lr: float, weight_decay: float = 0.0) -> lis
     """Groups for AdamW with the learning rates of the maximal update parametrisation.
 
     Matrices whose input grows with the width learn at ``lr * base_width / width``; everything whose input does not
-    (patch and time features, word and label tables, biases) learns at ``lr``. Without ``mup_base_width`` there is one
+    (patch and time features, tables, biases, norms) learns at ``lr``; see
+    :mod:`ditscale.dit.mup`. Without ``mup_base_width`` there is one
     rate. Source: arXiv:2203.03466, table 3 (Adam); for DiT arXiv:2505.15270.
 
     Args:
@@ -26,13 +29,11 @@ def parameter_groups(model: DiT, *, lr: float, weight_decay: float = 0.0) -> lis
     """
     config = model.config
     scale = 1.0 if config.mup_base_width is None else config.mup_base_width / config.width
-    # Matrices that are fed by something of fixed width.
-    inputs = {"x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.proj.weight"}
+    slowed = hidden_matrices(model)
     fixed: list[Tensor] = []
     hidden: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and "embedding_table" not in name
-        (hidden if is_matrix and name not in inputs else fixed).append(parameter)
+        (hidden if name in slowed else fixed).append(parameter)
     return [
         {"params": hidden, "lr": lr * scale, "weight_decay": weight_decay},
         {"params": fixed, "lr": lr, "weight_decay": 0.0},
@@ -72,3 +73,35 @@ class Schedule:
             return 1.0
         share = left / (self.decay + 1)
         return share if self.shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * share)
+
+
+class WeightAverage:
+    """An exponential moving average of the weights whose memory is a fixed share of the steps so far.
+
+    After step s the decay is ``1 - 1 / (1 + share * s)``, never above ``max_decay``: an average over about the last
+    ``share`` of training, at any length of run, which is what lets runs of different lengths be compared (the power
+    function profile of Karras et al., arXiv:2312.02696, section 3.1).
+
+    Args:
+        model: averaged; the average starts as a copy.
+        share: of training that the average remembers, above 0 and up to 1. Default: 0.1.
+        max_decay: upper bound on the decay. Default: 0.9999.
+    """
+
+    def __init__(self, model: nn.Module, *, share: float = 0.1, max_decay: float = 0.9999) -> None:
+        self.share = share
+        self.max_decay = max_decay
+        self.weights: dict[str, Tensor] = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after step ``step`` (counted from 1)."""
+        decay = min(self.max_decay, 1 - 1 / (1 + self.share * step))
+        current = [p.detach() for _, p in model.named_parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the averaged weights into ``model``."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.weights[name])

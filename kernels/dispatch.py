@@ -25,14 +25,16 @@ BACKENDS: Final[dict[str, tuple[str, ...]]] = {
     "gate_residual_layernorm_modulate": ("cpu", "cuda", "triton"),
     "bias_gelu": ("cpu", "cuda", "triton"),
     "qk_norm_rope": ("cpu",),
-    "attention": ("cpu", "sdpa"),
+    "attention": ("cpu", "cuda", "triton", "sdpa", "flash_attn", "xformers"),
 }
 _FAMILY: Final = {
     "layernorm_modulate": "adaln",
     "gate_residual": "adaln",
     "gate_residual_layernorm_modulate": "adaln",
     "bias_gelu": "gelu",
+    "attention": "attn",
 }
+_LIBRARIES: Final = ("sdpa", "flash_attn", "xformers")  # of others: nothing of ours to prove
 _KNOWN: Final = ("cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers")
 
 
@@ -48,8 +50,10 @@ def unavailable_reason(op: str, backend: str, device_type: str) -> str | None:
         return None
     if backend not in BACKENDS[op]:
         return f"{op} has no {backend} implementation"
-    if backend == "sdpa":
-        return None
+    if backend in _LIBRARIES:
+        from ditscale.kernels.attn import adapters
+
+        return adapters.missing(backend, device_type)
     if backend == "cpu":
         return missing_reason("cpu") or (None if device_type == "cpu" else f"it serves CPU tensors, not {device_type}")
     if backend == "cuda":
@@ -90,11 +94,11 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 def _auto(op: str, device_type: str, dtype: torch.dtype) -> str:
     if dtype in KERNEL_DTYPES:
-        for candidate in BACKENDS[op]:
+        for candidate in _order(op, device_type):
             if unavailable_reason(op, candidate, device_type) is not None:
                 continue
-            if candidate == "sdpa":
-                return candidate  # PyTorch's own: nothing of ours to prove
+            if candidate in _LIBRARIES:
+                return candidate
             # Interpreted Triton is for tests: it is only ever asked for by name.
             if not (candidate == "triton" and device_type == "cpu") and not selfcheck.failure(
                 op, candidate, dtype, device_type
@@ -103,12 +107,20 @@ def _auto(op: str, device_type: str, dtype: torch.dtype) -> str:
     return "sdpa" if "sdpa" in BACKENDS[op] else "reference"
 
 
+def _order(op: str, device_type: str) -> tuple[str, ...]:
+    if op != "attention":
+        return BACKENDS[op]
+    from ditscale.kernels.attn import choice
+
+    return choice.order(device_type)
+
+
 def _named(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     if backend not in ("reference", *_KNOWN):
         known = ", ".join(("auto", "reference", *BACKENDS[op]))
         raise InputError(f"backend: expected one of {known}, got {backend!r}")
     reason = unavailable_reason(op, backend, device_type)
-    if reason is None and backend not in ("reference", "sdpa") and dtype not in KERNEL_DTYPES:
+    if reason is None and backend not in ("reference", *_LIBRARIES) and dtype not in KERNEL_DTYPES:
         reason = f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot run {op} here: {reason}")

@@ -62,11 +62,12 @@ def _inputs(op: str, shape: tuple[int, int, int], device: str) -> Tensors:
     raise ValueError(f"no self-check for {op}")
 
 
-def _run(function: Callable[..., Tensor | Tensors], inputs: Tensors, backend: str) -> Tensors:
+def _run(function: Callable[..., Tensor | Tensors], inputs: Tensors, backend: str, dtype: torch.dtype) -> Tensors:
     leaves = [t.detach().requires_grad_() for t in inputs]
     out = function(*leaves, backend=backend)
     outputs = out if isinstance(out, tuple) else (out,)
-    weights = [_numbers(tuple(o.shape), 7 + k, str(o.device)).to(o.dtype) for k, o in enumerate(outputs)]
+    # Rounded to the dtype under test in the exact run too: both are given the same numbers.
+    weights = [_numbers(tuple(o.shape), 7 + k, str(o.device)).to(dtype).to(o.dtype) for k, o in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, leaves, weights)
     return (*(o.detach() for o in outputs), *grads)
 
@@ -95,10 +96,10 @@ def compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | Non
         for shape in _SHAPES:
             inputs = tuple(t.to(dtype) for t in _inputs(op, shape, device))
             try:
-                got = _run(function, inputs, backend)
+                got = _run(function, inputs, backend, dtype)
             except Exception as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
                 return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            exact = _run(function, tuple(t.double() for t in inputs), "reference")
+            exact = _run(function, tuple(t.double() for t in inputs), "reference", dtype)
             for k, (a, b) in enumerate(zip(got, exact, strict=True)):
                 limit = TOLERANCE[dtype] * max(float(b.abs().max()), 1.0)
                 worst = float((a.double() - b).abs().max())

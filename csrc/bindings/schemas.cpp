@@ -25,17 +25,20 @@ STABLE_TORCH_LIBRARY(ditscale, m) {
       "(Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale)");
   m.def("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor");
   m.def("bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)");
-  // q [B, H, T, K]; k, v [B, H_kv, S, K]; out [B, H, T, K] over memory laid out [B, T, H, K]; for qkv [B, T, 3, H, K] it is
-  // [B, T, H * K]; stats [2, B, H, T] float32 (what the scores of a row are measured from, then 1 / sum of weights), or [0].
+  // What each argument and result is: kernels/attn/shapes.py.
   m.def(
-      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, bool save_stats) -> "
-      "(Tensor out, Tensor stats)");
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? lengths, Tensor? cu_q, Tensor? cu_k, "
+      "int max_q, int max_k, float scale, bool save_stats) -> (Tensor out, Tensor stats)");
   m.def(
-      "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor? lengths, float scale) "
-      "-> (Tensor dq, Tensor dk, Tensor dv)");
-  m.def("attention_qkv_fwd(Tensor qkv, Tensor? lengths, float scale, bool save_stats) -> (Tensor out, Tensor stats)");
+      "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor? key_bias, "
+      "Tensor? lengths, Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, bool bias_grad) -> "
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dkey_bias)");
   m.def(
-      "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor stats, Tensor? lengths, float scale) -> Tensor");
+      "attention_qkv_fwd(Tensor qkv, Tensor? key_bias, Tensor? lengths, Tensor? cu, int max_seqlen, float scale, "
+      "bool save_stats) -> (Tensor out, Tensor stats)");
+  m.def(
+      "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor stats, Tensor? key_bias, Tensor? lengths, "
+      "Tensor? cu, int max_seqlen, float scale, bool bias_grad) -> (Tensor dqkv, Tensor dkey_bias)");
   // Queries or keys: x [B, H, T, K]; weight [K]; cos, sin [T, K / 2] or [B, T, K / 2]; norm 0 none, 1 rms, 2 layer.
   m.def(
       "qk_norm_rope_fwd(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, float eps, int norm, bool interleaved) -> Tensor");

@@ -42,19 +42,66 @@ Tensor allocate_heads(int64_t B, int64_t H, int64_t T, int64_t K, const Tensor& 
   return torch::stable::transpose(rows, 1, 2);
 }
 
-void check_lengths(AttentionArgs& a, const std::optional<Tensor>& lengths) {
-  if (!lengths.has_value()) return;
+// What a call has besides its tensors of numbers.
+struct Options {
+  const std::optional<Tensor>&key_bias, &lengths, &cu_q, &cu_k;
+  double scale;
+};
+
+const int32_t* integers(const std::optional<Tensor>& t, int64_t count, const char* name) {
+  if (!t.has_value()) return nullptr;
   STD_TORCH_CHECK(
-      lengths->dim() == 1 && lengths->size(0) == a.B && lengths->scalar_type() == ScalarType::Long &&
-          lengths->is_contiguous(),
-      "lengths: expected [B] int64, contiguous");
-  a.lengths = static_cast<const int64_t*>(lengths->const_data_ptr());
-  for (int64_t b = 0; b < a.B; ++b) {
-    STD_TORCH_CHECK(a.lengths[b] >= 0 && a.lengths[b] <= a.S, "lengths: expected 0 to ", a.S, ", got ", a.lengths[b]);
-  }
+      t->dim() == 1 && (count < 0 ? t->size(0) > 0 : t->size(0) == count) && t->scalar_type() == ScalarType::Int &&
+          t->is_contiguous(),
+      name, ": expected int32, contiguous, one a sample (of packed sequences one more than there are)");
+  return static_cast<const int32_t*>(t->const_data_ptr());
 }
 
-AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& lengths, double scale) {
+// The longest sequence; the ends must rise from 0 to at most `rows`.
+int64_t longest(const int32_t* cu, int64_t sequences, int64_t rows, const char* name) {
+  int64_t most = 0;
+  bool right = cu[0] == 0 && cu[sequences] <= rows;
+  for (int64_t i = 0; i < sequences; ++i) {
+    const int64_t length = cu[i + 1] - cu[i];
+    right = right && length >= 0;
+    if (length > most) most = length;
+  }
+  STD_TORCH_CHECK(right, name, ": expected positions that start at 0 and never fall, at most ", rows);
+  return most;
+}
+
+// Everything that does not depend on how q, k and v lie in memory.
+void set_options(AttentionArgs& a, const Options& o) {
+  a.scale = static_cast<float>(o.scale);
+  a.sequences = a.B;
+  a.most_queries = a.T;
+  a.most_keys = a.S;
+  if (o.key_bias.has_value()) {
+    const Tensor& bias = *o.key_bias;
+    STD_TORCH_CHECK(
+        bias.dim() == 3 && bias.size(0) == a.B && bias.size(1) == a.H && bias.size(2) == a.S &&
+            bias.scalar_type() == ScalarType::Float,
+        "key_bias: expected [B, H, S] float32");
+    a.key_bias = static_cast<const float*>(bias.const_data_ptr());
+    a.bias_b = bias.stride(0);
+    a.bias_h = bias.stride(1);
+    a.bias_s = bias.stride(2);
+  }
+  a.lengths = integers(o.lengths, a.B, "lengths");
+  for (int64_t b = 0; a.lengths != nullptr && b < a.B; ++b) {
+    STD_TORCH_CHECK(a.lengths[b] >= 0 && a.lengths[b] <= a.S, "lengths: expected 0 to ", a.S, ", got ", a.lengths[b]);
+  }
+  a.cu_q = integers(o.cu_q, -1, "cu_q");
+  if (a.cu_q == nullptr) return;
+  STD_TORCH_CHECK(a.B == 1 && a.lengths == nullptr, "cu_q: expected one sample of packed sequences, and no lengths");
+  a.sequences = o.cu_q->size(0) - 1;
+  a.cu_k = integers(o.cu_k, a.sequences + 1, "cu_k");
+  STD_TORCH_CHECK(a.cu_k != nullptr, "cu_k: expected together with cu_q");
+  a.most_queries = longest(a.cu_q, a.sequences, a.T, "cu_q");
+  a.most_keys = longest(a.cu_k, a.sequences, a.S, "cu_k");
+}
+
+AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v: expected [B, H, T, K]");
   AttentionArgs a{};
   a.B = q.size(0);
@@ -69,11 +116,10 @@ AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const s
         "k, v: expected [B, H_kv, S, K] to go with q, of its dtype");
   }
   STD_TORCH_CHECK(a.H_kv > 0 ? a.H % a.H_kv == 0 : a.H == 0, "k: expected a number of heads that divides that of q");
-  a.scale = static_cast<float>(scale);
   a.q = input(q);
   a.k = input(k);
   a.v = input(v);
-  check_lengths(a, lengths);
+  set_options(a, options);
   return a;
 }
 
@@ -86,16 +132,15 @@ void view_qkv(const Tensor& t, void* data, HeadView* q, HeadView* k, HeadView* v
   }
 }
 
-AttentionArgs args_of(const Tensor& qkv, const std::optional<Tensor>& lengths, double scale) {
+AttentionArgs args_of(const Tensor& qkv, const Options& options) {
   STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3, "qkv: expected [B, T, 3, H, K]");
   AttentionArgs a{};
   a.B = qkv.size(0);
   a.T = a.S = qkv.size(1);
   a.H = a.H_kv = qkv.size(3);
   a.K = qkv.size(4);
-  a.scale = static_cast<float>(scale);
   view_qkv(qkv, const_cast<void*>(qkv.const_data_ptr()), &a.q, &a.k, &a.v);
-  check_lengths(a, lengths);
+  set_options(a, options);
   return a;
 }
 
@@ -106,91 +151,140 @@ void point_stats(AttentionArgs& a, const Tensor& stats) {
   a.row_weight = a.row_origin + rows;
 }
 
+// Zeroes the rows [begin, end) of every head of a sample: those that belong to no sequence, and no key counts for.
+void zero_rows(const HeadView& view, int64_t b, int64_t heads, int64_t begin, int64_t end, size_t row_bytes, size_t size) {
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t t = begin; t < end; ++t) {
+      std::memset(static_cast<char*>(view.data) + (b * view.b + h * view.h + t * view.t) * size, 0, row_bytes);
+    }
+  }
+}
+
 // Fills what a.out sees; returns the statistics.
 Tensor run_forward(AttentionArgs& a, const Tensor& like, bool save_stats) {
   const AttentionKernels& kernels = attention_table().by_storage[static_cast<int>(storage_of(like, "q"))];
   Tensor stats = save_stats ? allocate({2, a.B, a.H, a.T}, aoti_torch_dtype_float32(), like)
                             : allocate({0}, aoti_torch_dtype_float32(), like);
   if (save_stats) point_stats(a, stats);
-  const int64_t blocks = (a.T + QUERIES - 1) / QUERIES, rows = a.T < QUERIES ? a.T : QUERIES;
+  const int64_t blocks = (a.most_queries + QUERIES - 1) / QUERIES, rows = a.most_queries < QUERIES ? a.most_queries : QUERIES;
   torch::stable::parallel_for(
-      0, a.B * a.H * blocks, grain(4 * rows * a.S * a.K), [&](int64_t begin, int64_t end) {
+      0, a.sequences * a.H * blocks, grain(4 * rows * a.most_keys * a.K), [&](int64_t begin, int64_t end) {
         float* scratch = scratch_of_thread.get(kernels.forward_scratch(a));
         for (int64_t i = begin; i < end; ++i) {
           kernels.forward(a, i / blocks / a.H, i / blocks % a.H, i % blocks, scratch);
         }
       });
+  if (a.cu_q != nullptr) {
+    const int64_t last = a.cu_q[a.sequences], size = static_cast<int64_t>(like.element_size());
+    zero_rows(a.out, 0, a.H, last, a.T, size * a.K, size);
+    for (int64_t row = 0; save_stats && row < 2 * a.H; ++row) {
+      std::memset(a.row_origin + row * a.T + last, 0, sizeof(float) * (a.T - last));
+    }
+  }
   return stats;
 }
 
-void zero_rows(const HeadView& view, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t K) {
-  for (int64_t t = begin; t < end; ++t) {
-    std::memset(static_cast<float*>(view.data) + b * view.b + h * view.h + t * view.t, 0, sizeof(float) * K);
-  }
-}
-
-// Fills what a.dq, a.dk and a.dv see. The cut into pieces follows from the shape, never from the number of threads.
-void run_backward(AttentionArgs& a, const Tensor& stats, const Tensor& like) {
+// Fills what a.dq, a.dk and a.dv see, and returns the gradient of the biases. The cut into pieces follows from the shape, never
+// from the number of threads.
+Tensor run_backward(AttentionArgs& a, const Tensor& stats, const Tensor& like, bool bias_grad) {
   const Storage storage = storage_of(like, "q");
   const AttentionKernels& kernels = attention_table().by_storage[static_cast<int>(storage)];
   point_stats(a, stats);
-  const int64_t heads = a.B * a.H_kv, width = kernels.row_width(a.K), sums = a.S * width;
-  const int64_t items = a.H_kv > 0 ? a.H / a.H_kv * ((a.T + QUERIES - 1) / QUERIES) : 0;
+  const int64_t heads = a.sequences * a.H_kv, width = kernels.row_width(a.K), sums = a.most_keys * width;
+  const int64_t group = a.H_kv > 0 ? a.H / a.H_kv : 0, items = group * ((a.most_queries + QUERIES - 1) / QUERIES);
   int64_t pieces = heads > 0 ? (PIECES + heads - 1) / heads : 1;
   if (pieces > items / BLOCKS_A_PIECE) pieces = items / BLOCKS_A_PIECE;
   if (pieces < 1) pieces = 1;
   const int64_t per_piece = (items + pieces - 1) / pieces;
   const bool direct = kernels.direct && width == a.K && pieces == 1;
-  std::optional<Tensor> held;
-  float* partial = nullptr;
+  const size_t size = like.element_size(), row_bytes = size * static_cast<size_t>(a.K);
+  std::optional<Tensor> held, held_bias;
+  float *partial = nullptr, *bias_sums = nullptr;
   if (pieces > 1) {
     held = allocate({heads, pieces, 2, sums}, aoti_torch_dtype_float32(), like);
     partial = static_cast<float*>(held->mutable_data_ptr());
   }
-  const int64_t flops = 10 * (a.T < per_piece * QUERIES ? a.T : per_piece * QUERIES) * a.S * a.K;
+  Tensor dbias = bias_grad ? allocate({a.B, a.H, a.S}, aoti_torch_dtype_float32(), like)
+                           : allocate({0}, aoti_torch_dtype_float32(), like);
+  if (bias_grad) {
+    STD_TORCH_CHECK(a.scale != 0.f, "scale: expected another number than 0 for gradients of key_bias");
+    held_bias = allocate({heads, pieces, group, a.most_keys}, aoti_torch_dtype_float32(), like);
+    bias_sums = static_cast<float*>(held_bias->mutable_data_ptr());
+    std::memset(bias_sums, 0, sizeof(float) * static_cast<size_t>(held_bias->numel()));
+  }
+  const int64_t flops =
+      10 * (a.most_queries < per_piece * QUERIES ? a.most_queries : per_piece * QUERIES) * a.most_keys * a.K;
   torch::stable::parallel_for(0, heads * pieces, grain(flops), [&](int64_t begin, int64_t end) {
     const int64_t work = kernels.backward_scratch(a);
     float* scratch = scratch_of_thread.get(work + 2 * sums);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / pieces, b = head / a.H_kv, h = head % a.H_kv;
+      const int64_t head = i / pieces, n = head / a.H_kv, h = head % a.H_kv;
       const int64_t first = i % pieces * per_piece, last = first + per_piece < items ? first + per_piece : items;
+      float* bias_sum = bias_grad ? bias_sums + i * group * a.most_keys : nullptr;
       if (direct) {
-        const auto at = [&](const HeadView& v) { return static_cast<float*>(v.data) + b * v.b + h * v.h; };
-        kernels.backward(a, b, h, first, last, at(a.dk), at(a.dv), a.dk.t, scratch);
-        const int64_t keys = a.span(b).keys;
-        zero_rows(a.dk, b, h, keys, a.S, a.K);
-        zero_rows(a.dv, b, h, keys, a.S, a.K);
+        const Span span = a.span(n);
+        const auto at = [&](const HeadView& v) {
+          return static_cast<float*>(v.data) + span.b * v.b + h * v.h + span.first_key * v.t;
+        };
+        kernels.backward(a, n, h, first, last, at(a.dk), at(a.dv), a.dk.t, bias_sum, scratch);
+        for (HeadView v : {a.dk, a.dv}) {
+          v.data = static_cast<float*>(v.data) + h * v.h;
+          zero_rows(v, span.b, 1, span.first_key + span.keys, span.first_key + span.owned, row_bytes, size);
+        }
         continue;
       }
       float* dk_sum = pieces > 1 ? partial + i * 2 * sums : scratch + work;
-      kernels.backward(a, b, h, first, last, dk_sum, dk_sum + sums, width, scratch);
-      if (pieces == 1) kernels.store_sums(a, b, h, dk_sum, dk_sum + sums, 1, 0);
+      kernels.backward(a, n, h, first, last, dk_sum, dk_sum + sums, width, bias_sum, scratch);
+      if (pieces == 1) kernels.store_sums(a, n, h, dk_sum, dk_sum + sums, 1, 0);
     }
   });
-  if (pieces == 1) return;
-  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* dk_sum = partial + i * pieces * 2 * sums;
-      kernels.store_sums(a, i / a.H_kv, i % a.H_kv, dk_sum, dk_sum + sums, pieces, 2 * sums);
+  if (pieces > 1) {
+    torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const float* dk_sum = partial + i * pieces * 2 * sums;
+        kernels.store_sums(a, i / a.H_kv, i % a.H_kv, dk_sum, dk_sum + sums, pieces, 2 * sums);
+      }
+    });
+  }
+  if (a.cu_q != nullptr) {
+    zero_rows(a.dq, 0, a.H, a.cu_q[a.sequences], a.T, row_bytes, size);
+    for (const HeadView* v : {&a.dk, &a.dv}) zero_rows(*v, 0, a.H_kv, a.cu_k[a.sequences], a.S, row_bytes, size);
+  }
+  if (bias_grad) {
+    float* to = static_cast<float*>(dbias.mutable_data_ptr());
+    std::memset(to, 0, sizeof(float) * static_cast<size_t>(dbias.numel()));
+    for (int64_t head = 0; head < heads; ++head) {
+      const Span span = a.span(head / a.H_kv);
+      for (int64_t g = 0; g < group; ++g) {
+        float* row = to + (span.b * a.H + head % a.H_kv * group + g) * a.S + span.first_key;
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const float* from = bias_sums + ((head * pieces + piece) * group + g) * a.most_keys;
+          for (int64_t s = 0; s < span.keys; ++s) row[s] += from[s];
+        }
+      }
     }
-  });
+  }
+  return dbias;
 }
 
+using Optional = std::optional<Tensor>;
+
 std::tuple<Tensor, Tensor> attention_fwd(
-    Tensor q_in, Tensor k_in, Tensor v_in, std::optional<Tensor> lengths, double scale, bool save_stats) {
+    Tensor q_in, Tensor k_in, Tensor v_in, Optional key_bias, Optional lengths, Optional cu_q, Optional cu_k, int64_t, int64_t,
+    double scale, bool save_stats) {
   const Tensor q = inner_dense(q_in), k = inner_dense(k_in), v = inner_dense(v_in);
-  AttentionArgs a = args_of(q, k, v, lengths, scale);
+  AttentionArgs a = args_of(q, k, v, {key_bias, lengths, cu_q, cu_k, scale});
   Tensor out = allocate_heads(a.B, a.H, a.T, a.K, q);
   a.out = view_of(out, out.mutable_data_ptr());
   return {out, run_forward(a, q, save_stats)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(
-    Tensor dout_in, Tensor q_in, Tensor k_in, Tensor v_in, Tensor out_in, Tensor stats, std::optional<Tensor> lengths,
-    double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    Tensor dout_in, Tensor q_in, Tensor k_in, Tensor v_in, Tensor out_in, Tensor stats, Optional key_bias, Optional lengths,
+    Optional cu_q, Optional cu_k, int64_t, int64_t, double scale, bool bias_grad) {
   const Tensor q = inner_dense(q_in), k = inner_dense(k_in), v = inner_dense(v_in);
   const Tensor dout = inner_dense(dout_in), out = inner_dense(out_in);
-  AttentionArgs a = args_of(q, k, v, lengths, scale);
+  AttentionArgs a = args_of(q, k, v, {key_bias, lengths, cu_q, cu_k, scale});
   for (const Tensor* t : {&dout, &out}) {
     STD_TORCH_CHECK(
         t->dim() == 4 && t->size(0) == a.B && t->size(1) == a.H && t->size(2) == a.T && t->size(3) == a.K &&
@@ -204,8 +298,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
   a.dq = view_of(dq, dq.mutable_data_ptr());
   a.dk = view_of(dk, dk.mutable_data_ptr());
   a.dv = view_of(dv, dv.mutable_data_ptr());
-  run_backward(a, stats, q);
-  return {dq, dk, dv};
+  return {dq, dk, dv, run_backward(a, stats, q, bias_grad)};
 }
 
 // The heads of out [B, T, H * K].
@@ -217,24 +310,25 @@ HeadView heads_of(const Tensor& out, const AttentionArgs& a, void* data, const T
   return {data, out.stride(0), a.K, out.stride(1)};
 }
 
-std::tuple<Tensor, Tensor> attention_qkv_fwd(Tensor qkv_in, std::optional<Tensor> lengths, double scale, bool save_stats) {
+std::tuple<Tensor, Tensor> attention_qkv_fwd(
+    Tensor qkv_in, Optional key_bias, Optional lengths, Optional cu, int64_t, double scale, bool save_stats) {
   const Tensor qkv = inner_dense(qkv_in);
-  AttentionArgs a = args_of(qkv, lengths, scale);
+  AttentionArgs a = args_of(qkv, {key_bias, lengths, cu, cu, scale});
   Tensor out = allocate({a.B, a.T, a.H * a.K}, dtype_of(qkv), qkv);
   a.out = heads_of(out, a, out.mutable_data_ptr(), qkv);
   return {out, run_forward(a, qkv, save_stats)};
 }
 
-Tensor attention_qkv_bwd(
-    Tensor dout_in, Tensor qkv_in, Tensor out_in, Tensor stats, std::optional<Tensor> lengths, double scale) {
+std::tuple<Tensor, Tensor> attention_qkv_bwd(
+    Tensor dout_in, Tensor qkv_in, Tensor out_in, Tensor stats, Optional key_bias, Optional lengths, Optional cu, int64_t,
+    double scale, bool bias_grad) {
   const Tensor qkv = inner_dense(qkv_in), dout = inner_dense(dout_in), out = inner_dense(out_in);
-  AttentionArgs a = args_of(qkv, lengths, scale);
+  AttentionArgs a = args_of(qkv, {key_bias, lengths, cu, cu, scale});
   a.dout = heads_of(dout, a, const_cast<void*>(dout.const_data_ptr()), qkv);
   a.out = heads_of(out, a, const_cast<void*>(out.const_data_ptr()), qkv);
   Tensor dqkv = allocate({a.B, a.T, 3, a.H, a.K}, dtype_of(qkv), qkv);
   view_qkv(dqkv, dqkv.mutable_data_ptr(), &a.dq, &a.dk, &a.dv);
-  run_backward(a, stats, qkv);
-  return dqkv;
+  return {dqkv, run_backward(a, stats, qkv, bias_grad)};
 }
 
 }  // namespace

@@ -11,21 +11,30 @@ struct HeadView {
   int64_t b, h, t;
 };
 
-// One sequence of queries and its keys, as positions along T of the views.
+// One sequence of queries and its keys, as positions along T and S of sample b. `owned` keys belong to it, the first `keys` of
+// them count.
 struct Span {
-  int64_t first_query, queries, first_key, keys;
+  int64_t b, first_query, queries, first_key, keys, owned;
 };
 
 struct AttentionArgs {
   int64_t B, H, H_kv, T, S, K;     // H queries' heads share H_kv keys' heads, H / H_kv each
+  int64_t sequences, most_queries, most_keys;  // sequences: B, or those packed into the one sample
   float scale;
   HeadView q, k, v, out;
   float *row_origin, *row_weight;  // [B, H, T]: what the scores of a row are measured from, and 1 / sum of weights; or null
-  const int64_t* lengths;          // [B]: keys that count; null: all
+  const float* key_bias;           // added to the scores of a key; null: nothing
+  int64_t bias_b, bias_h, bias_s;
+  const int32_t* lengths;          // [B]: keys that count; null: all
+  const int32_t *cu_q, *cu_k;      // [sequences + 1]; null: not packed
   HeadView dout, dq, dk, dv;       // backward only
 
-  Span span(int64_t b) const {
-    return {0, T, 0, lengths == nullptr ? S : lengths[b]};
+  Span span(int64_t n) const {
+    if (cu_q != nullptr) {
+      const int64_t keys = cu_k[n + 1] - cu_k[n];
+      return {0, cu_q[n], cu_q[n + 1] - cu_q[n], cu_k[n], keys, keys};
+    }
+    return {n, 0, T, 0, lengths == nullptr ? S : lengths[n], S};
   }
 };
 
@@ -35,16 +44,17 @@ constexpr int64_t KEYS = 64;       // of a block: scores and their gradients of 
 struct AttentionKernels {
   int64_t (*forward_scratch)(const AttentionArgs&);   // floats
   int64_t (*backward_scratch)(const AttentionArgs&);
-  // The output rows of query block `block` of one head of one sample.
-  void (*forward)(const AttentionArgs&, int64_t b, int64_t h, int64_t block, float* scratch);
-  // The query blocks [begin, end) of one sample and one head of keys, counted over its heads of queries: writes their dq, and
-  // their sums for the keys of the sample into dk_sum and dv_sum, float32 rows of row_width(K) numbers, `row` apart.
+  // The output rows of query block `block` of one head of one sequence.
+  void (*forward)(const AttentionArgs&, int64_t n, int64_t h, int64_t block, float* scratch);
+  // The query blocks [begin, end) of one sequence and one head of keys, counted over its heads of queries, most_queries each:
+  // writes their dq, and their sums for the keys that count into dk_sum and dv_sum, float32 rows of row_width(K) numbers, `row`
+  // apart. Adds the gradients of the biases to bias_sum [H / H_kv, most_keys], null where nobody asks.
   void (*backward)(
-      const AttentionArgs&, int64_t b, int64_t h_kv, int64_t begin, int64_t end, float* dk_sum, float* dv_sum, int64_t row,
-      float* scratch);
-  // dk and dv of one head, all S keys, from `chunks` such sums with dense rows, `step` floats apart.
+      const AttentionArgs&, int64_t n, int64_t h_kv, int64_t begin, int64_t end, float* dk_sum, float* dv_sum, int64_t row,
+      float* bias_sum, float* scratch);
+  // dk and dv of one head, all keys that the sequence owns, from `chunks` such sums with dense rows, `step` floats apart.
   void (*store_sums)(
-      const AttentionArgs&, int64_t b, int64_t h_kv, const float* dk_sum, const float* dv_sum, int64_t chunks, int64_t step);
+      const AttentionArgs&, int64_t n, int64_t h_kv, const float* dk_sum, const float* dv_sum, int64_t chunks, int64_t step);
   int64_t (*row_width)(int64_t K);
   bool direct;                     // storage is float32: where K is a whole row_width, sums can be made in the gradient itself
 };

@@ -152,13 +152,22 @@ struct Rows {
   int64_t step;
 };
 
-// Scores of `keys` keys against the query block: s[key][query] = k[key] . qt[:, query]; their maxima join `top`.
+template <int M, int N>
+DS_INLINE void add_bias(vf (&acc)[M][N], const float* bias) {
+  if (bias == nullptr) return;
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) acc[m][n] += splat(bias[m]);
+  }
+}
+
+// Scores of `keys` keys against the query block: s[key][query] = k[key] . qt[:, query] + bias[key]; their maxima join `top`.
 __attribute__((noinline)) void scores(
-    Rows k, const float* qt, int64_t keys, int64_t vectors, int64_t K, float* s, float* top) {
+    Rows k, const float* qt, const float* bias, int64_t keys, int64_t vectors, int64_t K, float* s, float* top) {
   for_tiles<TILE_VECTORS>(keys, 0, vectors, [&](auto m_count, auto n_count, int64_t row, int64_t v) {
     constexpr int M = decltype(m_count)::value, N = decltype(n_count)::value;
     vf acc[M][N] = {};
     multiply<1>(acc, k.data + row * k.step, k.step, 1, qt + v * W, QUERIES, K);
+    add_bias(acc, bias == nullptr ? nullptr : bias + row);
     for (int n = 0; n < N; ++n) {
       float* t = top + (v + n) * W;
       vf most = get_at<vf>(t);
@@ -173,11 +182,13 @@ __attribute__((noinline)) void scores(
 
 // The same scores made weights at once: p = 2^exponent(s, from) * weight.
 __attribute__((noinline)) void weights(
-    Rows k, const float* qt, int64_t keys, int64_t vectors, int64_t K, const float* from, const float* weight, float* p) {
+    Rows k, const float* qt, const float* bias, int64_t keys, int64_t vectors, int64_t K, const float* from,
+    const float* weight, float* p) {
   for_tiles<TILE_VECTORS>(keys, 0, vectors, [&](auto m_count, auto n_count, int64_t row, int64_t v) {
     constexpr int M = decltype(m_count)::value, N = decltype(n_count)::value;
     vf acc[M][N] = {};
     multiply<1>(acc, k.data + row * k.step, k.step, 1, qt + v * W, QUERIES, K);
+    add_bias(acc, bias == nullptr ? nullptr : bias + row);
     for (int n = 0; n < N; ++n) {
       const vf t = get_at<vf>(from + (v + n) * W), w = get_at<vf>(weight + (v + n) * W);
       for (int m = 0; m < M; ++m) {
@@ -252,23 +263,31 @@ __attribute__((noinline)) void key_sums(
 
 // The scores of a block become weights 2^exponent(s, from), and their sums join those so far, shrunk by `factor`.
 DS_INLINE void soften(float* s, int64_t keys, int64_t vectors, const float* from, const float* factor, float* sum) {
-  constexpr int N = 2;
+  constexpr int N = 2, SUMS = 4;
   int64_t v = 0;
   const auto strip = [&](auto n_count, int64_t at) {
     constexpr int M = decltype(n_count)::value;
-    vf t[M], total[M] = {};
+    vf t[M], total[SUMS][M] = {};  // one sum over all keys would gather twice the rounding
     for (int n = 0; n < M; ++n) t[n] = get_at<vf>(from + at + n * W);
     float* row = s + at;
-    for (int64_t key = 0; key < keys; ++key, row += QUERIES) {
+    const auto take = [&](int part) {
       for (int n = 0; n < M; ++n) {
         const vf p = exp2_of(exponent(get_at<vf>(row + n * W), t[n]));
         put_at(row + n * W, p);
-        total[n] += p;
+        total[part][n] += p;
       }
+      row += QUERIES;
+    };
+    int64_t key = 0;
+    for (; key + SUMS <= keys; key += SUMS) {
+#pragma GCC unroll 4
+      for (int part = 0; part < SUMS; ++part) take(part);
     }
+    for (; key < keys; ++key) take(0);
     for (int n = 0; n < M; ++n) {
       const int64_t i = at + n * W;
-      put_at(sum + i, get_at<vf>(sum + i) * get_at<vf>(factor + i) + total[n]);
+      const vf block = (total[0][n] + total[1][n]) + (total[2][n] + total[3][n]);
+      put_at(sum + i, get_at<vf>(sum + i) * get_at<vf>(factor + i) + block);
     }
   };
   for (; v + N <= vectors; v += N) strip(count_t<N>{}, v * W);
@@ -412,15 +431,34 @@ DS_INLINE int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
+// The biases of `count` keys from position s on, in a row; null where the call has none.
+DS_INLINE const float* biases(const AttentionArgs& a, int64_t b, int64_t h, int64_t s, int64_t count, float* room) {
+  if (a.key_bias == nullptr) return nullptr;
+  const float* from = a.key_bias + b * a.bias_b + h * a.bias_h + s * a.bias_s;
+  if (a.bias_s == 1) return from;
+  for (int64_t i = 0; i < count; ++i) room[i] = from[i * a.bias_s];
+  return room;
+}
+
+// sums[key] += sum over queries of ds[key][query] * factor.
+DS_INLINE void bias_sums(const float* ds, int64_t keys, int64_t queries, float factor, float* sums) {
+  for (int64_t key = 0; key < keys; ++key) {
+    Total total;
+    for_span(queries, [&](auto v, int64_t i) { total.add(get_at<decltype(v)>(ds + key * QUERIES + i)); });
+    sums[key] += total.get() * factor;
+  }
+}
+
 inline int64_t forward_scratch(const AttentionArgs& a) {
   const int64_t width = padded(a.K) + 16;
-  return width * (4 * QUERIES + 2 * KEYS) + KEYS * QUERIES + 4 * QUERIES + 256;
+  return width * (4 * QUERIES + 2 * KEYS) + KEYS * QUERIES + 5 * QUERIES + 256;
 }
 
 template <class T>
-void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t block, float* scratch) {
+void forward(const AttentionArgs& a, int64_t n, int64_t h, int64_t block, float* scratch) {
   const int64_t K = a.K, width = padded(K), h_kv = h / (a.H / a.H_kv);
-  const Span span = a.span(b);
+  const Span span = a.span(n);
+  const int64_t b = span.b;
   const int64_t first = block * QUERIES;
   if (first >= span.queries) return;
   const int64_t q0 = span.first_query + first, queries = least(QUERIES, span.queries - first);
@@ -434,6 +472,7 @@ void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t block, float*
   float* k_room = arena.take(width * KEYS);
   float* v_room = arena.take(width * KEYS);
   float *top = arena.take(QUERIES), *sum = arena.take(QUERIES), *factor = arena.take(QUERIES), *from = arena.take(QUERIES);
+  float* bias_room = arena.take(KEYS);
 
   to_columns(read_rows<T>(a.q, b, h, q0, queries, K, q_room), queries, lanes, width, a.scale, qt);
   const float none = -__builtin_inff();
@@ -444,7 +483,8 @@ void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t block, float*
   }
   for (int64_t k0 = 0; k0 < span.keys; k0 += KEYS) {
     const int64_t keys = least(KEYS, span.keys - k0), at = span.first_key + k0;
-    scores(read_rows<T>(a.k, b, h_kv, at, keys, K, k_room), qt, keys, vectors, K, s, top);
+    scores(
+        read_rows<T>(a.k, b, h_kv, at, keys, K, k_room), qt, biases(a, b, h, at, keys, bias_room), keys, vectors, K, s, top);
     for (int64_t i = 0; i < lanes; i += W) {
       // A row without a score above -infinity keeps weights of zero instead of 2^(infinity - infinity).
       const vf most = get_at<vf>(top + i), next = pick(most == splat(none), vf{}, origin(most));
@@ -477,16 +517,16 @@ void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t block, float*
 
 inline int64_t backward_scratch(const AttentionArgs& a) {
   const int64_t width = padded(a.K) + 16;
-  return width * (7 * QUERIES + 2 * KEYS) + 2 * KEYS * QUERIES + 4 * QUERIES + 256;
+  return width * (7 * QUERIES + 2 * KEYS) + 2 * KEYS * QUERIES + 5 * QUERIES + 256;
 }
 
 template <class T>
 void backward(
-    const AttentionArgs& a, int64_t b, int64_t h_kv, int64_t begin, int64_t end, float* dk_sum, float* dv_sum, int64_t row,
-    float* scratch) {
+    const AttentionArgs& a, int64_t n, int64_t h_kv, int64_t begin, int64_t end, float* dk_sum, float* dv_sum, int64_t row,
+    float* bias_sum, float* scratch) {
   const int64_t K = a.K, width = padded(K), group = a.H / a.H_kv;
-  const Span span = a.span(b);
-  const int64_t blocks = (a.T + QUERIES - 1) / QUERIES;
+  const Span span = a.span(n);
+  const int64_t b = span.b, blocks = (a.most_queries + QUERIES - 1) / QUERIES;
   Arena arena{scratch};
   float* qt = arena.take(width * QUERIES);
   float* dot = arena.take(width * QUERIES);
@@ -500,6 +540,7 @@ void backward(
   float* k_room = arena.take(width * KEYS);
   float* v_room = arena.take(width * KEYS);
   float *from = arena.take(QUERIES), *weight = arena.take(QUERIES), *delta = arena.take(QUERIES), *one = arena.take(QUERIES);
+  float* bias_room = arena.take(KEYS);
   for (int64_t i = 0; i < QUERIES; ++i) one[i] = 1.f;
   bool fresh = true;
   for (int64_t item = begin; item < end; ++item) {
@@ -522,9 +563,12 @@ void backward(
     for (int64_t k0 = 0; k0 < span.keys; k0 += KEYS) {
       const int64_t keys = least(KEYS, span.keys - k0), at = span.first_key + k0;
       const Rows k = read_rows<T>(a.k, b, h_kv, at, keys, K, k_room);
-      weights(k, qt, keys, vectors, K, from, weight, p);
+      weights(k, qt, biases(a, b, h, at, keys, bias_room), keys, vectors, K, from, weight, p);
       score_gradients(
           read_rows<T>(a.v, b, h_kv, at, keys, K, v_room), dot, keys, vectors, K, p, delta, ds);
+      if (bias_sum != nullptr) {
+        bias_sums(ds, keys, queries, 1.f / a.scale, bias_sum + item / blocks * a.most_keys + k0);
+      }
       weighted_sums(k, ds, keys, vectors, K, k0 > 0 ? one : nullptr, dqt);
       key_sums(p, dout, keys, queries, width, fresh, {dv_sum + k0 * row, row});
       key_sums(ds, q, keys, queries, width, fresh, {dk_sum + k0 * row, row});
@@ -546,22 +590,20 @@ void backward(
 
 template <class T>
 void store_sums(
-    const AttentionArgs& a, int64_t b, int64_t h_kv, const float* dk_sum, const float* dv_sum, int64_t chunks, int64_t step) {
+    const AttentionArgs& a, int64_t n, int64_t h_kv, const float* dk_sum, const float* dv_sum, int64_t chunks, int64_t step) {
   const int64_t K = a.K, width = padded(K);
-  const Span span = a.span(b);
-  for (int64_t i = 0; i < a.S; ++i) {
-    T* dk = row_at<T>(a.dk, b, h_kv, i);
-    T* dv = row_at<T>(a.dv, b, h_kv, i);
-    const bool counts = i >= span.first_key && i < span.first_key + span.keys;
-    const int64_t at = (i - span.first_key) * width;
-    for_row(K, [&](auto whole, int64_t d, int64_t n) {
+  const Span span = a.span(n);
+  for (int64_t i = 0; i < span.owned; ++i) {
+    T* dk = row_at<T>(a.dk, span.b, h_kv, span.first_key + i);
+    T* dv = row_at<T>(a.dv, span.b, h_kv, span.first_key + i);
+    for_row(K, [&](auto whole, int64_t d, int64_t count) {
       vf k_total{}, v_total{};
-      for (int64_t c = 0; counts && c < chunks; ++c) {
-        k_total += get<whole.value>(dk_sum + c * step + at + d, n);
-        v_total += get<whole.value>(dv_sum + c * step + at + d, n);
+      for (int64_t c = 0; i < span.keys && c < chunks; ++c) {
+        k_total += get<whole.value>(dk_sum + c * step + i * width + d, count);
+        v_total += get<whole.value>(dv_sum + c * step + i * width + d, count);
       }
-      put<whole.value>(dk + d, k_total, n);
-      put<whole.value>(dv + d, v_total, n);
+      put<whole.value>(dk + d, k_total, count);
+      put<whole.value>(dv + d, v_total, count);
     });
   }
 }

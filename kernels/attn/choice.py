@@ -14,6 +14,11 @@ from typing import Final
 CPU_FEWEST_QUERIES: Final = ((8, 1), (1 << 30, 3))
 
 
+def order(device_type: str) -> tuple[str, ...]:
+    """The backends that ``auto`` tries on a device of this type. On GPUs none of ours has been measured yet: PyTorch's own."""
+    return ("cpu", "sdpa") if device_type == "cpu" else ("sdpa",)
+
+
 def cpu_pays(T: int, K: int) -> bool:
     """True where the CPU library's attention measured at least as fast as SDPA for T queries of width K."""
     for widest, fewest in CPU_FEWEST_QUERIES:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ditscale.errors import InputError
 from ditscale.kernels import dispatch
-from ditscale.kernels.attn import choice, reference
-from ditscale.kernels.library import missing_reason
+from ditscale.kernels.attn import adapters, choice, reference
+from ditscale.kernels.attn import native as _native  # noqa: F401 (loads and describes ditscale::*)
 
 AttentionBackend = Literal["auto", "reference", "cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers"]
-
-if missing_reason("cpu") is None:
-    from ditscale.kernels.attn import native as _native  # noqa: F401 (shapes and FLOPs of the loaded operators)
+_OWN = ("cpu", "triton", "cuda")  # those with the operators of shapes.py; the others bring their own autograd
 
 
 def _ops(backend: str) -> Any:
@@ -29,55 +26,92 @@ def _wants_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _differentiable(out: Tensor, inputs: tuple[Tensor, ...], dout: Tensor) -> list[Tensor | None]:
-    used = [t for t in inputs if t.requires_grad]
-    found = iter(torch.autograd.grad(out, used, dout, create_graph=True))
-    return [next(found) if t.requires_grad else None for t in inputs]
+def _differentiable(
+    out: Tensor, inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], dout: Tensor
+) -> list[Tensor | None]:
+    used = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(out, used, dout, create_graph=True))  # type: ignore[arg-type]
+    return [next(found) if want else None for want in wanted]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float
+        ctx: Any,
+        backend: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_bias: Tensor | None,
+        lengths: Tensor | None,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        max_q: int,
+        max_k: int,
+        scale: float,
     ) -> Tensor:
-        out, stats = _ops(backend).attention_fwd(q, k, v, lengths, scale, True)
-        ctx.save_for_backward(q, k, v, out, stats, lengths)
-        ctx.backend, ctx.scale = backend, scale
+        out, stats = _ops(backend).attention_fwd(q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale, True)
+        ctx.save_for_backward(q, k, v, out, stats, key_bias, lengths, cu_q, cu_k)
+        ctx.backend, ctx.options = backend, (max_q, max_k, scale)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, stats, lengths = ctx.saved_tensors
+        q, k, v, out, stats, key_bias, lengths, cu_q, cu_k = ctx.saved_tensors
+        bias_grad = ctx.needs_input_grad[4]
         if _wants_graph():
-            plain = reference.attention_ref(q, k, v, scale=ctx.scale, lengths=lengths)
-            return (None, *_differentiable(plain, (q, k, v), dout), None, None)
-        dq, dk, dv = _ops(ctx.backend).attention_bwd(dout, q, k, v, out, stats, lengths, ctx.scale)
-        return None, dq, dk, dv, None, None
+            plain = reference.attention_ref(
+                q, k, v, scale=ctx.options[2], key_bias=key_bias, lengths=lengths, cu_q=cu_q, cu_k=cu_k
+            )
+            grads = _differentiable(plain, (q, k, v, key_bias), ctx.needs_input_grad[1:5], dout)
+            return (None, *grads, None, None, None, None, None, None)
+        dq, dk, dv, dkey_bias = _ops(ctx.backend).attention_bwd(
+            dout, q, k, v, out, stats, key_bias, lengths, cu_q, cu_k, *ctx.options, bias_grad
+        )
+        return None, dq, dk, dv, dkey_bias if bias_grad else None, None, None, None, None, None, None
 
 
 class _AttentionQkv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, qkv: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
-        out, stats = _ops(backend).attention_qkv_fwd(qkv, lengths, scale, True)
-        ctx.save_for_backward(qkv, out, stats, lengths)
-        ctx.backend, ctx.scale = backend, scale
+    def forward(
+        ctx: Any,
+        backend: str,
+        qkv: Tensor,
+        key_bias: Tensor | None,
+        lengths: Tensor | None,
+        cu: Tensor | None,
+        max_seqlen: int,
+        scale: float,
+    ) -> Tensor:
+        out, stats = _ops(backend).attention_qkv_fwd(qkv, key_bias, lengths, cu, max_seqlen, scale, True)
+        ctx.save_for_backward(qkv, out, stats, key_bias, lengths, cu)
+        ctx.backend, ctx.options = backend, (max_seqlen, scale)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, out, stats, lengths = ctx.saved_tensors
+        qkv, out, stats, key_bias, lengths, cu = ctx.saved_tensors
+        bias_grad = ctx.needs_input_grad[2]
         if _wants_graph():
-            plain = _merged(reference.attention_ref(*_parts(qkv), scale=ctx.scale, lengths=lengths))
-            return None, *_differentiable(plain, (qkv,), dout), None, None
-        return None, _ops(ctx.backend).attention_qkv_bwd(dout, qkv, out, stats, lengths, ctx.scale), None, None
+            plain = merged(
+                reference.attention_ref(
+                    *parts(qkv), scale=ctx.options[1], key_bias=key_bias, lengths=lengths, cu_q=cu, cu_k=cu
+                )
+            )
+            grads = _differentiable(plain, (qkv, key_bias), ctx.needs_input_grad[1:3], dout)
+            return (None, *grads, None, None, None, None)
+        dqkv, dkey_bias = _ops(ctx.backend).attention_qkv_bwd(
+            dout, qkv, out, stats, key_bias, lengths, cu, *ctx.options, bias_grad
+        )
+        return None, dqkv, dkey_bias if bias_grad else None, None, None, None, None
 
 
-def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
+def parts(qkv: Tensor) -> tuple[Tensor, ...]:
     """[B, T, 3, H, K] as three [B, H, T, K]."""
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _merged(out: Tensor) -> Tensor:
+def merged(out: Tensor) -> Tensor:
     """[B, H, T, K] as [B, T, H * K]."""
     return out.transpose(1, 2).flatten(2)
 
@@ -98,12 +132,76 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise InputError(f"k: expected a number of heads that divides the {H} of q, got {k.shape[1]}")
 
 
-def _check_lengths(lengths: Tensor | None, B: int, device: torch.device) -> Tensor | None:
-    if lengths is None:
+def _integers(name: str, t: Tensor, count: int | None, device: torch.device) -> Tensor:
+    if not isinstance(t, Tensor) or t.is_floating_point() or t.dtype == torch.bool or t.dim() != 1:
+        came = f"{list(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+        raise InputError(f"{name}: expected a vector of integers, got {came}")
+    if count is not None and t.shape[0] != count:
+        raise InputError(f"{name}: expected {count} integers, got {t.shape[0]}")
+    return t.to(device=device, dtype=torch.int32).contiguous()
+
+
+def _key_bias(t: Tensor | None, q: Tensor, S: int) -> Tensor | None:
+    """The bias of every key as [B, H, S] in float32 (float64 for float64), from a bias or a mask."""
+    if t is None:
         return None
-    if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise InputError(f"lengths: expected {B} integers, one a sample, got {list(lengths.shape)} {lengths.dtype}")
-    return lengths.to(device=device, dtype=torch.int64).contiguous()
+    B, H = q.shape[:2]
+    shapes = {1: (S,), 2: (B, S), 3: (B, H, S)}
+    if not isinstance(t, Tensor) or t.device != q.device or t.shape != shapes.get(t.dim()):
+        came = f"{list(t.shape)} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+        raise InputError(f"key_bias: expected [{S}], [{B}, {S}] or [{B}, {H}, {S}] on {q.device}, got {came}")
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if t.dtype == torch.bool:
+        t = torch.where(t, 0.0, float("-inf"))
+    elif not t.is_floating_point():
+        raise InputError(f"key_bias: expected floating-point or bool, got {str(t.dtype).removeprefix('torch.')}")
+    t = t.to(wide)
+    return (t.unsqueeze(1) if t.dim() == 2 else t).expand(B, H, S)
+
+
+def _bound(name: str, most: int | None, rows: int) -> int:
+    if most is None:
+        return rows
+    if not 0 <= most <= rows:
+        raise InputError(f"{name}: expected 0 to {rows}, got {most}")
+    return int(most)
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen: int | None,
+    max_seqlen_k: int | None,
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    T, S = q.shape[2], k.shape[2]
+    if cu_seqlens is None:
+        for name, value in (
+            ("cu_seqlens_k", cu_seqlens_k),
+            ("max_seqlen", max_seqlen),
+            ("max_seqlen_k", max_seqlen_k),
+        ):
+            if value is not None:
+                raise InputError(f"{name}: expected together with cu_seqlens, which is not given")
+        return None, None, T, S
+    if lengths is not None:
+        raise InputError("lengths: expected none beside cu_seqlens, which says how long each sequence is")
+    if q.shape[0] != 1:
+        raise InputError(f"q: expected packed sequences as one sample [1, H, T, K], got {list(q.shape)}")
+    cu_q = _integers("cu_seqlens", cu_seqlens, None, q.device)
+    if cu_q.shape[0] < 1:
+        raise InputError("cu_seqlens: expected one integer more than there are sequences, got none")
+    if cu_seqlens_k is None:
+        if S != T:
+            raise InputError(f"cu_seqlens_k: expected where k has another number of tokens ({S}) than q ({T})")
+        if max_seqlen_k is not None:
+            raise InputError("max_seqlen_k: expected together with cu_seqlens_k, which is not given")
+        most = _bound("max_seqlen", max_seqlen, T)
+        return cu_q, cu_q, most, most
+    cu_k = _integers("cu_seqlens_k", cu_seqlens_k, cu_q.shape[0], q.device)
+    return cu_q, cu_k, _bound("max_seqlen", max_seqlen, T), _bound("max_seqlen_k", max_seqlen_k, S)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -115,22 +213,11 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def _choose(backend: str, x: Tensor, T: int, K: int) -> str:
-    chosen = dispatch.choose("attention", backend, x)
-    if chosen == "cpu" and backend == "auto" and not choice.cpu_pays(T, K):
+def _choose(backend: str, q: Tensor, k: Tensor) -> str:
+    chosen = dispatch.choose("attention", backend, q)
+    if chosen == "cpu" and backend == "auto" and not choice.cpu_pays(q.shape[2], q.shape[3]):
         return "sdpa"
     return chosen
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
-    grouped = k.shape[1] != q.shape[1]
-    if lengths is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    valid = torch.arange(k.shape[2], device=q.device) < lengths.view(-1, 1, 1, 1)
-    empty = (lengths == 0).view(-1, 1, 1, 1)
-    # Rows without a key would be NaN: they look at every key and are set to zero afterwards.
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid | empty, scale=scale, enable_gqa=grouped)
-    return torch.where(empty, torch.zeros((), dtype=out.dtype, device=out.device), out)
 
 
 def attention(
@@ -140,9 +227,14 @@ def attention(
     *,
     scale: float | None = None,
     lengths: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
     backend: AttentionBackend = "auto",
 ) -> Tensor:
-    """Attention of every query to every key, not causal: ``softmax(scale q k^T) v``.
+    """Attention of every query to every key, not causal: ``softmax(scale q k^T + key_bias) v``.
 
     Args:
         q: [B, H, T, K], float32, bfloat16 or float16 (float64: "reference" and "sdpa"). Any strides; only a last dimension
@@ -151,18 +243,28 @@ def attention(
         scale: factor of the scores. Default: 1 / sqrt(K).
         lengths: [B] integers from 0 to S: how many keys of each sample count. Those beyond are never read; a sample with 0
             gives zeros, and gradients of zero. Default: all.
-        backend: "auto", "cpu" (C++, CPU tensors), "sdpa" (PyTorch's scaled_dot_product_attention) or "reference". Default:
-            "auto": on CPU tensors "cpu" (for one or two queries "sdpa", see choice.py), else "sdpa".
+        key_bias: [S], [B, S] or [B, H, S]. Floating point: added to the scaled scores of a key, differentiable; bool: False
+            leaves a key out, as a bias of -infinity does (its k and v must be finite all the same). A sample that has no
+            key left gives zeros. Default: none.
+        cu_seqlens: [N + 1] integers, 0 first and never falling: N sequences lie packed in the one sample (B = 1), sequence i
+            at cu_seqlens[i] to cu_seqlens[i + 1] - 1, and each attends to itself alone. Tokens behind the last one give
+            zeros. Default: not packed.
+        cu_seqlens_k: the same for keys, where they are packed otherwise than queries. Default: cu_seqlens.
+        max_seqlen, max_seqlen_k: an upper bound of the lengths of the sequences, for GPUs, which else must take the whole
+            sample for one. Default: T, S.
+        backend: "auto", "cpu" (C++, CPU tensors), "triton", "cuda", "sdpa" (PyTorch's scaled_dot_product_attention),
+            "flash_attn", "xformers" or "reference". Default: "auto": what measured fastest for this kind of call
+            (choice.py), where nothing was measured "sdpa".
 
     Returns:
-        [B, H, T, K], the dtype of q; from "cpu" a view of memory laid out [B, T, H, K], so that
+        [B, H, T, K], the dtype of q; from our own kernels a view of memory laid out [B, T, H, K], so that
         ``out.transpose(1, 2).reshape(B, T, H * K)`` copies nothing.
 
     Raises:
         InputError: a shape, dtype or device is not as above.
-        BackendUnavailable: the backend was named and cannot run here (says why).
+        BackendUnavailable: the backend was named and cannot run here, or not this call (says why).
 
-    Numerics ("cpu"): float32 throughout, one rounding at the end; the softmax runs online over blocks of 64 keys; its
+    Numerics ("cpu"): float32 throughout, one rounding at the end; the softmax runs online over blocks of keys; its
     exponential has a relative error below 1e-7. All sums in an order fixed by the shape: two runs are equal to the bit, for
     any number of threads. A row with a NaN in its scores is NaN; a row whose every score is -infinity is zero. Second
     derivatives, forward mode and torch.func transforms: the reference. Under autocast, in the dtype of autocast.
@@ -171,20 +273,33 @@ def attention(
     """
     q, k, v = _autocast(q, k, v)
     _check_heads(q, k, v)
-    lengths = _check_lengths(lengths, q.shape[0], q.device)
+    if lengths is not None:
+        lengths = _integers("lengths", lengths, q.shape[0], q.device)
+    key_bias = _key_bias(key_bias, q, k.shape[2])
+    cu_q, cu_k, max_q, max_k = _packed(q, k, lengths, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    chosen = _choose(backend, q, q.shape[2], q.shape[3])
+    chosen = _choose(backend, q, k)
+    bias_grad = key_bias is not None and key_bias.requires_grad
+    if bias_grad and scale == 0.0:
+        chosen = "reference"  # the kernels make the bias's gradient from the scores', which a scale of 0 has taken away
     if chosen == "reference":
-        return reference.attention_ref(q, k, v, scale=scale, lengths=lengths)
-    if chosen == "sdpa":
-        return _sdpa(q, k, v, lengths, scale)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(chosen, q, k, v, lengths, scale)
-    return _ops(chosen).attention_fwd(q, k, v, lengths, scale, False)[0]
+        return reference.attention_ref(q, k, v, scale=scale, key_bias=key_bias, lengths=lengths, cu_q=cu_q, cu_k=cu_k)
+    if chosen not in _OWN:
+        return adapters.call(chosen, q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or bias_grad):
+        return _Attention.apply(chosen, q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
+    return _ops(chosen).attention_fwd(q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale, False)[0]
 
 
 def attention_qkv(
-    qkv: Tensor, *, scale: float | None = None, lengths: Tensor | None = None, backend: AttentionBackend = "auto"
+    qkv: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: AttentionBackend = "auto",
 ) -> Tensor:
     """Self-attention straight from one projection to the next: ``attention`` of the three parts of ``qkv``.
 
@@ -193,10 +308,10 @@ def attention_qkv(
     Args:
         qkv: [B, T, 3, H, K], as a linear layer of width 3 H K gives it, seen through ``view``; strides and dtypes as q of
             ``attention``.
-        scale, lengths, backend: as ``attention``.
+        scale, lengths, key_bias, cu_seqlens, max_seqlen, backend: as ``attention``.
 
     Returns:
-        [B, T, H * K], the dtype of qkv, contiguous from "cpu".
+        [B, T, H * K], the dtype of qkv, contiguous from our own kernels.
 
     Raises:
         InputError, BackendUnavailable: as ``attention``.
@@ -207,14 +322,29 @@ def attention_qkv(
     dispatch.check_float("qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] < 1:
         raise InputError(f"qkv: expected [B, T, 3, H, K] with K >= 1, got shape {list(qkv.shape)}")
-    lengths = _check_lengths(lengths, qkv.shape[0], qkv.device)
-    scale = qkv.shape[4] ** -0.5 if scale is None else float(scale)
-    chosen = _choose(backend, qkv, qkv.shape[1], qkv.shape[4])
-    if chosen in ("reference", "sdpa"):
-        q, k, v = _parts(qkv)
-        if chosen == "reference":
-            return _merged(reference.attention_ref(q, k, v, scale=scale, lengths=lengths))
-        return _merged(_sdpa(q, k, v, lengths, scale))
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        return _AttentionQkv.apply(chosen, qkv, lengths, scale)
-    return _ops(chosen).attention_qkv_fwd(qkv, lengths, scale, False)[0]
+    q = qkv.select(2, 0).transpose(1, 2)
+    if lengths is not None:
+        lengths = _integers("lengths", lengths, q.shape[0], q.device)
+    key_bias = _key_bias(key_bias, q, q.shape[2])
+    cu, _, most, _ = _packed(q, q, lengths, cu_seqlens, None, max_seqlen, None)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    chosen = _choose(backend, q, q)
+    bias_grad = key_bias is not None and key_bias.requires_grad
+    if chosen not in _OWN or (bias_grad and scale == 0.0):
+        q, k, v = parts(qkv)
+        return merged(
+            attention(
+                q,
+                k,
+                v,
+                scale=scale,
+                lengths=lengths,
+                key_bias=key_bias,
+                cu_seqlens=cu,
+                max_seqlen=None if cu is None else most,
+                backend=chosen,  # type: ignore[arg-type]
+            )
+        )
+    if torch.is_grad_enabled() and (qkv.requires_grad or bias_grad):
+        return _AttentionQkv.apply(chosen, qkv, key_bias, lengths, cu, most, scale)
+    return _ops(chosen).attention_qkv_fwd(qkv, key_bias, lengths, cu, most, scale, False)[0]

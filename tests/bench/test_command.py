@@ -20,7 +20,7 @@ def _light(monkeypatch: pytest.MonkeyPatch) -> None:
     from ditscale.bench import devices
 
     for module in (models, operators):
-        monkeypatch.setattr(module, "fresh_compile", lambda function: function)
+        monkeypatch.setattr(module, "fresh_compile", lambda function, **_: function)
     monkeypatch.setattr(devices, "pin", lambda threads: 1)  # the test process keeps its cores
     if not cli.app.registered_groups:
         cli._gather()

@@ -25,7 +25,7 @@ from ditscale.dit.flops import count_params
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (models, operators):
-        monkeypatch.setattr(module, "fresh_compile", lambda function: function)
+        monkeypatch.setattr(module, "fresh_compile", lambda function, **_: function)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def session() -> Session:
 KINDS = [
     next(c for c in cases("adaln", "cpu", tiny=True) if c.op == "gate_residual_layernorm_modulate"),
     next(c for c in cases("adaln", "cpu", tiny=True) if c.passes == "backward"),
-    next(c for c in cases("adaln", "cpu", tiny=True) if c.op == "qk_norm_rope"),
-    cases("attention", "cpu", tiny=True)[2],
+    next(c for c in cases("attention", "cpu", tiny=True) if (c.op, c.passes) == ("qk_norm_rope", "backward")),
+    next(c for c in cases("attention", "cpu", tiny=True) if (c.op, c.passes) == ("attention", "forward_backward")),
     block_case(2, 4, 16, 2, label="tiny"),
     step_case(2, 4, 16, 2, 2, label="tiny"),
 ]
@@ -91,7 +91,7 @@ def test_a_wrong_candidate_is_reported_and_not_timed(session: Session, monkeypat
 
 
 def test_a_peer_that_raises_costs_no_other_its_row(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(function: object) -> object:
+    def broken(function: object, **_: object) -> object:
         raise RuntimeError("no compiler\nhere")
 
     monkeypatch.setattr(operators, "fresh_compile", broken)
@@ -117,8 +117,8 @@ def test_against_leaves_other_peers_out(session: Session) -> None:
 
 
 def test_noise_is_refused_unless_allowed_and_then_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_calibration_spread", lambda device, samples: 0.4)
-    strict = replace(TINY, noise_limit=0.1)
+    monkeypatch.setattr(timing, "_calibration_spread", lambda device, protocol: 0.4)
+    strict = replace(TINY, noise_limit=0.1, refuse=True)
     with pytest.raises(MachineTooNoisy):
         Session("cpu", strict, tiny=True).start()
     rows = Session("cpu", strict, allow_noise=True, tiny=True).start()

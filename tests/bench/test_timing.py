@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
-from ditscale.bench import timing
-from ditscale.bench.timing import TINY, MachineTooNoisy, Protocol, Timing, calibrate, measure, relative_spread
+from ditscale.bench import interference, timing
+from ditscale.bench.timing import (
+    TINY,
+    MachineTooNoisy,
+    Protocol,
+    Sample,
+    Timing,
+    _rounds,
+    calibrate,
+    measure,
+    relative_spread,
+)
 
 # Samples of one call, so that the order of calls is the order of samples.
-SINGLE = Protocol(rounds=4, least_rounds=4, sample_ms=0.0, warm_up_ms=0.0, seconds=0.0)
+SINGLE = Protocol(rounds=4, least_rounds=4, sample_ms=0.0, warm_up_ms=0.0, seconds=0.0, refuse=False, attempts=1)
 
 
 def test_rounds_interleave_and_take_turns_at_being_first() -> None:
@@ -56,7 +73,7 @@ def test_a_resident_case_is_warmed_before_every_sample() -> None:
 
 
 def test_time_limit_ends_rounds_but_not_before_the_least() -> None:
-    protocol = Protocol(rounds=50, least_rounds=3, sample_ms=0.0, warm_up_ms=0.0, seconds=0.0)
+    protocol = replace(SINGLE, rounds=50, least_rounds=3)
     assert len(measure({"x": lambda _: None}, sets=2, device="cpu", protocol=protocol)["x"].samples_ms) == 3
 
 
@@ -76,17 +93,75 @@ def test_speedup_is_the_median_of_ratios_within_rounds() -> None:
 
 
 def test_a_noisy_machine_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_calibration_spread", lambda device, samples: 0.31)
+    monkeypatch.setattr(timing, "_calibration_spread", lambda device, protocol: 0.31)
     with pytest.raises(MachineTooNoisy, match=r"spreads by 31 %.*allowed 10 %.*--allow-noise"):
         calibrate("cpu", Protocol(patience_seconds=0.0))
 
 
 def test_calibration_waits_for_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     spreads = iter([0.5, 0.02])
-    monkeypatch.setattr(timing, "_calibration_spread", lambda device, samples: next(spreads))
+    monkeypatch.setattr(timing, "_calibration_spread", lambda device, protocol: next(spreads))
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
     assert calibrate("cpu", Protocol(patience_seconds=5.0)) == 0.02
 
 
 def test_the_real_calibration_loop_gives_a_spread() -> None:
     assert calibrate("cpu", TINY) >= 0
+
+
+def _scripted(waited: list[float]) -> tuple[list[int], Callable[[], Sample]]:
+    """A sampler whose nth sample takes n ms, and waited for a core as given (0 when the list is over)."""
+    calls: list[int] = []
+
+    def sample() -> Sample:
+        calls.append(len(calls))
+        return Sample(float(len(calls)), waited[len(calls) - 1] if len(calls) <= len(waited) else 0.0)
+
+    return calls, sample
+
+
+def test_a_disturbed_sample_is_measured_again() -> None:
+    calls, sample = _scripted([0.5, 0.5, 0.0, 0.0, 0.0])
+    samples, disturbed = _rounds({"x": sample}, replace(SINGLE, rounds=3, least_rounds=3, attempts=5, refuse=True))
+    assert samples == {"x": [3.0, 4.0, 5.0]}
+    assert disturbed == pytest.approx(2 / 5)
+
+
+def test_a_round_that_stays_disturbed_is_dropped_for_all_candidates() -> None:
+    _, x = _scripted([0.5, 0.5])
+    _, y = _scripted([])
+    samples, _ = _rounds({"x": x, "y": y}, replace(SINGLE, rounds=2, least_rounds=2, attempts=2, refuse=True))
+    assert samples == {"x": [3.0, 4.0], "y": [2.0, 3.0]}
+
+
+def test_a_machine_that_is_never_ours_is_refused_or_said_to_be_so() -> None:
+    protocol = replace(SINGLE, attempts=2, refuse=True)
+    with pytest.raises(
+        MachineTooNoisy, match=r"disturbed 100 % of the samples and left 0 rounds of \d+ whole.*--allow-noise"
+    ):
+        _rounds({"x": lambda: Sample(1.0, 0.9)}, replace(protocol, patience_seconds=0.0))
+    samples, disturbed = _rounds({"x": lambda: Sample(1.0, 0.9)}, replace(protocol, refuse=False))
+    assert (len(samples["x"]), disturbed) == (4, 1.0)
+
+
+@pytest.mark.skipif(not interference.visible(), reason="this system does not count what threads wait")
+def test_waiting_for_a_core_is_seen() -> None:
+    def wait_of(process_count: int) -> float:
+        """Share of 60 ms of work that this process waited, with others on its core."""
+        core = {min(os.sched_getaffinity(0))}
+        kept = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, core)
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(process_count)]
+        try:
+            time.sleep(0.3)
+            before, end = interference.waited_ns(), time.perf_counter() + 0.06
+            while time.perf_counter() < end:
+                pass
+            return (interference.waited_ns() - before) / 6e7
+        finally:
+            os.sched_setaffinity(0, kept)
+            for other in others:
+                other.kill()
+                other.wait()
+
+    assert wait_of(3) > 0.2

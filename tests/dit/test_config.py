@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ditscale.dit import DiT, DiTConfig
+from ditscale.dit import DiTConfig
 from ditscale.errors import InputError
 
 
@@ -105,19 +105,3 @@ def test_unknown_fields_and_presets_suggest_the_nearest() -> None:
         DiTConfig().replace(dept=2)
     with pytest.raises(InputError, match="nearest: DiT-XL/2"):
         DiTConfig.preset("DiT-XL2")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"modulation": "adaln"}, {"context": "in-context"}, {"mlp": "swiglu"},
-        {"qk_norm": "head"}, {"rope": True},
-        {"kv_heads": 1}, {"experts": 2}, {"frames": 2}, {"token_keep": [0.5]},
-        {"positions": "learned"}, {"norm": "rms"},
-    ],
-)  # fmt: skip
-def test_the_model_refuses_what_it_would_not_build(changes: dict[str, Any]) -> None:
-    """A field that the model ignored would be counted and named, but not trained."""
-    base = {"image_size": 8, "latent_factor": 1, "width": 8, "depth": 1, "heads": 2, "num_classes": 2}
-    with pytest.raises(InputError, match=next(iter(changes))):
-        DiT(DiTConfig(**{**base, **changes}))

@@ -1,167 +1,168 @@
-"""The DiT against a second statement of it, written from the paper and the released model's layout."""
+"""Every variant against a second statement of it, against the ledger, and against what its parts promise."""
 
 from __future__ import annotations
 
-import math
+import random
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from model_variants import TINY, VARIANTS, config_of, inputs_of, randomised
+from restated_dit import Restated
+from torch.utils.flop_counter import FlopCounterMode
 
 from ditscale.dit import DiT, DiTConfig
+from ditscale.dit.flops import condition_tokens, count
 from ditscale.errors import InputError
 
-TINY = {
-    "image_size": 8,
-    "latent_factor": 1,
-    "in_channels": 3,
-    "width": 24,
-    "depth": 2,
-    "heads": 3,
-    "frequency_width": 16,
-}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
-def restated(state, config, x, t, y):
-    """Forward pass in float64 from a state dict: plain loops and formulas, nothing of the package."""
-    w = {name: tensor.double() for name, tensor in state.items()}
-    d, p, side = config.width, config.patch, config.image_size // config.latent_factor // config.patch
-    b, c = x.shape[:2]
-    patches = x.double().unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).reshape(b, side * side, c * p * p)
-    h = patches @ w["x_embedder.proj.weight"].reshape(d, -1).T + w["x_embedder.proj.bias"]
-
-    table = torch.zeros(side * side, d, dtype=torch.float64)
-    for row in range(side):
-        for column in range(side):
-            for k in range(d // 4):
-                omega = 10_000.0 ** (-k / (d // 4))
-                token = row * side + column
-                table[token, k], table[token, d // 4 + k] = math.sin(column * omega), math.cos(column * omega)
-                table[token, d // 2 + k] = math.sin(row * omega)
-                table[token, 3 * d // 4 + k] = math.cos(row * omega)
-    h = h + table
-
-    half = config.frequency_width // 2
-    angles = t.double()[:, None] * torch.exp(-math.log(10_000.0) * torch.arange(half, dtype=torch.float64) / half)
-    e = torch.cat([angles.cos(), angles.sin()], 1)
-    e = F.silu(e @ w["t_embedder.mlp.0.weight"].T + w["t_embedder.mlp.0.bias"])
-    cond = e @ w["t_embedder.mlp.2.weight"].T + w["t_embedder.mlp.2.bias"]
-    if config.condition == "class":
-        cond = cond + w["y_embedder.embedding_table.weight"][y]
-    elif config.condition == "caption":
-        means = []
-        for words in y.tolist():
-            rows = [w["y_embedder.embedding_table.weight"][word] for word in words if word]
-            means.append(torch.stack(rows).mean(0) if rows else torch.zeros(config.caption_width, dtype=torch.float64))
-        cond = cond + torch.stack(means) @ w["y_embedder.proj.weight"].T + w["y_embedder.proj.bias"]
-
-    def norm(v):
-        centred = v - v.mean(-1, keepdim=True)
-        return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
-
-    def modulation(name, parts):
-        out = F.silu(cond) @ w[f"{name}.adaLN_modulation.1.weight"].T + w[f"{name}.adaLN_modulation.1.bias"]
-        return [part[:, None] for part in out.chunk(parts, 1)]
-
-    for i in range(config.depth):
-        block = f"blocks.{i}"
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(block, 6)
-        z = norm(h) * (1 + scale_a) + shift_a
-        qkv = (z @ w[f"{block}.attn.qkv.weight"].T + w[f"{block}.attn.qkv.bias"]).reshape(
-            b, -1, 3, config.heads, d // config.heads
-        )
-        heads = []
-        for k in range(config.heads):
-            q, key, value = qkv[:, :, 0, k], qkv[:, :, 1, k], qkv[:, :, 2, k]
-            scores = (q @ key.transpose(1, 2)) / math.sqrt(d // config.heads)
-            heads.append(torch.softmax(scores, -1) @ value)
-        h = h + gate_a * (torch.cat(heads, -1) @ w[f"{block}.attn.proj.weight"].T + w[f"{block}.attn.proj.bias"])
-        z = norm(h) * (1 + scale_m) + shift_m
-        z = z @ w[f"{block}.mlp.fc1.weight"].T + w[f"{block}.mlp.fc1.bias"]
-        z = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-        h = h + gate_m * (z @ w[f"{block}.mlp.fc2.weight"].T + w[f"{block}.mlp.fc2.bias"])
-    shift, scale = modulation("final_layer", 2)
-    out = (norm(h) * (1 + scale) + shift) @ w["final_layer.linear.weight"].T + w["final_layer.linear.bias"]
-    channels = config.in_channels * (2 if config.learn_sigma else 1)
-    out = out.reshape(b, side, side, p, p, channels)
-    image = torch.zeros(b, channels, side * p, side * p, dtype=torch.float64)
-    for row in range(side):
-        for column in range(side):
-            tile = out[:, row, column].permute(0, 3, 1, 2)
-            image[:, :, row * p : row * p + p, column * p : column * p + p] = tile
-    return image
+@every_variant
+def test_forward_and_gradients_are_the_papers(name):
+    config = config_of(name)
+    model, (x, t, y) = randomised(config), inputs_of(config)
+    weights = {key: value.detach().double() for key, value in model.state_dict().items()}
+    for key, _ in model.named_parameters():
+        weights[key].requires_grad_()
+    exact, out = Restated(weights, config)(x, t, y), model(x, t, y)
+    assert (out.detach().double() - exact.detach()).abs().max() < 2e-6 * exact.detach().abs().max()
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    (out * direction).mean().backward()
+    (exact * direction).mean().backward()
+    for key, parameter in model.named_parameters():
+        truth = torch.zeros_like(weights[key]) if weights[key].grad is None else weights[key].grad
+        # Float32 sums over a few hundred terms, and waves of a time of 1,000, which float32 knows to 6e-5.
+        assert (parameter.grad.double() - truth).abs().max() < 2e-5 * truth.abs().max() + 1e-9, key
 
 
-def randomised(config, seed=0):
-    """A model none of whose weights is zero, so that every path carries signal."""
-    torch.manual_seed(seed)
-    model = DiT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+def measured(config: DiTConfig, batch: int) -> tuple[int, int, int]:
+    """Forward and backward FLOPs by torch's counter on the meta device, and parameters."""
+    with torch.device("meta"):
+        model = DiT(config)
+    inputs = [to_meta(value) for value in inputs_of(config, batch)]
+    with FlopCounterMode(display=False) as counter:
+        out = model(*inputs)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    return forward, counter.get_total_flops() - forward, sum(p.numel() for p in model.parameters())
 
 
-# One case for each condition; patch 4 and learn_sigma change the layout of patches and channels.
-CASES = [
-    {"condition": "class", "num_classes": 5},
-    {"condition": "caption", "vocabulary_size": 11, "caption_width": 6, "learn_sigma": False},
-    {"condition": "none", "patch": 4},
-    {"condition": "class", "num_classes": 5, "in_channels": 4, "latent_factor": 2, "image_size": 16, "mlp_ratio": 2.5},
-]
+def to_meta(value: Any) -> Any:
+    return tuple(map(to_meta, value)) if isinstance(value, tuple) else value if value is None else value.to("meta")
 
 
-def inputs(config, count=3):
-    generator = torch.Generator().manual_seed(1)
-    side = config.input_side
-    x = torch.randn(count, config.in_channels, side, side, generator=generator)
-    t = torch.tensor([0.5, 500.0, 999.0][:count])
-    if config.condition == "class":
-        return x, t, torch.tensor([0, 4, 2][:count])
-    if config.condition == "caption":
-        # A caption with padding inside and at the end, one full, one empty.
-        return x, t, torch.tensor([[3, 0, 7, 0], [1, 2, 3, 4], [0, 0, 0, 0]][:count])
-    return x, t, None
+def counted(config: DiTConfig, batch: int) -> tuple[int, int, int]:
+    report = count(config, batch=batch)
+    return report.forward, report.backward, report.params.total
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["condition"] + str(len(case)))
-def test_forward_is_the_paper_s(case):
-    config = DiTConfig(**{**TINY, **case})
-    model = randomised(config)
-    x, t, y = inputs(config)
-    exact = restated(model.state_dict(), config, x, t, y)
-    assert (model(x, t, y).double() - exact).abs().max() < 2e-5 * exact.abs().max()
+@every_variant
+def test_the_ledger_counts_the_model_that_is_built(name):
+    for changes in ({}, {"mlp_hidden": 7, "depth": 3}):
+        config = config_of(name, **changes)
+        assert measured(config, 3) == counted(config, 3)
 
 
-def test_gradients_are_those_of_the_restatement():
-    config = DiTConfig(**{**TINY, **CASES[1]})
-    model = randomised(config)
-    x, t, y = inputs(config)
-    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    restated(weights, config, x, t, y).square().mean().backward()
-    model(x, t, y).square().mean().backward()
-    for name, parameter in model.named_parameters():
-        exact = weights[name].grad
-        assert (parameter.grad.double() - exact).abs().max() < 1e-4 * exact.abs().max() + 1e-9, name
+def drawn(number: int) -> DiTConfig:
+    """A random configuration that can be built."""
+    pick = random.Random(f"model {number}").choice
+    while True:
+        experts, heads, width = pick((0, 0, 1, 3)), pick((1, 2, 3)), pick((4, 6, 8))
+        context = pick(("pooled", "in-context", "cross-attention", "joint"))
+        fields = TINY | {
+            "image_size": pick((2, 4, 6)), "image_width": pick((None, 4)), "patch": pick((1, 2)), "heads": heads,
+            "width": heads * width, "depth": pick((1, 2, 3)), "kv_heads": pick((None, 1, heads)), "context": context,
+            "modulation": pick(("adaln-zero", "adaln", "adaln-single", "none")), "mlp": pick(("gelu", "swiglu")),
+            "condition": pick(("class", "caption", "none")), "vocabulary_size": pick((0, 11)), "caption_tokens": 4,
+            "caption_layers": pick((1, 2)), "learn_sigma": pick((True, False)), "norm": pick(("layer", "rms")),
+            "single_depth": pick((0, 1, 2)) if context == "joint" else 0, "pooled_width": pick((0, 5)),
+            "guidance_embed": pick((True, False)), "qk_norm": pick(("none", "head", "width")),
+            "positions": pick(("sincos", "learned", "none")), "rope": pick((True, False)),
+            "cross_norm": pick((True, False)), "frames": pick((1, 2, 4)), "patch_frames": pick((1, 2)),
+            "attention": pick(("full", "space-time", "alternating")), "experts": experts,
+            "experts_per_token": pick((1, 2, 3)), "expert_capacity": pick((None, 0.5, 1.5)),
+            "shared_experts": pick((0, 1)), "moe_every": pick((1, 2)),
+        }  # fmt: skip
+        try:
+            config = DiTConfig(**fields)
+            config.need_trainable()
+        except InputError:  # fields that do not go together
+            continue
+        return config
 
 
-def test_a_new_model_predicts_zero_and_learns():
-    config = DiTConfig(**{**TINY, **CASES[0]})
+@pytest.mark.parametrize("start", range(0, 30, 10))
+def test_the_ledger_counts_random_models(start):
+    for number in range(start, start + 10):
+        config = drawn(number)
+        assert measured(config, 2) == counted(config, 2), config
+
+
+@every_variant
+def test_a_new_model_predicts_zero_and_learns(name):
+    config = config_of(name)
     torch.manual_seed(0)
-    model = DiT(config)
-    x, t, y = inputs(config)
+    model, (x, t, y) = DiT(config), inputs_of(config)
     assert not model(x, t, y).any()
-    (model(x, t, y) - 1).square().mean().backward()
-    assert model.final_layer.linear.weight.grad.abs().max() == 0 or model.final_layer.linear.bias.grad.any()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(x, t, y) - x.repeat(1, 1 + config.learn_sigma, *[1] * (x.ndim - 2))).square().mean().backward()
+        optimizer.step()
+    # By then every weight has been reached, through everything that starts at zero: but for experts that nobody chose,
+    # queries of a caption that nobody reads, and queries that have one key to look at.
+    idle = ["experts", "blocks.1.context.attn.q_norm"]
+    if config.context == "cross-attention" and condition_tokens(config) + (config.modulation == "none") == 1:
+        idle += ["cross_attn.q", "cross_norm"]
+    reached = [p.grad.any() for key, p in model.named_parameters() if not any(part in key for part in idle)]
+    assert all(reached)
 
 
-def test_dropped_conditions_see_the_null_row_only():
-    config = DiTConfig(**{**TINY, **CASES[0]})
-    model = randomised(config)
-    x, t, y = inputs(config)
-    everything = torch.ones(3, dtype=torch.bool)
-    assert torch.equal(model(x, t, y, drop=everything), model(x, t, (y + 1) % 5, drop=everything))
-    assert not torch.allclose(model(x, t, y), model(x, t, (y + 1) % 5))
+@every_variant
+def test_the_batch_changes_no_sample(name):
+    config = config_of(name)
+    if config.expert_capacity is not None:
+        pytest.skip("samples share the experts' room")
+    model, (x, t, y) = randomised(config).eval(), inputs_of(config)
+    together = model(x, t, y)
+    for i in range(3):
+        one = tuple(part[i : i + 1] for part in y) if isinstance(y, tuple) else None if y is None else y[i : i + 1]
+        assert torch.allclose(model(x[i : i + 1], t[i : i + 1], one), together[i : i + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if config_of(n).condition != "none"])
+def test_a_dropped_condition_is_that_of_nobody(name):
+    config = config_of(name)
+    model, (x, t, y) = randomised(config).eval(), inputs_of(config)
+    everyone, nobody = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    other = tuple(part.roll(1, 0) for part in y) if isinstance(y, tuple) else y.roll(1, 0)
+    assert torch.equal(model(x, t, y, drop=everyone), model(x, t, other, drop=everyone))
+    assert torch.equal(model(x, t, y, drop=nobody), model(x, t, y))
+    mixed = model(x, t, y, drop=torch.tensor([True, False, False]))
+    assert torch.allclose(mixed[1:], model(x, t, y)[1:], atol=1e-5) or config.expert_capacity is not None
+    assert not torch.allclose(mixed[0], model(x, t, y)[0], atol=1e-6)
+
+
+def test_guidance_is_told_where_the_model_was_distilled():
+    config = config_of("joint, then single")
+    model, (x, t, y) = randomised(config).eval(), inputs_of(config)
+    guidance = torch.tensor([1.0, 2.5, 4.0])
+    exact = Restated(model.state_dict(), config)(x, t, y, guidance)
+    out = model(x, t, y, guidance=guidance)
+    assert (out.double() - exact).abs().max() < 2e-6 * exact.abs().max()
+    assert torch.equal(model(x, t, y), model(x, t, y, guidance=torch.ones(3)))
+    assert not torch.allclose(out[1:], model(x, t, y)[1:])
+
+
+@pytest.mark.parametrize("name", ["adaln-zero", "joint", "mixture", "adaln-single, cross-attention"])
+def test_half_precision_is_near(name):
+    config = config_of(name, width=48, in_channels=4)
+    model, (x, t, y) = randomised(config, scale=0.02).eval(), inputs_of(config)
+    full = model(x, t, y)
+    half = model.bfloat16()(x.bfloat16(), t, y)
+    assert half.dtype is torch.bfloat16
+    assert (half.float() - full).abs().max() < 0.05 * full.abs().max()
 
 
 def test_state_dict_has_the_released_names():
@@ -176,17 +177,59 @@ def test_state_dict_has_the_released_names():
     assert state["final_layer.linear.weight"].shape == (32, 1152)
 
 
+@pytest.mark.parametrize("preset", ["PixArt-alpha-256", "SD3-2B", "Flux-dev", "Wan2.1-1.3B", "Latte-XL/2", "Liang-15"])
+def test_published_models_are_built_with_the_ledger_s_parameters(preset):
+    config = DiTConfig.preset(preset)
+    with torch.device("meta"):
+        total = sum(p.numel() for p in DiT(config).parameters())
+    assert total == count(config).params.total
+
+
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("name", "change", "named"),
     [
-        (lambda x, t, y: (x[:, :2], t, y), "x:"),
-        (lambda x, t, y: (x, t[:2], y), "t:"),
-        (lambda x, t, y: (x, t, None), "y:"),
-        (lambda x, t, y: (x, t, y[:, None]), "y:"),
+        ("adaln-zero", lambda x, t, y: (x[:, :2], t, y), "x:"),
+        ("adaln-zero", lambda x, t, y: (x, t[:2], y), "t:"),
+        ("adaln-zero", lambda x, t, y: (x, t, None), "y:"),
+        ("adaln-zero", lambda x, t, y: (x, t, y[:, None]), "y:"),
+        ("adaln-zero, unconditional", lambda x, t, y: (x, t, torch.tensor([1, 2, 3])), "y: expected None"),
+        ("in-context, words", lambda x, t, y: (x, t, y[:, :3]), r"y: expected shape \[3, 4\]"),
+        ("in-context with adaln-zero", lambda x, t, y: (x, t, y[..., :5]), r"y: expected shape \[3, 4, 6\]"),
+        ("joint", lambda x, t, y: (x, t, y[0]), "y: expected a pair"),
+        ("joint", lambda x, t, y: (x, t, (y[0], y[1][:, :6])), r"y\[1\]: expected shape \[3, 7\]"),
+        ("video", lambda x, t, y: (x[:, :, 0], t, y), r"x: expected shape \[B, 3, 4, 4, 4\]"),
     ],
-    ids=["channels", "times", "missing", "rank"],
 )
-def test_bad_input_is_named(change, named):
-    config = DiTConfig(**{**TINY, **CASES[0]})
+def test_bad_input_is_named(name, change, named):
+    config = config_of(name)
     with pytest.raises(InputError, match=named):
-        DiT(config)(*change(*inputs(config)))
+        DiT(config)(*change(*inputs_of(config)))
+
+
+@pytest.mark.parametrize(("field", "value"), [("token_keep", (0.5, 1.0)), ("pooled_width", 3)])
+def test_what_is_only_counted_is_refused(field, value):
+    config = DiTConfig(**TINY, **{field: value})
+    assert count(config).train > 0
+    with pytest.raises(InputError, match=field):
+        DiT(config)
+
+
+@torch.no_grad()
+def test_weights_are_drawn_as_documented():
+    torch.manual_seed(0)
+    wide = {"width": 192, "heads": 4, "depth": 1}
+    model = DiT(config_of("adaln-single, cross-attention", **wide))
+    assert not model.blocks[0].cross_attn.proj.weight.any() and not model.blocks[0].scale_shift_table.any()
+    assert not model.t_block.linear.weight.any() and not model.final_layer.linear.weight.any()
+    assert float(model.t_embedder.mlp[0].weight.std()) == pytest.approx(0.02, rel=0.1)
+    qkv = model.blocks[0].attn.qkv.weight
+    assert float(qkv.abs().max()) == pytest.approx((6 / (192 + 576)) ** 0.5, rel=0.01)  # Xavier-uniform's bound
+    mixed = DiT(config_of("mixture", **wide, mup_base_width=48, positions="learned"))
+    router, experts = mixed.blocks[0].mlp.router.weight, mixed.blocks[0].mlp.experts
+    assert float(router.std()) == pytest.approx(1 / 192, rel=0.1)
+    for weight in (experts.fc1_weight, experts.fc2_weight):
+        assert float(weight[3].abs().max()) == pytest.approx((6 / (192 + 768)) ** 0.5, rel=0.01)
+    assert not experts.fc1_bias.any() and not experts.fc2_bias.any()
+    assert float(mixed.pos_embed.std()) == pytest.approx(0.02, rel=0.1)
+    # Under muP the time layers follow their width.
+    assert float(mixed.t_embedder.mlp[2].weight.abs().max()) == pytest.approx((6 / 384) ** 0.5, rel=0.01)

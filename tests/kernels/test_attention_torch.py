@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+
 import pytest
 import torch
 from attention_cases import backend, make  # noqa: F401 (backend is a fixture)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditscale import kernels
 from ditscale.kernels import library
-from ditscale.kernels.attn import choice, cost
+from ditscale.kernels.attn import choice, cost, shapes
 from ditscale.kernels.attn.reference import attention_ref
 
 needs_library = pytest.mark.skipif(library.missing_reason("cpu") is not None, reason="libditscale_cpu is missing")
@@ -30,27 +34,41 @@ def test_gradients_of_the_reference(lengths):
 
 
 @needs_library
-@pytest.mark.parametrize("lengths", [None, [5, 0]], ids=["all", "lengths"])
-def test_opcheck(lengths):
+@pytest.mark.parametrize("kind", ["plain", "lengths", "packed"])
+def test_opcheck(kind):
     from ditscale.kernels.attn.op import _ops
 
     native = _ops("cpu")
-    n = None if lengths is None else torch.tensor(lengths)
-    tests = ("test_schema", "test_faketensor") + (
-        ("test_aot_dispatch_dynamic",) if lengths else ()
-    )  # the slow one once
-    qkv = torch.randn(2, 7, 3, 2, 8)
+    n = torch.tensor([5], dtype=torch.int32) if kind == "lengths" else None
+    cu = torch.tensor([0, 3, 6], dtype=torch.int32) if kind == "packed" else None
+    bias = torch.randn(1, 2, 7) if kind != "plain" else None
+    # The slow check once, where every argument is there.
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")[: 3 if kind == "packed" else 2]
+    qkv = torch.randn(1, 7, 3, 2, 8)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    apart, packed = (bias, n, cu, cu, 7, 7, 0.3), (bias, n, cu, 7, 0.3)
     for save in (True, False):
-        torch.library.opcheck(native.attention_fwd.default, (q, k, v, n, 0.3, save), test_utils=tests[: 2 + save])
-        torch.library.opcheck(native.attention_qkv_fwd.default, (qkv, n, 0.3, save), test_utils=tests[: 2 + save])
-    out, stats = native.attention_fwd(q, k, v, n, 0.3, True)
-    dout = torch.randn(2, 2, 7, 8)
-    torch.library.opcheck(native.attention_bwd.default, (dout, q, k, v, out, stats, n, 0.3), test_utils=tests)
-    out, stats = native.attention_qkv_fwd(qkv, n, 0.3, True)
-    torch.library.opcheck(
-        native.attention_qkv_bwd.default, (torch.randn(2, 7, 16), qkv, out, stats, n, 0.3), test_utils=tests
-    )
+        torch.library.opcheck(native.attention_fwd.default, (q, k, v, *apart, save), test_utils=tests[: 2 + save])
+        torch.library.opcheck(native.attention_qkv_fwd.default, (qkv, *packed, save), test_utils=tests[: 2 + save])
+    grad = bias is not None
+    out, stats = native.attention_fwd(q, k, v, *apart, True)
+    dout = torch.randn(1, 2, 7, 8)
+    torch.library.opcheck(native.attention_bwd.default, (dout, q, k, v, out, stats, *apart, grad), test_utils=tests)
+    out, stats = native.attention_qkv_fwd(qkv, *packed, True)
+    arguments = (torch.randn(1, 7, 16), qkv, out, stats, *packed, grad)
+    torch.library.opcheck(native.attention_qkv_bwd.default, arguments, test_utils=tests)
+
+
+@needs_library
+def test_statistics_hold_the_log_sum_exp():
+    # What shapes.py promises to whoever reads them.
+    call = make(2, 2, 70, 16, lengths=[33, 0])
+    lengths = call.lengths.to(torch.int32)
+    _, stats = torch.ops.ditscale.attention_fwd(call.q, call.k, call.v, None, lengths, None, None, 70, 70, 0.25, True)
+    scores = 0.25 * (call.q[0] @ call.k[0, :, :33].transpose(-1, -2)).double()
+    found = math.log(2) * (stats[0, 0].double() - stats[1, 0].double().log2())
+    torch.testing.assert_close(found, scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
+    assert not stats[:, 1].any()
 
 
 @needs_library
@@ -142,15 +160,40 @@ def test_flops_are_counted_as_the_ledger_does():
 
 
 @needs_library
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+def test_flops_of_packed_sequences_are_counted_one_by_one(fake):
+    H, K, ends = 2, 8, [0, 10, 10, 40, 60]
+    cu = torch.tensor(ends, dtype=torch.int32)
+    qkv = torch.randn(1, 64, 3, H, K)
+    mode = FakeTensorMode() if fake else contextlib.nullcontext()
+    # Of a traced call the lengths are not known, only the longest one that the caller named.
+    pairs = 4 * 30 * 30 if fake else 10 * 10 + 30 * 30 + 20 * 20
+    with mode:
+        if fake:
+            qkv, cu = mode.from_tensor(qkv), mode.from_tensor(cu)
+        qkv.requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            out = kernels.attention_qkv(qkv, cu_seqlens=cu, max_seqlen=30, backend="cpu")
+        assert counter.get_total_flops() == 4 * H * K * pairs
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        assert counter.get_total_flops() == 8 * H * K * pairs
+
+
+@needs_library
 def test_auto_takes_what_measured_faster():
     from ditscale.kernels.attn.op import _choose
 
-    assert _choose("auto", torch.zeros(1), 64, 8) == "cpu"
-    assert _choose("auto", torch.zeros(1), 1, 72) == "sdpa"
-    assert _choose("cpu", torch.zeros(1), 1, 72) == "cpu"  # a name is taken at its word
+    def chosen(backend: str, T: int, K: int, dtype: torch.dtype = torch.float32) -> str:
+        q = torch.zeros(1, 1, T, K, dtype=dtype)
+        return _choose(backend, q, q)
+
+    assert chosen("auto", 64, 8) == "cpu"
+    assert chosen("auto", 1, 72) == "sdpa"
+    assert chosen("cpu", 1, 72) == "cpu"  # a name is taken at its word
     assert choice.cpu_pays(1, 8)
     assert not choice.cpu_pays(2, 64)
-    assert _choose("auto", torch.zeros(1, dtype=torch.float64), 64, 8) in ("sdpa", "reference")
+    assert chosen("auto", 64, 8, torch.float64) in ("sdpa", "reference")
 
 
 def test_sdpa_with_lengths_and_groups():
@@ -158,3 +201,22 @@ def test_sdpa_with_lengths_and_groups():
     want = kernels.attention(call.q, call.k, call.v, lengths=call.lengths, backend="reference")
     got = kernels.attention(call.q, call.k, call.v, lengths=call.lengths, backend="sdpa")
     torch.testing.assert_close(got, want)
+
+
+def test_sdpa_with_a_bias_and_packed_sequences():
+    calls = [
+        make(2, 4, 9, 8, S=11, H_kv=2, lengths=[4, 11], key_bias="head"),
+        make(2, 2, 9, 8, key_bias="mask"),
+        make(1, 2, 20, 8, cu=([0, 7, 7, 19], [0, 7, 7, 19]), key_bias="shared"),
+    ]
+    calls[1].key_bias[1] = False
+    for call in calls:
+        got, want = call.run("sdpa"), call.run("reference")
+        for name in call.names:
+            torch.testing.assert_close(got[name], want[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@needs_library
+def test_schemas_are_stated_alike():
+    for name, schema in shapes.SCHEMAS.items():
+        assert str(getattr(torch.ops.ditscale, name).default._schema) == f"ditscale::{name}{schema}"

@@ -1,0 +1,78 @@
+"""What a model is told beside the time: labels and captions, as one vector of a sample or as tokens.
+
+Shape suffixes: B batch, S tokens of the condition, D width, K caption words, W caption width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ditscale.dit.config import DiTConfig
+from ditscale.dit.embed import axis_table
+from ditscale.dit.layers import Mlp
+
+
+class LabelEmbed(nn.Module):
+    """A row for each class, and one more, the last, for "no label"."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels_B: Tensor, drop_B: Tensor | None) -> Tensor:
+        if drop_B is not None:
+            labels_B = torch.where(drop_B, self.num_classes, labels_B)
+        return self.embedding_table(labels_B)
+
+
+class CaptionEmbed(nn.Module):
+    """Captions brought to the model's width: the mean of the word vectors, or a token for each word or feature.
+
+    Words are int64 [B, K], 0 where there is none. Features of a frozen text encoder are [B, S, W], rows of zeros where
+    there is none. What stands behind a caption's last word is padding and never attended to; the first place always
+    counts, so a dropped or empty caption is one token of word 0 (of zero features), and its projection stands for "no
+    caption". Word tokens know their place by a fixed table of sines and cosines.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.caption_width
+        self.pooled = config.context == "pooled"
+        if config.vocabulary_size:
+            self.embedding_table = nn.Embedding(config.vocabulary_size, width)
+            if not self.pooled:
+                places = axis_table(width, config.caption_tokens).float()
+                self.register_buffer("places", places, persistent=False)
+        self.words = config.vocabulary_size > 0
+        # Under the names of PixArt-alpha where there are two layers.
+        if config.caption_layers == 1:
+            self.proj = nn.Linear(width, config.width)
+        else:
+            self.y_proj = Mlp(width, config.width, config.width)
+
+    def project(self, features: Tensor) -> Tensor:
+        """To the model's width."""
+        return self.proj(features) if hasattr(self, "proj") else self.y_proj(features)
+
+    def forward(self, words_BK: Tensor, drop_B: Tensor | None) -> Tensor:
+        """[B, D] from words: their mean vector, projected; zero before the projection where there is no word."""
+        if drop_B is not None:
+            words_BK = words_BK.masked_fill(drop_B[:, None], 0)
+        present_BK1 = (words_BK != 0).unsqueeze(-1).to(self.embedding_table.weight.dtype)
+        total = (self.embedding_table(words_BK) * present_BK1).sum(1)
+        return self.project(total / present_BK1.sum(1).clamp(min=1))
+
+    def tokens(self, caption: Tensor, drop_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        """([B, S, D], [B]): tokens, and how many of each sample count."""
+        if drop_B is not None:
+            caption = caption.masked_fill(drop_B.view(-1, *[1] * (caption.ndim - 1)), 0)
+        present_BS = caption != 0 if self.words else (caption != 0).any(-1)
+        counted = torch.arange(1, caption.shape[1] + 1, device=caption.device)
+        lengths_B = (present_BS * counted).amax(1).clamp(min=1)
+        if self.words:
+            features = self.embedding_table(caption) + self.places
+        else:
+            features = caption.to(next(self.parameters()).dtype)
+        return self.project(features), lengths_B
