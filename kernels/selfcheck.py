@@ -62,12 +62,12 @@ def _inputs(op: str, shape: tuple[int, int, int], device: str) -> Tensors:
     raise ValueError(f"no self-check for {op}")
 
 
-def _run(function: Callable[..., Tensor | Tensors], inputs: Tensors, backend: str, dtype: torch.dtype) -> Tensors:
+def _run(function: Callable[..., Tensor | Tensors], inputs: Tensors, backend: str, stored: torch.dtype) -> Tensors:
+    """Outputs and gradients. Both runs of a comparison get the same numbers: those that the dtype ``stored`` can hold."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     out = function(*leaves, backend=backend)
     outputs = out if isinstance(out, tuple) else (out,)
-    # Rounded to the dtype under test in the exact run too: both are given the same numbers.
-    weights = [_numbers(tuple(o.shape), 7 + k, str(o.device)).to(dtype).to(o.dtype) for k, o in enumerate(outputs)]
+    weights = [_numbers(tuple(o.shape), 7 + k, str(o.device)).to(stored).to(o.dtype) for k, o in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, leaves, weights)
     return (*(o.detach() for o in outputs), *grads)
 

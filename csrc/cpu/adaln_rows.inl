@@ -338,12 +338,31 @@ DS_INLINE vf exp_of(vf x) {
   return (vf)((vi)e + bits);
 }
 
-// gelu(z) = z * sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3): the tanh form, since (1 + tanh u) / 2 = sigmoid(2 u).
+// gelu(z) = z * sigmoid(v), v = 2 sqrt(2 / pi) (z + 0.044715 z^3): the tanh form, since (1 + tanh(v / 2)) / 2 = sigmoid(v).
 constexpr float GELU_A = 1.59576912160573071f, GELU_B = 0.044715f;
 
-DS_INLINE vf gelu_gate(vf z) {
-  const vf v = z * (splat(GELU_A) + splat(GELU_A * GELU_B) * z * z);
-  return splat(1.0f) / (splat(1.0f) + exp_of(-v));
+// sigmoid(v) and 1 - sigmoid(v), both from exp(-|v|), so that the smaller one is not what a subtraction leaves: its
+// rounding would come back multiplied by the slope of v.
+struct Gelu {
+  vf z;     // q is z inside [-20, 20], beyond which sigmoid is 0 or 1 in float32: z^3 cannot overflow
+  vf q, s, rest;
+  DS_INLINE vf value() const {
+    return pick(z > q, z, q) * s;
+  }
+  DS_INLINE vf slope() const {
+    return s + q * (s * rest) * (splat(GELU_A) + splat(3.0f * GELU_A * GELU_B) * q * q);
+  }
+};
+
+DS_INLINE Gelu gelu_of(vf z) {
+  const vf hi = splat(20.f), lo = splat(-20.f), one = splat(1.f);
+  const vf q = pick(z > hi, hi, pick(z < lo, lo, z));
+  const vf v = q * (splat(GELU_A) + splat(GELU_A * GELU_B) * q * q);
+  const vf minus = pick(v > vf{}, -v, v);  // -|v|
+  const vf e = pick(minus < splat(-87.f), vf{}, exp_of(minus));
+  const vf large = one / (one + e), small = e * large;
+  const vi positive = v > vf{};
+  return {z, q, pick(positive, large, small), pick(positive, small, large)};
 }
 
 template <class T>
@@ -357,7 +376,7 @@ void gelu(const GeluArgs& a, int64_t begin, int64_t end, float* scratch) {
     for_row(D, [&](auto whole, int64_t d, int64_t n) {
       constexpr bool w = whole.value;
       const vf z = get<w>(x + d, n) + get<w>(bias + d, n);
-      put<w>(y + d, z * gelu_gate(z), n);
+      put<w>(y + d, gelu_of(z).value(), n);
     });
   }
 }
@@ -373,11 +392,7 @@ void gelu_backward(const GeluArgs& a, int64_t begin, int64_t end, float* sums, f
     for_row(D, [&](auto whole, int64_t d, int64_t n) {
       constexpr bool w = whole.value;
       const vf z = get<w>(x + d, n) + get<w>(bias + d, n);
-      const vf s = gelu_gate(z);
-      // s (1 - s) is zero in float32 long before |z| = 20; the clamp keeps z^2 from making infinity times zero of it.
-      const vf q = pick(z > splat(20.f), splat(20.f), pick(z < splat(-20.f), splat(-20.f), z));
-      const vf slope = s + q * s * (splat(1.0f) - s) * (splat(GELU_A) + splat(3.0f * GELU_A * GELU_B) * q * q);
-      const vf grad = get<w>(dy + d, n) * slope;
+      const vf grad = get<w>(dy + d, n) * gelu_of(z).slope();
       put<w>(dx + d, grad, n);
       put<w>(sums + d, get<w>(sums + d, n) + grad, n);
     });

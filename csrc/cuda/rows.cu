@@ -65,8 +65,20 @@ __global__ void __launch_bounds__(THREADS) residual_kernel(
   }
 }
 
-// gelu(z) = z * sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3): the tanh form, since (1 + tanh u) / 2 = sigmoid(2 u).
+// gelu(z) = z * sigmoid(v), v = 2 sqrt(2 / pi) (z + 0.044715 z^3): the tanh form, since (1 + tanh(v / 2)) / 2 = sigmoid(v).
 constexpr float GELU_A = 1.59576912160573071f, GELU_B = 0.044715f;
+
+// gelu(z), or its derivative. sigmoid(v) and 1 - sigmoid(v) both come from exp(-|v|), so that the smaller one is not what a
+// subtraction leaves. Beyond 20 they are 0 and 1 in float32: the clamp keeps z^3 from overflowing.
+template <bool SLOPE>
+__device__ __forceinline__ float gelu_at(float z) {
+  const float q = z > 20.f ? 20.f : (z < -20.f ? -20.f : z);
+  const float v = q * (GELU_A + GELU_A * GELU_B * q * q);
+  const float e = expf(-fabsf(v)), large = 1.0f / (1.0f + e), small = e * large;
+  const float gate = v > 0.f ? large : small;
+  if constexpr (SLOPE) return gate + q * (large * small) * (GELU_A + 3.0f * GELU_A * GELU_B * q * q);
+  return (z > q ? z : q) * gate;
+}
 
 template <class T, int N, bool BACKWARD>
 __global__ void __launch_bounds__(THREADS)
@@ -89,14 +101,11 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float z = widen(x.v[j]) + bias[j];
-      const float gate = 1.0f / (1.0f + expf(-z * (GELU_A + GELU_A * GELU_B * z * z)));
       if constexpr (BACKWARD) {
-        // gate (1 - gate) is zero in float32 long before |z| = 20; the clamp keeps z^2 from making infinity times zero of it.
-        const float q = z > 20.f ? 20.f : (z < -20.f ? -20.f : z);
-        out[j] = widen(dy.v[j]) * (gate + q * gate * (1.0f - gate) * (GELU_A + 3.0f * GELU_A * GELU_B * q * q));
+        out[j] = widen(dy.v[j]) * gelu_at<true>(z);
         sum[j] += out[j];
       } else {
-        out[j] = z * gate;
+        out[j] = gelu_at<false>(z);
       }
     }
     put<T, N>(static_cast<T*>(a.out) + row * a.D + p.d, out);

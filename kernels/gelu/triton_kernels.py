@@ -21,7 +21,11 @@ def _bias_gelu_kernel(
     # Constexprs
     BACKWARD: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """gelu(z) = z * sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3), of a chunk of rows; backward: its derivative."""
+    """gelu(z) = z sigmoid(v), v = 2 sqrt(2 / pi) (z + 0.044715 z^3), of a chunk of rows; backward: its derivative.
+
+    sigmoid(v) and 1 - sigmoid(v) come from exp(-|v|), so that the smaller one is not what a subtraction leaves. Beyond 20
+    they are 0 and 1 in float32: the clamp keeps z^3 from overflowing.
+    """
     i = tl.program_id(0).to(tl.int64)
     part = i // blocks_f
     o_f = (i % blocks_f) * BF + tl.arange(0, BF)
@@ -36,15 +40,18 @@ def _bias_gelu_kernel(
         row = start + tl.arange(0, BT)
         m = (row < last)[:, None] & m_f[None, :]
         b_z = tl.load(x_ptr + row[:, None] * stride_x + o_f[None, :], mask=m, other=0.0).to(tl.float32) + b_bias
-        b_gate = 1.0 / (1.0 + tl.exp(-b_z * (A + AB * b_z * b_z)))
+        b_q = tl.where(b_z > 20.0, 20.0, tl.where(b_z < -20.0, -20.0, b_z))
+        b_v = b_q * (A + AB * b_q * b_q)
+        b_e = tl.exp(-tl.abs(b_v))
+        b_large = 1.0 / (1.0 + b_e)
+        b_small = b_e * b_large
+        b_gate = tl.where(b_v > 0.0, b_large, b_small)
         if BACKWARD:
             b_dy = tl.load(dy_ptr + row[:, None] * stride_dy + o_f[None, :], mask=m, other=0.0).to(tl.float32)
-            # The second term is zero long before |z| = 20; the clamp keeps z^2 from making infinity times zero of it.
-            b_q = tl.where(b_z > 20.0, 20.0, tl.where(b_z < -20.0, -20.0, b_z))
-            b_out = b_dy * (b_gate + b_q * b_gate * (1.0 - b_gate) * (A + 3.0 * AB * b_q * b_q))
+            b_out = b_dy * (b_gate + b_q * (b_large * b_small) * (A + 3.0 * AB * b_q * b_q))
             b_sum += tl.sum(tl.where(m, b_out, 0.0), 0)
         else:
-            b_out = b_z * b_gate
+            b_out = tl.where(b_z > b_q, b_z, b_q) * b_gate
         tl.store(out_ptr + row[:, None] * F + o_f[None, :], b_out.to(out_ptr.dtype.element_ty), mask=m)
     if BACKWARD:
         tl.store(partial_ptr + part * F + o_f, b_sum, mask=m_f)
