@@ -6,10 +6,11 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import selfcheck
@@ -73,7 +74,9 @@ def unavailable_reason(op: str, backend: str, device_type: str) -> str | None:
     return None
 
 
-_chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
+_Key = tuple[str, str, str, torch.dtype]  # operator, backend asked for, device type, dtype
+_chosen: dict[_Key, str] = {}
+_quick: dict[_Key, Any] = {}  # of those, the ones that have operators to call at once
 
 
 def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
@@ -89,6 +92,8 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
         if device_type == "cuda" and backend == "auto" and torch.cuda.is_current_stream_capturing():
             return "reference"  # a self-check cannot run inside a graph capture; warm up before it, as for any kernel
         chosen = _chosen[key] = _auto(op, device_type, dtype) if backend == "auto" else _named(*key)
+        if chosen in ("cpu", "cuda", "triton"):
+            _quick[key] = operators(chosen)
     return chosen
 
 
@@ -132,22 +137,61 @@ def _named(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def quick(op: str, backend: str, x: Tensor) -> Any:
+    """The operators for an eager call on ``x`` where ``resolve`` has chosen them before; None where there is more to find out.
+
+    None too inside torch.compile and transforms. What an operator does with the answer may so leave out every step that
+    only those need: a small call lasts three microseconds in all.
+    """
+    if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+        return None
+    return _quick.get((op, backend, "cpu" if x.is_cpu else x.device.type, x.dtype))
+
+
 def choose(op: str, backend: str, x: Tensor) -> str:
     """The backend for a call on ``x``: plain PyTorch inside transforms, else what ``resolve`` says."""
     if in_transform():
-        if backend != "auto":
+        if backend != "auto":  # (no self-check in here: it would be transformed itself)
             resolve(op, backend, x.device.type, x.dtype)  # a wrong name is still said
         return "reference"
-    if x.is_cpu and not torch.compiler.is_compiling():
-        known = _chosen.get((op, backend, "cpu", x.dtype))  # what resolve would find, without making a device object
-        if known is not None:
-            return known
     return resolve(op, backend, x.device.type, x.dtype)
+
+
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def in_transform() -> bool:
     """True inside torch.func transforms and forward-mode AD, where only plain PyTorch gives right answers."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return _transforms_active() or forward_ad._current_level >= 0
+
+
+class _Eager:
+    """The operators of a namespace as what their overloads call: a Python frame less in every call."""
+
+    def __init__(self, namespace: Any) -> None:
+        self._namespace = namespace
+
+    def __getattr__(self, name: str) -> Any:  # the first time only
+        overload = getattr(self._namespace, name).default
+        call = getattr(overload, "_op", overload)
+        setattr(self, name, call)
+        return call
+
+
+_eager: dict[str, Any] = {}
+
+
+def operators(backend: Any) -> Any:
+    """The operators of a backend by its name, or what ``quick`` found; all namespaces have the same names and schemas."""
+    if not isinstance(backend, str):
+        return backend
+    namespace = torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
+    if torch.compiler.is_compiling():
+        return namespace
+    found = _eager.get(backend)
+    if found is None:
+        found = _eager[backend] = _Eager(namespace)
+    return found
 
 
 def check_float(name: str, t: Tensor) -> None:

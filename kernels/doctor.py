@@ -73,7 +73,7 @@ def report(*, check: bool = False) -> dict[str, Any]:
             rows[backend] = {"available": reason is None, "reason": reason}
             if check and reason is None and backend not in ("sdpa", "flash_attn", "xformers"):
                 for dtype in dispatch.KERNEL_DTYPES:
-                    wrong = selfcheck.compare(op, backend, dtype, device)
+                    wrong = selfcheck.check(op, backend, dtype, device, again=True)
                     checks.append(
                         {
                             "operator": op,

@@ -11,9 +11,11 @@ import contextlib
 import functools
 import json
 import os
-import tempfile
+import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -21,14 +23,17 @@ import torch
 from torch import Tensor
 
 import ditscale
-from ditscale.kernels.library import path_of
+from ditscale.kernels.library import cpu_isa, path_of
 
 # Largest error allowed, relative to the largest value of the exact result: some ten roundings of the dtype.
 TOLERANCE: Final = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-_SHAPES: Final = (
-    (2, 37, 72),
-    (3, 5, 13),
-)  # vectors of every width fit in 72, none in 13; two chunks of tokens and one
+# [B, T, D]: vectors of every width fit in 72, none in 13; two chunks of tokens and one.
+_SHAPES: Final = ((2, 37, 72), (3, 5, 13))
+# Rows of several warps, and enough numbers for statistics to be kept for backward.
+_WIDE: Final = (1, 17, 1152)
+_OF_ROWS: Final = ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate", "bias_gelu")
+
+THREW: Final = "it threw "  # how such a reason begins; it may be of the moment (no memory left), so it is not kept
 
 Tensors = tuple[Tensor, ...]
 
@@ -72,59 +77,63 @@ def _run(function: Callable[..., Tensor | Tensors], inputs: Tensors, backend: st
     return (*(o.detach() for o in outputs), *grads)
 
 
-@contextlib.contextmanager
-def _plain() -> Iterator[None]:
-    """No mode of the caller (fake tensors, FLOP counting, autocast, inference) sees the check or changes it."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with (
-        _disable_current_modes(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
-
-
 def compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | None:
     """Run the check now; None where the kernel is right, else what is wrong in one line."""
+    try:
+        return _apart(lambda: _compare(op, backend, dtype, device), device)
+    except Exception as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
+        return f"{THREW}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _apart(call: Callable[[], str | None], device: str) -> str | None:
+    """The result of ``call`` in a thread of its own: whatever the caller is inside of (fake tensors, counting, autocast,
+    inference, transforms, hooks on saved tensors) belongs to the caller's thread and neither sees the check nor changes it.
+    """
+
+    def run() -> str | None:
+        if device == "cuda":
+            torch.cuda.set_device(index)
+        return call()
+
+    index = torch.cuda.current_device() if device == "cuda" else 0
+    with ThreadPoolExecutor(1, "ditscale-self-check") as thread:
+        return thread.submit(run).result()
+
+
+def _compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | None:
     from ditscale import kernels
 
     function = getattr(kernels, op)
-    with _plain():
-        for shape in _SHAPES:
-            inputs = tuple(t.to(dtype) for t in _inputs(op, shape, device))
-            try:
-                got = _run(function, inputs, backend, dtype)
-            except Exception as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
-                return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            exact = _run(function, tuple(t.double() for t in inputs), "reference", dtype)
-            for k, (a, b) in enumerate(zip(got, exact, strict=True)):
-                limit = TOLERANCE[dtype] * max(float(b.abs().max()), 1.0)
-                worst = float((a.double() - b).abs().max())
-                if not worst <= limit:
-                    return f"result {k} at shape {list(shape)} is off by {worst:.2e}, allowed {limit:.2e}"
+    for shape in (*_SHAPES, _WIDE) if op in _OF_ROWS else _SHAPES:
+        inputs = tuple(t.to(dtype) for t in _inputs(op, shape, device))
+        got = _run(function, inputs, backend, dtype)
+        exact = _run(function, tuple(t.double() for t in inputs), "reference", dtype)
+        for k, (a, b) in enumerate(zip(got, exact, strict=True)):
+            limit = TOLERANCE[dtype] * max(float(b.abs().max()), 1.0)
+            worst = float((a.double() - b).abs().max())
+            if not worst <= limit:
+                return f"result {k} at shape {list(shape)} is off by {worst:.2e}, allowed {limit:.2e}"
     return None
 
 
-def _cache_file() -> Path:
+def _cache_file() -> Path | None:
     home = os.environ.get("DITSCALE_CACHE")
     if home:
         return Path(home) / "selfcheck.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditscale" / "selfcheck.json"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditscale" / "selfcheck.json"
+    except RuntimeError:  # a user without a home
+        return None
 
 
 @functools.cache
-def _where(backend: str, device_type: str) -> str:
-    """What a verdict holds for: versions, the library's build, device and driver."""
+def _where(op: str, backend: str, device_type: str) -> str:
+    """What a verdict holds for: versions, the build of the kernel, device and driver."""
     parts = [ditscale.__version__, torch.__version__]
-    if backend in ("cpu", "cuda"):
-        stat = path_of(backend).stat()
-        parts += [str(stat.st_size), str(stat.st_mtime_ns)]
+    source = path_of(backend) if backend in ("cpu", "cuda") else _triton_source(op)
+    stat = source.stat()
+    parts += [str(stat.st_size), str(stat.st_mtime_ns)]
     if backend == "cpu":
-        from ditscale.kernels.library import cpu_isa
-
         parts.append(str(cpu_isa()))
     if backend == "triton":
         import triton
@@ -137,35 +146,53 @@ def _where(backend: str, device_type: str) -> str:
     return " ".join(parts)
 
 
+def _triton_source(op: str) -> Path:
+    from ditscale import kernels
+
+    module = getattr(kernels, op).__module__.rpartition(".")[0] + ".triton_kernels"
+    return Path(str(sys.modules[module].__file__))
+
+
 def _read() -> dict[str, str | None]:
+    path = _cache_file()
     try:
-        found = json.loads(_cache_file().read_text())
+        found = json.loads(path.read_text()) if path else {}
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _write(key: str, verdict: str | None) -> None:
+    """Keep a verdict. Of two processes that write at once one may lose its own, which costs a later one a check."""
     path = _cache_file()
+    if path is None:
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({**_read(), key: verdict}, file, indent=0)
-        os.replace(file.name, path)
-    except OSError:
-        return  # a cache that cannot be written costs the next process a check, nothing else
+        temporary.write_text(json.dumps({**_read(), key: verdict}, indent=0))
+        os.replace(temporary, path)
+    except OSError:  # a cache that cannot be written costs the next process a check, nothing else
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check(op: str, backend: str, dtype: torch.dtype, device_type: str, *, again: bool = False) -> str | None:
+    """What is wrong with a kernel, from the cache or, where that knows nothing or ``again``, by running it; None: nothing."""
+    key = f"{op} {backend} {str(dtype).removeprefix('torch.')} on {_where(op, backend, device_type)}"
+    known = {} if again else _read()
+    if key in known:
+        return known[key]
+    verdict = compare(op, backend, dtype, device_type)
+    if verdict is None or not verdict.startswith(THREW):
+        _write(key, verdict)
+    return verdict
 
 
 @functools.cache
 def failure(op: str, backend: str, dtype: torch.dtype, device_type: str) -> str | None:
-    """What the self-check found against the kernel, from the cache or by running it; None where it may be used."""
-    key = f"{op} {backend} {str(dtype).removeprefix('torch.')} on {_where(backend, device_type)}"
-    known = _read()
-    if key in known:
-        verdict = known[key]
-    else:
-        verdict = compare(op, backend, dtype, device_type)
-        _write(key, verdict)
+    """What the self-check has against a kernel, said once a process; None where it may be used."""
+    verdict = check(op, backend, dtype, device_type)
     if verdict is not None:
         warnings.warn(
             f"ditscale: the {backend} kernel of {op} failed its self-check on {device_type} in "

@@ -1,27 +1,32 @@
 // The operators of the namespace `ditscale`: schemas only. The libraries of each device add their implementations.
 //
-// Shapes: x, branch, y [B, T, D]; shift, scale, gate [D], [B, D] or [B, T, D], all of one call alike; stats [2, B, T]
-// float32 (mean, then reciprocal standard deviation), or [0] when they were not asked for.
+// Shapes: x, branch, y [B, T, D]; shift, scale, gate [D], [B, D], [B, 1, D] or [B, T, D], all of one call alike; stats
+// [2, B, T] float32: mean, then reciprocal standard deviation. The `infer` operators keep none, for calls that no gradient
+// follows or that compute them again: a result more costs a small call a third of its time, and so does every number that
+// differs from its default.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ditscale, m) {
   m.def(
-      "layernorm_modulate_fwd(Tensor x, Tensor shift, Tensor scale, float eps, float scale_base, bool rms, "
-      "bool save_stats) -> (Tensor y, Tensor stats)");
-  // Without statistics, for calls that no gradient follows: a second output costs a small call a third of its time.
+      "layernorm_modulate_fwd(Tensor x, Tensor shift, Tensor scale, float eps=1e-06, float scale_base=1., "
+      "bool rms=False) -> (Tensor y, Tensor stats)");
   m.def(
-      "layernorm_modulate_infer(Tensor x, Tensor shift, Tensor scale, float eps, float scale_base, bool rms) -> Tensor");
+      "layernorm_modulate_infer(Tensor x, Tensor shift, Tensor scale, float eps=1e-06, float scale_base=1., "
+      "bool rms=False) -> Tensor");
   m.def(
-      "layernorm_modulate_bwd(Tensor dy, Tensor x, Tensor scale, Tensor stats, float eps, float scale_base, "
-      "bool rms) -> (Tensor dx, Tensor dshift, Tensor dscale)");
+      "layernorm_modulate_bwd(Tensor dy, Tensor x, Tensor scale, Tensor? stats=None, float eps=1e-06, "
+      "float scale_base=1., bool rms=False) -> (Tensor dx, Tensor dshift, Tensor dscale)");
   m.def("gate_residual_fwd(Tensor x, Tensor branch, Tensor gate) -> Tensor");
   m.def("gate_residual_bwd(Tensor dout, Tensor branch, Tensor gate) -> (Tensor dbranch, Tensor dgate)");
   m.def(
       "gate_residual_layernorm_modulate_fwd(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, "
-      "float eps, float scale_base, bool rms, bool save_stats) -> (Tensor x_new, Tensor y, Tensor stats)");
+      "float eps=1e-06, float scale_base=1., bool rms=False) -> (Tensor x_new, Tensor y, Tensor stats)");
+  m.def(
+      "gate_residual_layernorm_modulate_infer(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, "
+      "float eps=1e-06, float scale_base=1., bool rms=False) -> (Tensor x_new, Tensor y)");
   m.def(
       "gate_residual_layernorm_modulate_bwd(Tensor dy, Tensor? dx_new, Tensor x_new, Tensor branch, Tensor gate, "
-      "Tensor scale, Tensor stats, float eps, float scale_base, bool rms) -> "
+      "Tensor scale, Tensor? stats=None, float eps=1e-06, float scale_base=1., bool rms=False) -> "
       "(Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale)");
   m.def("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor");
   m.def("bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)");

@@ -77,8 +77,18 @@ inline Tensor inner_dense(const Tensor& t) {
 }
 
 inline Shape shape_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 3, "x: expected [B, T, D], got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(2) > 0, "x: expected [B, T, D] with D >= 1");
   return {x.size(0), x.size(1), x.size(2)};
+}
+
+// Torch picks the kernel by the device of any one argument: the others must be there too.
+inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
+  int32_t type = 0, index = 0, type_x = 0, index_x = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type_x));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index_x));
+  STD_TORCH_CHECK(type == type_x && index == index_x, name, ": expected a tensor on the device of x");
 }
 
 inline void check_like(const Tensor& t, const Tensor& x, const Shape& s, const char* name) {
@@ -86,14 +96,18 @@ inline void check_like(const Tensor& t, const Tensor& x, const Shape& s, const c
       t.dim() == 3 && t.size(0) == s.B && t.size(1) == s.T && t.size(2) == s.D && dtype_of(t) == dtype_of(x),
       name,
       ": expected the shape and dtype of x");
+  check_device(t, x, name);
 }
 
-inline Mode mode_of(const Tensor& m, const Shape& s, const char* name) {
+// [B, 1, D] is [B, D] with a dimension that some models keep.
+inline Mode mode_of(const Tensor& m, const Tensor& x, const Shape& s, const char* name) {
   const int64_t dims = m.dim();
-  const bool right = (dims == 1 && m.size(0) == s.D) || (dims == 2 && m.size(0) == s.B && m.size(1) == s.D) ||
-      (dims == 3 && m.size(0) == s.B && m.size(1) == s.T && m.size(2) == s.D);
-  STD_TORCH_CHECK(right, name, ": expected [D], [B, D] or [B, T, D]");
-  return static_cast<Mode>(dims);
+  const bool wide = dims >= 1 && dims <= 3 && m.size(dims - 1) == s.D && (dims == 1 || m.size(0) == s.B);
+  STD_TORCH_CHECK(
+      wide && (dims < 3 || m.size(1) == s.T || m.size(1) == 1), name, ": expected [D], [B, D] or [B, T, D]");
+  check_device(m, x, name);
+  if (dims == 1) return Mode::shared;
+  return dims == 3 && m.size(1) == s.T ? Mode::per_token : Mode::per_sample;
 }
 
 }  // namespace ditscale

@@ -9,7 +9,6 @@ from ditscale.kernels.aot import SIZE, Dims, Launch, Work
 
 _WIDTHS = (384, 768, 1024, 1152)
 _FUSED = "gate_residual_layernorm_modulate"
-_SPILL = 8, "ptxas spills one pair of registers on sm_90"
 
 
 def launches() -> list[Launch]:
@@ -35,9 +34,8 @@ def _launch(op: str, passes: str, dtype: str, D: int, variant: str = "") -> Laun
         moved = getattr(cost, f"{op}_bytes_{passes}")(B, T, D, size, size, mode, **more)
         return Work(moved, getattr(cost, f"{op}_flops_{passes}")(B, T, D))
 
-    stack_bytes, why = _SPILL if op == _FUSED and dtype == "float32" else (0, "")
     dims = (("B", 32), ("T", 256), ("D", D))
-    return Launch(op, passes, dtype, dims, call, work, variant, stack_bytes=stack_bytes, why=why)
+    return Launch(op, passes, dtype, dims, call, work, variant)
 
 
 def _call(op: str, passes: str, dims: Dims, dtype: str, mode: str, stats: bool) -> object:
@@ -61,8 +59,8 @@ def _call(op: str, passes: str, dims: Dims, dtype: str, mode: str, stats: bool) 
         return function(rows(), rows(), gate)
     if op == "layernorm_modulate":
         if passes == "forward":
-            return kernels._forward(rows(), None, None, shift, scale, *options, stats)
+            return kernels._forward(rows(), None, None, shift, scale, *options, save_stats=stats)
         return kernels._backward(rows(), None, rows(), None, None, scale, kept, *options)
     if passes == "forward":
-        return kernels._forward(rows(), rows(), gate, shift, scale, *options, stats)
+        return kernels._forward(rows(), rows(), gate, shift, scale, *options, save_stats=stats)
     return kernels._backward(rows(), rows(), rows(), rows(), gate, scale, kept, *options)

@@ -1,103 +1,22 @@
-"""The public adaLN functions: checks, choice of a backend and autograd. The arithmetic is elsewhere in this folder."""
+"""The public adaLN functions: checks, choice of a backend and conversions. The arithmetic is elsewhere in this folder."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ditscale.errors import InputError
 from ditscale.kernels import dispatch
+from ditscale.kernels.adaln import functions, reference
 from ditscale.kernels.adaln import native as _native  # noqa: F401 (loads and describes ditscale::*)
-from ditscale.kernels.adaln import reference
-from ditscale.kernels.dispatch import Backend
+from ditscale.kernels.dispatch import Backend, operators
 
 Norm = Literal["layer", "rms"]
 
-
-def _ops(backend: str) -> Any:
-    """The operators of a backend; both namespaces have the same names and schemas."""
-    return torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
-
-
-class _LayernormModulate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        x: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        eps: float,
-        scale_base: float,
-        rms: bool,
-        save_stats: bool,
-    ) -> Tensor:
-        y, stats = _ops(backend).layernorm_modulate_fwd(x, shift, scale, eps, scale_base, rms, save_stats)
-        ctx.save_for_backward(x, scale, stats)
-        ctx.backend, ctx.options = backend, (eps, scale_base, rms)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, stats = ctx.saved_tensors
-        dx, dshift, dscale = _ops(ctx.backend).layernorm_modulate_bwd(dy, x, scale, stats, *ctx.options)
-        return None, dx, dshift, dscale, None, None, None, None
-
-
-class _GateResidual(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, backend: str, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(branch, gate)
-        ctx.backend = backend
-        return _ops(backend).gate_residual_fwd(x, branch, gate)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        dbranch, dgate = _ops(ctx.backend).gate_residual_bwd(dout, *ctx.saved_tensors)
-        return None, dout, dbranch, dgate
-
-
-class _GateResidualLayernormModulate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        x: Tensor,
-        branch: Tensor,
-        gate: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        eps: float,
-        scale_base: float,
-        rms: bool,
-        save_stats: bool,
-    ) -> tuple[Tensor, Tensor]:
-        x_new, y, stats = _ops(backend).gate_residual_layernorm_modulate_fwd(
-            x, branch, gate, shift, scale, eps, scale_base, rms, save_stats
-        )
-        ctx.save_for_backward(x_new, branch, gate, scale, stats)
-        ctx.backend, ctx.options = backend, (eps, scale_base, rms)
-        ctx.set_materialize_grads(False)
-        return x_new, y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx_new: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_new, branch, gate, scale, stats = ctx.saved_tensors
-        if dy is None:  # only the residual stream was used
-            if dx_new is None:
-                return (None,) * 10
-            dbranch, dgate = _ops(ctx.backend).gate_residual_bwd(dx_new, branch, gate)
-            return None, dx_new, dbranch, dgate, None, None, None, None, None, None
-        dx, dbranch, dgate, dshift, dscale = _ops(ctx.backend).gate_residual_layernorm_modulate_bwd(
-            dy, dx_new, x_new, branch, gate, scale, stats, *ctx.options
-        )
-        return None, dx, dbranch, dgate, dshift, dscale, None, None, None, None
+# Calls of fewer numbers keep no statistics for backward: to compute them again costs less than to make one more tensor.
+KEEP_FROM = 16384
 
 
 def _check_rows(x: Tensor) -> None:
@@ -120,43 +39,25 @@ def _like_x(name: str, t: Tensor, x: Tensor) -> Tensor:
 
 def _modulations(x: Tensor, names: tuple[str, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Check shift, scale and gate and bring those of one call to one rank and dtype; as they are where nothing differs."""
-    # The common call, in as few Python steps as there can be: a small call lasts three microseconds in all.
-    first = given[0]
-    shape, dtype, device = first.shape, first.dtype, x.device
     B, T, D = x.shape
-    if (shape == (B, D) or shape == (D,) or shape == (B, T, D)) and (dtype is x.dtype or dtype is torch.float32):
-        for m in given:
-            if m.device != device or (m is not first and (m.shape != shape or m.dtype is not dtype)):
-                break
-        else:
-            return given
-    return _brought_together(x, names, given)
-
-
-def _brought_together(x: Tensor, names: tuple[str, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    B, T, D = x.shape
-    out: list[Tensor] = []
-    rank, same_dtype = 0, given[0].dtype == x.dtype or given[0].dtype == torch.float32
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, m in zip(names, given, strict=True):
         dispatch.check_float(name, m)
-        if m.dim() == 3 and m.shape[1] == 1 and T != 1:  # [B, 1, D] is what some models keep
-            m = m.squeeze(1)
-        if m.shape != (D,) and m.shape != (B, D) and m.shape != (B, T, D):
+        if m.shape not in ((D,), (B, D), (B, 1, D), (B, T, D)):
             raise InputError(f"{name}: expected [{D}], [{B}, {D}] or [{B}, {T}, {D}] beside x, got {list(m.shape)}")
         if m.device != x.device:
             raise InputError(f"{name}: expected a tensor on {x.device} as x, got one on {m.device}")
-        same_dtype = same_dtype and m.dtype == given[0].dtype
-        rank = max(rank, m.dim())
-        out.append(m)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for i, m in enumerate(out):
-        if not same_dtype:
-            m = m.to(wide)
-        if m.dim() < rank:
-            m = m.unsqueeze(1) if rank == 3 and m.dim() == 2 else m
-            m = m.expand((B, D) if rank == 2 else (B, T, D))
-        out[i] = m
-    return tuple(out)
+    first = given[0]
+    if any(m.dtype != first.dtype for m in given) or first.dtype not in (x.dtype, torch.float32):
+        given = tuple(m.to(wide) for m in given)
+    if any(m.shape != first.shape for m in given):
+        shape = torch.broadcast_shapes(*(m.shape if m.dim() != 2 else (B, 1, D) for m in given))
+        given = tuple(_rows(m).expand(shape) for m in given)
+    return given
+
+
+def _rows(m: Tensor) -> Tensor:
+    return m.unsqueeze(1) if m.dim() == 2 else m
 
 
 def _affine(
@@ -188,6 +89,11 @@ def _wants_grad(*tensors: Tensor) -> bool:
             if t.requires_grad:
                 return True
     return False
+
+
+def _keeps(x: Tensor, recompute_stats: bool) -> bool:
+    """Whether statistics are kept. (A compiler would make one graph for small calls and one for large ones.)"""
+    return not recompute_stats and (torch.compiler.is_compiling() or x.numel() >= KEEP_FROM)
 
 
 def _rms(norm: str) -> bool:
@@ -235,6 +141,17 @@ def layernorm_modulate(
     Cost: ``ditscale.kernels.adaln.cost.layernorm_modulate_*``.
     Source: Peebles & Xie, arXiv:2212.09748, section 3.2; LayerNorm arXiv:1607.06450; RMS norm arXiv:1910.07467.
     """
+    if weight is None and bias is None and norm == "layer":
+        try:
+            run = dispatch.quick("layernorm_modulate", backend, x)
+            if run is not None:
+                options: functions.Options = () if eps == 1e-6 else (eps,)
+                if torch.is_grad_enabled() and (x.requires_grad or shift.requires_grad or scale.requires_grad):
+                    keep = not recompute_stats and x.numel() >= KEEP_FROM
+                    return functions.layernorm_modulate_eager(run, keep, x, shift, scale, options)
+                return run.layernorm_modulate_infer(x, shift, scale, *options)
+        except (AttributeError, RuntimeError, TypeError):
+            pass  # inputs that have to be converted first, or a mistake: what follows knows which
     _check_rows(x)
     rms = _rms(norm)
     shift, scale = _modulations(x, ("shift", "scale"), (shift, scale))
@@ -245,8 +162,9 @@ def layernorm_modulate(
     if chosen == "reference":
         return reference.layernorm_modulate_ref(x, shift, scale, eps=eps, scale_base=base, rms=rms)
     if _wants_grad(x, shift, scale):
-        return _LayernormModulate.apply(chosen, x, shift, scale, eps, base, rms, not recompute_stats)
-    return _ops(chosen).layernorm_modulate_infer(x, shift, scale, eps, base, rms)
+        keep = _keeps(x, recompute_stats)
+        return functions.LayernormModulate.apply(chosen, keep, x, shift, scale, (eps, base, rms))
+    return operators(chosen).layernorm_modulate_infer(x, shift, scale, eps, base, rms)
 
 
 def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -267,6 +185,14 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: Backend =
     Numerics: float32, one rounding. dgate is a float32 sum over tokens in a fixed order.
     Cost: ``ditscale.kernels.adaln.cost.gate_residual_*``.
     """
+    try:
+        run = dispatch.quick("gate_residual", backend, x)
+        if run is not None and branch.dtype is x.dtype:
+            if torch.is_grad_enabled() and (x.requires_grad or branch.requires_grad or gate.requires_grad):
+                return functions.gate_residual_eager(run, x, branch, gate)
+            return run.gate_residual_fwd(x, branch, gate)
+    except (AttributeError, RuntimeError, TypeError):
+        pass  # as in layernorm_modulate
     _check_rows(x)
     branch = _like_x("branch", branch, x)
     (gate,) = _modulations(x, ("gate",), (gate,))
@@ -274,8 +200,8 @@ def gate_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: Backend =
     if chosen == "reference":
         return reference.gate_residual_ref(x, branch, gate)
     if _wants_grad(x, branch, gate):
-        return _GateResidual.apply(chosen, x, branch, gate)
-    return _ops(chosen).gate_residual_fwd(x, branch, gate)
+        return functions.GateResidual.apply(chosen, x, branch, gate)
+    return operators(chosen).gate_residual_fwd(x, branch, gate)
 
 
 def gate_residual_layernorm_modulate(
@@ -307,6 +233,19 @@ def gate_residual_layernorm_modulate(
     Numerics: as ``layernorm_modulate``. Backward is one pass that gives dx, dbranch, dgate, dshift and dscale.
     Cost: ``ditscale.kernels.adaln.cost.gate_residual_layernorm_modulate_*``.
     """
+    if weight is None and bias is None and norm == "layer":
+        try:
+            run = dispatch.quick("gate_residual_layernorm_modulate", backend, x)
+            if run is not None and branch.dtype is x.dtype:
+                options: functions.Options = () if eps == 1e-6 else (eps,)
+                if _wants_grad(x, branch, gate, shift, scale):
+                    keep = not recompute_stats and x.numel() >= KEEP_FROM
+                    return functions.gate_residual_layernorm_modulate_eager(
+                        run, keep, x, branch, gate, shift, scale, options
+                    )
+                return run.gate_residual_layernorm_modulate_infer(x, branch, gate, shift, scale, *options)
+        except (AttributeError, RuntimeError, TypeError):
+            pass  # as in layernorm_modulate
     _check_rows(x)
     rms = _rms(norm)
     branch = _like_x("branch", branch, x)
@@ -320,8 +259,8 @@ def gate_residual_layernorm_modulate(
         return reference.gate_residual_layernorm_modulate_ref(
             x, branch, gate, shift, scale, eps=eps, scale_base=base, rms=rms
         )
+    options = (eps, base, rms)
     if _wants_grad(x, branch, gate, shift, scale):
-        return _GateResidualLayernormModulate.apply(
-            chosen, x, branch, gate, shift, scale, eps, base, rms, not recompute_stats
-        )
-    return _ops(chosen).gate_residual_layernorm_modulate_fwd(x, branch, gate, shift, scale, eps, base, rms, False)[:2]
+        keep = _keeps(x, recompute_stats)
+        return functions.GateResidualLayernormModulate.apply(chosen, keep, x, branch, gate, shift, scale, options)
+    return operators(chosen).gate_residual_layernorm_modulate_infer(x, branch, gate, shift, scale, *options)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ditscale.kernels.adaln import shapes
 from ditscale.kernels.dispatch import interpreting
+from ditscale.kernels.register import define
 
 TASKS = 1024  # most parts that the rows of a backward pass are cut into
 
@@ -241,14 +242,20 @@ def add_chunks(partial: Tensor, k: int, out: Tensor) -> Tensor:
     return out
 
 
-def tile(D: int) -> tuple[int, int, int]:
-    """(BT, BD, warps) of the norm kernels: whole rows, about 4096 numbers a step."""
+def tile(D: int, numbers: int) -> tuple[int, int, int]:
+    """(BT, BD, warps) of the norm kernels: whole rows, about ``numbers`` a step, what fits the registers without a spill."""
     BD = max(triton.next_power_of_2(D), 16)
-    return max(1, min(8, 4096 // BD)), BD, 4 if BD <= 2048 else 8 if BD <= 4096 else 16
+    return max(1, min(8, numbers // BD)), BD, 4 if BD <= 2048 else 8 if BD <= 4096 else 16
 
 
 def _strides(t: Tensor) -> tuple[int, int]:
-    return (t.stride(0) if t.dim() >= 2 else 0), (t.stride(1) if t.dim() == 3 else 0)
+    """From sample to sample and from token to token; 0 where a modulation has no such dimension, or one of 1."""
+    return (t.stride(0) if t.dim() >= 2 else 0), (t.stride(1) if t.dim() == 3 and t.shape[1] > 1 else 0)
+
+
+def _mode(m: Tensor, T: int) -> int:
+    """1: all rows share the modulation, 2: those of a sample, 3: none."""
+    return min(m.dim(), 2) if m.dim() < 3 or m.shape[1] != T else 3
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -261,10 +268,11 @@ def _forward(
     gate: Tensor | None,
     shift: Tensor,
     scale: Tensor,
-    eps: float,
-    scale_base: float,
-    rms: bool,
-    save_stats: bool,
+    eps: float = 1e-6,
+    scale_base: float = 1.0,
+    rms: bool = False,
+    *,
+    save_stats: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, D = x.shape
     x, shift, scale = _dense(x), _dense(shift), _dense(scale)
@@ -274,7 +282,7 @@ def _forward(
     y = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
     x_new = torch.empty_like(y) if fused else y
     stats = torch.empty((2, B, T) if save_stats else (0,), dtype=torch.float32, device=x.device)
-    BT, BD, warps = tile(D)
+    BT, BD, warps = tile(D, 4096 // (x.element_size() // 2 if fused else 1))
     blocks_t = triton.cdiv(T, BT)
     if B * T:
         mean, rstd = (stats[0], stats[1]) if save_stats else (stats, stats)
@@ -282,7 +290,7 @@ def _forward(
             x, branch, gate, shift, scale, x_new, y, mean, rstd,
             *_strides(x), *_strides(branch), *_strides(gate), *_strides(shift), *_strides(scale),
             T, D, blocks_t, eps, scale_base,
-            HAS_BRANCH=fused, PER_TOKEN=scale.dim() == 3, RMS=rms, SAVE=save_stats, BT=BT, BD=BD, num_warps=warps,
+            HAS_BRANCH=fused, PER_TOKEN=_mode(scale, T) == 3, RMS=rms, SAVE=save_stats, BT=BT, BD=BD, num_warps=warps,
         )  # fmt: skip
     return x_new, y, stats
 
@@ -294,10 +302,10 @@ def _backward(
     branch: Tensor | None,
     gate: Tensor | None,
     scale: Tensor,
-    stats: Tensor,
-    eps: float,
-    scale_base: float,
-    rms: bool,
+    stats: Tensor | None = None,
+    eps: float = 1e-6,
+    scale_base: float = 1.0,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, D = x.shape
     dy, x, scale = _dense(dy), _dense(x), _dense(scale)
@@ -305,26 +313,26 @@ def _backward(
     branch = x if branch is None else _dense(branch)
     gate = scale if gate is None else _dense(gate)
     dresidual = dy if dresidual is None else _dense(dresidual)
-    per_token = scale.dim() == 3
+    mode = _mode(scale, T)
+    per_token = mode == 3
     dx = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
     dbranch = torch.empty_like(dx) if fused else dx
     dshift, dscale = (torch.empty(scale.shape, dtype=scale.dtype, device=x.device) for _ in range(2))
     dgate = torch.empty_like(dscale) if fused else dscale
     sums = 3 if fused else 2
-    segments, rows, chunk, chunks = cut_rows(scale.dim(), B, T, sums * 32 // x.element_size())
+    segments, rows, chunk, chunks = cut_rows(mode, B, T, sums * 32 // x.element_size())
     # Without rows no program runs, and the sums are zero.
     make = torch.empty if B * T else torch.zeros
     partial = make((0 if per_token else segments, chunks, sums, D), dtype=torch.float32, device=x.device)
-    BT, BD, warps = tile(D)
+    BT, BD, warps = tile(D, 4096 // (x.element_size() if fused else 1))
     if B * T:
-        kept = stats.numel() > 0
-        mean, rstd = (stats[0], stats[1]) if kept else (stats, stats)
+        mean, rstd = (x, x) if stats is None else (stats[0], stats[1])
         _adaln_bwd_kernel[(segments * chunks,)](
             dy, dresidual, x, branch, gate, scale, mean, rstd, dx, dbranch, dshift, dscale, dgate, partial,
             *_strides(dy), *_strides(dresidual), *_strides(x), *_strides(branch), *_strides(gate), *_strides(scale),
             T, D, rows, chunk, chunks, eps, scale_base,
-            HAS_BRANCH=fused, HAS_RESIDUAL=given, HAS_STATS=kept, PER_TOKEN=per_token, RMS=rms,
-            BT=max(1, BT // 2) if fused else BT, BD=BD, num_warps=warps,
+            HAS_BRANCH=fused, HAS_RESIDUAL=given, HAS_STATS=stats is not None, PER_TOKEN=per_token, RMS=rms,
+            BT=BT, BD=BD, num_warps=warps,
         )  # fmt: skip
     if not per_token:
         add_chunks(partial, 0, dshift)
@@ -337,11 +345,12 @@ def _backward(
 def _residual(x: Tensor, branch: Tensor, gate: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
     B, T, D = x.shape
     x, branch, gate = _dense(x), _dense(branch), _dense(gate)
-    per_token = gate.dim() == 3
+    mode = _mode(gate, T)
+    per_token = mode == 3
     out = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
     dgate = torch.empty(gate.shape if backward else (0,), dtype=gate.dtype, device=x.device)
     sums = backward and not per_token
-    segments, rows, chunk, chunks = cut_rows(gate.dim() if sums else 2, B, T, 32 // x.element_size() if sums else 8)
+    segments, rows, chunk, chunks = cut_rows(mode if sums else 2, B, T, 32 // x.element_size() if sums else 8)
     make = torch.empty if B * T else torch.zeros
     partial = make((segments if sums else 0, chunks, 1, D), dtype=torch.float32, device=x.device)
     blocks_d = triton.cdiv(D, 512)
@@ -364,15 +373,22 @@ def layernorm_modulate_fwd(x: Tensor, shift: Tensor, scale: Tensor, *options: An
 
 def layernorm_modulate_infer(x: Tensor, shift: Tensor, scale: Tensor, *options: Any) -> Tensor:
     """``ditscale_triton::layernorm_modulate_infer``."""
-    return _forward(x, None, None, shift, scale, *options, False)[1]
+    return _forward(x, None, None, shift, scale, *options, save_stats=False)[1]
 
 
 def layernorm_modulate_bwd(
-    dy: Tensor, x: Tensor, scale: Tensor, stats: Tensor, *options: Any
+    dy: Tensor, x: Tensor, scale: Tensor, stats: Tensor | None = None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ditscale_triton::layernorm_modulate_bwd``."""
     dx, _, _, dshift, dscale = _backward(dy, None, x, None, None, scale, stats, *options)
     return dx, dshift, dscale
+
+
+def gate_residual_layernorm_modulate_infer(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """``ditscale_triton::gate_residual_layernorm_modulate_infer``."""
+    return _forward(x, branch, gate, shift, scale, *options, save_stats=False)[:2]
 
 
 def gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -385,8 +401,9 @@ def gate_residual_bwd(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tenso
     return _residual(dout, branch, gate, True)
 
 
-shapes.define(
+define(
     "ditscale_triton",
+    shapes.OPERATORS,
     {
         "layernorm_modulate_fwd": layernorm_modulate_fwd,
         "layernorm_modulate_infer": layernorm_modulate_infer,
@@ -394,6 +411,7 @@ shapes.define(
         "gate_residual_fwd": gate_residual_fwd,
         "gate_residual_bwd": gate_residual_bwd,
         "gate_residual_layernorm_modulate_fwd": _forward,
+        "gate_residual_layernorm_modulate_infer": gate_residual_layernorm_modulate_infer,
         "gate_residual_layernorm_modulate_bwd": _backward,
     },
     "CPU" if interpreting() else "CUDA",

@@ -6,31 +6,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ditscale.errors import InputError
 from ditscale.kernels import dispatch
-from ditscale.kernels.dispatch import Backend
+from ditscale.kernels.autograd import differentiable, eager_apply, wants_graph
+from ditscale.kernels.dispatch import Backend, operators
 from ditscale.kernels.gelu import native as _native  # noqa: F401 (loads and describes ditscale::*)
 from ditscale.kernels.gelu import reference
 
 
-def _ops(backend: str) -> Any:
-    return torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
-
-
-class _BiasGelu(torch.autograd.Function):
+class BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Any, x: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, bias)
-        ctx.backend = backend
-        return _ops(backend).bias_gelu_fwd(x, bias)
+        ctx.run = run
+        return operators(run).bias_gelu_fwd(x, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dbias = _ops(ctx.backend).bias_gelu_bwd(dy, *ctx.saved_tensors)
-        return None, dx, dbias
+        if wants_graph():
+            return None, *differentiable(reference.bias_gelu_ref, ctx.saved_tensors, dy)
+        return None, *operators(ctx.run).bias_gelu_bwd(dy, *ctx.saved_tensors)
+
+
+_bias_gelu_eager = eager_apply(BiasGelu)
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -52,6 +51,14 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
     Cost: ``ditscale.kernels.gelu.cost``.
     Source: Hendrycks & Gimpel, arXiv:1606.08415: 0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))).
     """
+    try:
+        run = dispatch.quick("bias_gelu", backend, x)
+        if run is not None:
+            if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
+                return _bias_gelu_eager(run, x, bias)
+            return run.bias_gelu_fwd(x, bias)
+    except (AttributeError, RuntimeError, TypeError):
+        pass  # inputs that have to be converted first, or a mistake: what follows knows which
     dispatch.check_float("x", x)
     dispatch.check_float("bias", bias)
     if not 1 <= x.dim() <= 3 or x.shape[-1] < 1:
@@ -64,5 +71,5 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
     if chosen == "reference":
         return reference.bias_gelu_ref(x, bias)
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
-        return _BiasGelu.apply(chosen, x, bias)
-    return _ops(chosen).bias_gelu_fwd(x, bias)
+        return BiasGelu.apply(chosen, x, bias)
+    return operators(chosen).bias_gelu_fwd(x, bias)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ditscale.kernels.adaln.triton_kernels import add_chunks, cut_rows
 from ditscale.kernels.dispatch import interpreting
 from ditscale.kernels.gelu import shapes
+from ditscale.kernels.register import define
 
 
 @triton.jit
@@ -91,8 +92,9 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return dx, add_chunks(partial, 0, torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
 
 
-shapes.define(
+define(
     "ditscale_triton",
+    shapes.OPERATORS,
     {"bias_gelu_fwd": bias_gelu_fwd, "bias_gelu_bwd": bias_gelu_bwd},
     "CPU" if interpreting() else "CUDA",
 )

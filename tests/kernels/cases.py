@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -163,3 +163,43 @@ def make(
         bias=draw(D) if affine else None,
         rms=rms,
     )
+
+
+# What a block of a model does with the family, for tests that are about what stands around it.
+B, T, D = 2, 33, 24
+
+
+def block(x: Tensor, branch: Tensor, table: Tensor, backend: str) -> Tensor:
+    shift, scale, gate = table.chunk(3, dim=-1)
+    x, y = kernels.gate_residual_layernorm_modulate(x, branch, gate, shift, scale, backend=backend)
+    y = kernels.layernorm_modulate(y, shift, scale, backend=backend)
+    return kernels.gate_residual(x, y, gate, backend=backend)
+
+
+def plain_block(x: Tensor, branch: Tensor, table: Tensor) -> Tensor:
+    shift, scale, gate = (rows(t) for t in table.chunk(3, dim=-1))
+    x = x + gate * branch
+    y = F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift
+    y = F.layer_norm(y, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift
+    return x + gate * y
+
+
+def block_inputs(batch: int = B, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(*s, dtype=dtype).requires_grad_() for s in ((batch, T, D), (batch, T, D), (batch, 3 * D))]
+
+
+def close(got: Iterable[Tensor], want: Iterable[Tensor], tolerance: float = 2e-5) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+def gradients(f: Callable[..., Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The result of ``f`` and its gradients for a fixed cotangent."""
+    out = f(*leaves)
+    weight = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).reshape(out.shape).to(out.dtype)
+    return (out, *torch.autograd.grad(out, leaves, weight))
+
+
+def exact(f: Callable[..., Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same in float64."""
+    return gradients(f, [t.detach().double().requires_grad_() for t in leaves])

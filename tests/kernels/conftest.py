@@ -17,10 +17,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from ditscale.kernels import library
-from ditscale.kernels.adaln import op as adaln_op
+from ditscale.kernels import dispatch, library
 from ditscale.kernels.adaln import shapes as adaln_shapes
-from ditscale.kernels.gelu import op as gelu_op
 from ditscale.kernels.gelu import shapes as gelu_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +30,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name: str = request.param
     if name == "emulated":
         operators = request.getfixturevalue("emulated_operators")
-        for module in (adaln_op, gelu_op):
-            monkeypatch.setattr(module, "_ops", lambda backend: operators)
+        monkeypatch.setitem(dispatch._eager, "cpu", operators)
+        monkeypatch.setattr(dispatch, "_chosen", {})
+        monkeypatch.setattr(dispatch, "_quick", {})
         return "cpu"
     if name == "triton" and not importlib.util.find_spec("triton"):
         pytest.skip("triton is not installed")
@@ -69,8 +68,8 @@ def emulated_operators(request: pytest.FixtureRequest) -> object:
         native_build.build_emulated(folder)
     torch.ops.load_library(str(library_file))
     definitions = torch.library.Library("ditscale_emulated", "FRAGMENT")
-    for name, schema in {**adaln_shapes.SCHEMAS, **gelu_shapes.SCHEMAS}.items():
-        definitions.define(name + schema)
+    for name, operator in {**adaln_shapes.OPERATORS, **gelu_shapes.OPERATORS}.items():
+        definitions.define(name + operator.schema)
     _definitions.append(definitions)
     return torch.ops.ditscale_emulated
 

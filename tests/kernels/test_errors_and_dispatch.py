@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -37,8 +39,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named_in_one_line(name):
+@pytest.mark.parametrize("before", ["first", "later"])
+def test_mistakes_are_named_in_one_line(name, before, monkeypatch):
     call, words = MISTAKES[name]
+    forget(monkeypatch)
+    if before == "later":  # when a backend was chosen, calls take a shorter way
+        kernels.layernorm_modulate(X, ROW, ROW)
+        kernels.gate_residual(X, X, ROW)
+        kernels.bias_gelu(X, ROW[0])
     with pytest.raises(InputError) as caught:
         call()
     assert words in str(caught.value)
@@ -50,7 +58,7 @@ def test_a_named_backend_that_cannot_run_says_why(name, monkeypatch):
     if name == "cuda" and torch.cuda.is_available():
         pytest.skip("it can run here, but not on CPU tensors, which the next test has")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(dispatch, "_chosen", {})
+    forget(monkeypatch)
     dispatch.unavailable_reason.cache_clear()
     try:
         with pytest.raises(BackendUnavailable, match=f"backend '{name}' cannot run layernorm_modulate here: .+"):
@@ -71,70 +79,182 @@ def test_float64_goes_to_the_reference():
 def fresh(monkeypatch, tmp_path):
     """No choice and no verdict known, and a cache of its own."""
     monkeypatch.setenv("DITSCALE_CACHE", str(tmp_path))
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    selfcheck.failure.cache_clear()
+    forget(monkeypatch)
     yield tmp_path
     selfcheck.failure.cache_clear()
+
+
+def forget(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_quick", {})
+    selfcheck.failure.cache_clear()
+
+
+class Instead:
+    """The operators of the CPU library, some of them replaced."""
+
+    def __init__(self, **replaced):
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name):
+        return getattr(torch.ops.ditscale, name)
+
+
+def wrong_backward(*args):
+    return [1.01 * t for t in torch.ops.ditscale.layernorm_modulate_bwd(*args)]
+
+
+def no_image(*args):
+    raise RuntimeError("no kernel image is available")
+
+
+def resolve(op="layernorm_modulate", dtype=torch.float32):
+    return dispatch.resolve(op, "auto", "cpu", dtype)
 
 
 @pytest.mark.native
 class TestSelfCheck:
     def test_a_right_kernel_is_chosen_and_the_verdict_kept(self, native, fresh):
-        assert dispatch.resolve("layernorm_modulate", "auto", "cpu", torch.float32) == "cpu"
+        assert resolve() == "cpu"
         kept = json.loads((fresh / "selfcheck.json").read_text())
         ((key, verdict),) = kept.items()
         assert verdict is None
         assert key.startswith("layernorm_modulate cpu float32 on ") and torch.__version__ in key
 
     def test_a_kept_verdict_is_believed(self, native, fresh, monkeypatch):
-        dispatch.resolve("layernorm_modulate", "auto", "cpu", torch.float32)
-        selfcheck.failure.cache_clear()
-        monkeypatch.setattr(dispatch, "_chosen", {})
+        resolve()
+        forget(monkeypatch)
         monkeypatch.setattr(selfcheck, "compare", lambda *a: pytest.fail("checked again"))
-        assert dispatch.resolve("layernorm_modulate", "auto", "cpu", torch.float32) == "cpu"
+        assert resolve() == "cpu"
+
+    def test_a_verdict_of_another_build_is_not_believed(self, native, fresh, monkeypatch):
+        resolve()
+        (key,) = json.loads((fresh / "selfcheck.json").read_text())
+        (fresh / "selfcheck.json").write_text(json.dumps({f"{key[:-1]}!": "wrong once"}))
+        forget(monkeypatch)
+        assert resolve() == "cpu"
+        assert len(json.loads((fresh / "selfcheck.json").read_text())) == 2
 
     def test_a_kernel_that_lies_is_replaced_and_it_is_said_once(self, native, fresh, monkeypatch):
-        from ditscale.kernels.adaln import op
-
-        class Lying:
-            def __getattr__(self, name):
-                real = getattr(torch.ops.ditscale, name)
-                return lambda *a: real(*a) if name != "layernorm_modulate_bwd" else [1.01 * t for t in real(*a)]
-
-        monkeypatch.setattr(op, "_ops", lambda backend: Lying())
+        monkeypatch.setitem(dispatch._eager, "cpu", Instead(layernorm_modulate_bwd=wrong_backward))
         with pytest.warns(RuntimeWarning, match="cpu kernel of layernorm_modulate failed its self-check"):
-            assert dispatch.resolve("layernorm_modulate", "auto", "cpu", torch.float32) == "reference"
+            assert resolve() == "reference"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             kernels.layernorm_modulate(X, ROW, ROW)
+        (verdict,) = json.loads((fresh / "selfcheck.json").read_text()).values()
+        assert "result 1 at shape" in verdict and "is off by" in verdict
 
-    def test_a_kernel_that_throws_is_replaced(self, native, fresh, monkeypatch):
-        from ditscale.kernels.adaln import op
+    def test_doctor_takes_a_verdict_back(self, native, fresh, monkeypatch):
+        with monkeypatch.context() as lying:
+            lying.setitem(dispatch._eager, "cpu", Instead(layernorm_modulate_bwd=wrong_backward))
+            with pytest.warns(RuntimeWarning):
+                assert resolve() == "reference"
+        forget(monkeypatch)
+        assert selfcheck.check("layernorm_modulate", "cpu", torch.float32, "cpu", again=True) is None
+        assert resolve() == "cpu"
 
-        def broken(backend):
-            raise RuntimeError("no kernel image is available")
+    def test_a_kernel_that_throws_is_replaced_but_not_for_good(self, native, fresh, monkeypatch):
+        with monkeypatch.context() as broken:
+            broken.setitem(dispatch._eager, "cpu", Instead(gate_residual_fwd=no_image))
+            with pytest.warns(RuntimeWarning, match="it threw RuntimeError: no kernel image"):
+                assert resolve("gate_residual") == "reference"
+        forget(monkeypatch)  # what was thrown may have been of the moment
+        assert resolve("gate_residual") == "cpu"
 
-        monkeypatch.setattr(op, "_ops", broken)
-        with pytest.warns(RuntimeWarning, match="no kernel image"):
-            assert dispatch.resolve("gate_residual", "auto", "cpu", torch.float32) == "reference"
-
-    def test_a_cache_that_cannot_be_written_is_no_matter(self, native, fresh, monkeypatch):
+    def test_a_cache_that_cannot_be_used_is_no_matter(self, native, fresh, monkeypatch):
         (fresh / "file").write_text("")
-        monkeypatch.setenv("DITSCALE_CACHE", str(fresh / "file"))
-        assert dispatch.resolve("gate_residual", "auto", "cpu", torch.float32) == "cpu"
+        monkeypatch.setenv("DITSCALE_CACHE", str(fresh / "file"))  # no folder can be made there
+        assert resolve() == "cpu"
+        monkeypatch.setenv("DITSCALE_CACHE", str(fresh))
+        for content in ("", "[1]", "not json", '{"a": '):
+            (fresh / "selfcheck.json").write_text(content)
+            forget(monkeypatch)
+            assert resolve() == "cpu"
+            assert len(json.loads((fresh / "selfcheck.json").read_text())) == 1
+
+        def homeless():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("DITSCALE_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(selfcheck.Path, "home", homeless)
+        forget(monkeypatch)
+        assert resolve() == "cpu"
+
+    def test_many_write_at_once(self, fresh):
+        # Whatever is lost of what they write, the file is whole at every moment and nothing else is left in the folder.
+        def write(k):
+            for i in range(40):
+                selfcheck._write(f"{k} {i}", None)
+                assert selfcheck._read()
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(write, range(4)))
+        assert [f.name for f in fresh.iterdir()] == ["selfcheck.json"]
+        assert {k.split()[1] for k in selfcheck._read()} >= {"39"}
 
     def test_it_neither_sees_nor_changes_the_callers_state(self, native, fresh):
         from torch.utils.flop_counter import FlopCounterMode
 
+        saved = []
         state = torch.get_rng_state()
         with (
             torch.inference_mode(),
             torch.autocast("cpu", dtype=torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t),
             FlopCounterMode(display=False) as counter,
         ):
-            assert dispatch.resolve("layernorm_modulate", "auto", "cpu", torch.float32) == "cpu"
-        assert counter.get_total_flops() == 0
+            assert resolve() == "cpu"
+        assert counter.get_total_flops() == 0 and not saved
         assert torch.equal(state, torch.get_rng_state())
+
+    def test_inside_a_transform_nothing_is_chosen(self, native, fresh):
+        torch.func.vmap(lambda x: kernels.layernorm_modulate(x, ROW, ROW))(X.expand(2, 2, 3, 8))
+        assert not dispatch._chosen and not (fresh / "selfcheck.json").exists()
+
+
+class TestLibrary:
+    """Why a library cannot be used is one line, whatever is wrong with it; nothing ends the process."""
+
+    def reason(self, monkeypatch, path):
+        monkeypatch.setattr(library, "path_of", lambda name: path)
+        monkeypatch.setattr(torch._C, "_dispatch_get_all_op_names", list)
+        return library.missing_reason.__wrapped__("cpu")
+
+    def test_not_built(self, monkeypatch, tmp_path):
+        assert "was not built" in self.reason(monkeypatch, tmp_path / "libditscale_cpu.so")
+
+    def test_no_library_at_all(self, monkeypatch, tmp_path):
+        path = tmp_path / "libditscale_cpu.so"
+        path.write_bytes(b"text")
+        monkeypatch.setattr(library, "_stale_reason", lambda *a: None)
+        assert re.fullmatch(r"libditscale_cpu\.so does not load: [^\n]+", self.reason(monkeypatch, path))
+
+    def test_an_old_torch(self, monkeypatch, tmp_path):
+        path = tmp_path / "libditscale_cpu.so"
+        path.write_bytes(b"")
+        monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+        assert self.reason(monkeypatch, path) == "libditscale_cpu.so needs torch 2.10 or newer, this is 2.9.1+cu128"
+
+    @pytest.mark.native
+    def test_built_from_other_sources(self, native, monkeypatch, tmp_path):
+        real = library.path_of("cpu")
+        assert library._stale_reason(real, library._HERE / "csrc" / "bindings" / "schemas.cpp") is None
+        path = tmp_path / "libditscale_cpu.so"
+        path.write_bytes(
+            real.read_bytes().replace(b"gate_residual_bwd(Tensor dout,", b"gate_residual_bwd(Tensor grad,")
+        )
+        if (library._HERE / "csrc").is_dir():
+            assert "built from other sources (gate_residual_bwd" in self.reason(monkeypatch, path)
+
+    @pytest.mark.native
+    def test_another_library_has_the_names(self, native, monkeypatch, tmp_path):
+        path = tmp_path / "libditscale_cpu.so"
+        path.write_bytes(library.path_of("cpu").read_bytes())
+        monkeypatch.setattr(library, "path_of", lambda name: path)
+        assert "another library has defined operators" in library.missing_reason.__wrapped__("cpu")
 
 
 def test_without_the_library_auto_takes_the_reference(monkeypatch, fresh):
@@ -169,10 +289,15 @@ def test_lesser_instruction_sets_are_right_too(native, isa, tmp_path):
         assert done.stdout.strip() == "portable"
 
 
-def test_doctor_says_what_runs_and_why_not():
+def test_doctor_says_what_runs_and_why_not(monkeypatch, fresh):
     from ditscale.kernels.doctor import report
 
-    facts = report(check=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # every kernel in the interpreter would take its time: others test it
+    dispatch.unavailable_reason.cache_clear()
+    try:
+        facts = report(check=True)
+    finally:
+        dispatch.unavailable_reason.cache_clear()
     assert json.loads(json.dumps(facts)) == facts
     for op, rows in facts["operators"].items():
         assert rows["reference"]["available"], op

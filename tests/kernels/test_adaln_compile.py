@@ -1,0 +1,126 @@
+"""The operators under torch.compile: one graph, no recompilation, the kernel in it, and right numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import B, D, T, block, block_inputs, close, exact, gradients, plain_block, rows
+
+from ditscale import kernels
+
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture(autouse=True)
+def _fresh(native):
+    torch._dynamo.reset()
+
+
+def compiled(f, compiler="aot_eager", **options):
+    return torch.compile(f, fullgraph=True, backend=compiler, **options)
+
+
+def test_forward_and_backward():
+    leaves = block_inputs()
+    close(gradients(compiled(lambda *a: block(*a, "auto")), leaves), exact(plain_block, leaves))
+
+
+def test_forward_and_backward_through_inductor():
+    # No line of plain PyTorch beside them: Inductor has nothing to compile, and its calls of the operators are what is tested.
+    leaves = [torch.randn(*s).requires_grad_() for s in ((B, T, D), (B, T, D), (B, D), (B, D), (B, D), (D,))]
+
+    def f(x, branch, gate, shift, scale, bias):
+        x, y = kernels.gate_residual_layernorm_modulate(x, branch, gate, shift, scale)
+        return kernels.gate_residual(x, kernels.bias_gelu(y, bias), gate)
+
+    def lines(x, branch, gate, shift, scale, bias):
+        gate = rows(gate)
+        x = x + gate * branch
+        y = F.layer_norm(x, (D,), eps=1e-6) * (1 + rows(scale)) + rows(shift)
+        return x + gate * F.gelu(y + bias, approximate="tanh")
+
+    close(gradients(compiled(f, "inductor"), leaves), exact(lines, leaves))
+
+
+def test_dynamic_batch_compiles_once():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    f = compiled(lambda *a: block(*a, "auto"), counter, dynamic=True)
+    for batch in (2, 3, 5):
+        leaves = block_inputs(batch)
+        close(gradients(f, leaves), exact(plain_block, leaves))
+        # (Dynamo calls the compiler twice for the one frame: it starts over to make eps a constant.)
+        if batch == 2:
+            first = counter.frame_count
+    assert counter.frame_count == first
+
+
+def test_no_recompile_for_the_same_shapes():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    f = compiled(lambda *a: block(*a, "auto"), counter)
+    for _ in range(3):
+        f(*block_inputs())
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["infer", "train"])
+def test_the_kernel_is_in_the_graph(grad):
+    names = []
+
+    def spy(graph, example):
+        names.extend(str(n.target) for m in graph.modules() if hasattr(m, "graph") for n in m.graph.nodes)
+        return graph
+
+    with torch.set_grad_enabled(grad):
+        compiled(lambda *a: block(*a, "auto"), spy)(*block_inputs())
+    kind = "fwd" if grad else "infer"
+    for op in ("gate_residual_layernorm_modulate", "layernorm_modulate"):
+        assert any(f"ditscale.{op}_{kind}" in n for n in names), names
+    assert any("ditscale.gate_residual_fwd" in n for n in names)
+
+
+def test_every_option_in_one_graph():
+    leaves = [torch.randn(*s).requires_grad_() for s in ((B, T, D), (D,), (B, 1, D), (D,), (D,))]
+
+    def ours(x, shift, scale, w, b):
+        y = kernels.layernorm_modulate(x, shift, scale, weight=w, bias=b, eps=1e-3)
+        return kernels.layernorm_modulate(y, shift, scale, norm="rms", recompute_stats=True)
+
+    def lines(x, shift, scale, w, b):
+        y = F.layer_norm(x, (D,), w, b, eps=1e-3) * (1 + scale) + shift
+        return F.rms_norm(y, (D,), eps=1e-6) * (1 + scale) + shift
+
+    close(gradients(compiled(ours), leaves), exact(lines, leaves))
+
+
+def test_autocast():
+    layer = torch.nn.Linear(D, 3 * D)
+    x, branch, c = torch.randn(B, T, D), torch.randn(B, T, D), torch.randn(B, D)
+
+    def f(x, branch, c):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return block(x, branch, layer(c), "auto")
+
+    got, want = compiled(f)(x, branch, c), f(x, branch, c)
+    assert got.dtype == torch.float32
+    close((got,), (want,))
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_chained_norms_sharing_one_table_at_batch_one(how):
+    # pytorch/pytorch#193061: Inductor of 2.10 gave wrong gradients for exactly this, without a word.
+    leaves = [torch.randn(1, 64, 32).requires_grad_(), torch.randn(1, 6, 32).requires_grad_()]
+
+    def ours(x, table):
+        for k in range(0, 6, 2):
+            x = x + kernels.layernorm_modulate(x, table[:, k], table[:, k + 1], backend="auto")
+        return x
+
+    def lines(x, table):
+        for k in range(0, 6, 2):
+            n = F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+            x = x + n * (1 + table[:, k + 1].unsqueeze(1)) + table[:, k].unsqueeze(1)
+        return x
+
+    f = compiled(ours, "inductor") if how == "compiled" else ours
+    close(gradients(f, leaves), exact(lines, leaves))
