@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from ditscale.dit.condition import CaptionEmbed, LabelEmbed
 from ditscale.dit.embed import ScalarEmbed, VectorEmbed
 from ditscale.dit.layers import CrossAttention, Modulation
 from ditscale.dit.moe import Experts, Mixture
+from ditscale.dit.mup import INPUT_LAYERS
 
 if TYPE_CHECKING:
     from ditscale.dit.model import DiT
@@ -19,11 +21,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def initialise(model: DiT) -> None:
-    """Initialise as the released DiT does; under muP the time layers follow their width as all others do.
+    """Initialise as the released DiT does; under muP the time layers are as all others.
 
     Linear layers, each expert's among them, are Xavier-uniform with zero bias; the time layers, the label table and
     learned positions are normal with standard deviation 0.02, a router's with 1 / D; the modulation and output layers,
-    the tables of adaLN-single and the output layer of cross-attention, which no gate closes, are zero.
+    the tables of adaLN-single and the output layer of cross-attention, which no gate closes, are zero. Under muP layers
+    that are fed by something of fixed width are drawn as at the base width.
     """
     config = model.config
     for module in model.modules():
@@ -33,7 +36,15 @@ def initialise(model: DiT) -> None:
                 nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(model.x_embedder.proj.weight.view(config.width, -1))
     nn.init.zeros_(model.x_embedder.proj.bias)  # type: ignore[arg-type]
-    if config.mup_base_width is None:
+    if config.mup_base_width is not None:
+        # Xavier's variance falls with the width; what is fed by something of fixed width keeps that of the base width.
+        modules = dict(model.named_modules())
+        for name in INPUT_LAYERS:
+            if name in modules:
+                weight = modules[name].weight
+                fan_in = weight[0].numel()
+                weight.mul_(math.sqrt((fan_in + config.width) / (fan_in + config.mup_base_width)))
+    else:
         # A constant 0.02 suits widths near 1,000; a narrow model would hardly see the time at first.
         for embedder in model.children():
             if isinstance(embedder, ScalarEmbed | VectorEmbed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class DiT(nn.Module):
         if config.context == "joint":
             last = -1 if config.single_depth else config.depth - 1
             self.blocks = nn.ModuleList(JointBlock(config, closed=i == last) for i in range(config.depth))
-            self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_depth))
+            self.blocks.extend(SingleBlock(config) for _ in range(config.single_depth))
         else:
             self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
@@ -192,13 +193,14 @@ class DiT(nn.Module):
         tokens, pending, z, z_pending = h.shape[1], None, context, None
         lengths = None if lengths is None else lengths + tokens
         around = Around(lengths=lengths, turns=self.turns("turns"))
-        for block in self.blocks:
+        depth = self.config.depth
+        for block in islice(self.blocks, depth):
             h, pending, z, z_pending = block(h, pending, z, z_pending, c_silu, around)
-        if not len(self.single_blocks):
+        if len(self.blocks) == depth:
             return h, pending
         h, pending = torch.cat([settle(h, pending), settle(z, z_pending)], dim=1), None
         around = Around(lengths=lengths, turns=self.turns("all"))
-        for block in self.single_blocks:
+        for block in islice(self.blocks, depth, None):
             h, pending = block(h, pending, c_silu, around)
         return first_tokens(h, pending, tokens)
 

@@ -295,7 +295,7 @@ class Restated:
             return x
         tokens, s = len(x), torch.cat([x, z])
         for i in range(c.single_depth):
-            name = f"single_blocks.{i}"
+            name = f"blocks.{c.depth + i}"
             shift, scale, gate = self.linear(f"{name}.adaLN_modulation.1", silu).reshape(3, -1)
             y = self.linear(f"{name}.linear1", self.norm(s) * (1 + scale) + shift)
             width = c.width // c.heads
