@@ -102,34 +102,29 @@ def _batches(case: Case, device: str, count: int) -> list[Batch]:
 
 
 class OurTrainer:
-    """The steps of ``ditscale.dit.training`` from its public parts: flow loss, clipping, fused AdamW, weight average."""
+    """The trainer's own step."""
 
     def __init__(self, model: nn.Module, source: Any, dtype: torch.dtype) -> None:
         from ditscale.dit.flow import RectifiedFlow
-        from ditscale.dit.optim import WeightAverage, parameter_groups
+        from ditscale.dit.optim import parameter_groups
+        from ditscale.dit.training.step import Stepper
+        from ditscale.dit.update import Updater, UpdateRule
 
-        self.model, self.source, self.dtype = model, source, dtype
-        self.flow = RectifiedFlow()
-        groups = parameter_groups(source, lr=1e-4)
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        self.average = WeightAverage(source, share=0.05)
-        self.steps = 0
+        updater = Updater(source, parameter_groups(source, lr=1e-4), UpdateRule())
+        precision = str(dtype).removeprefix("torch.")
+        self.stepper = Stepper(source, RectifiedFlow(), updater, called=model, precision=precision)
 
     def loss(self, x_0: Tensor, y: Tensor, eps: Tensor, t: Tensor, drop: Tensor) -> Tensor:
         """The flow's mean loss."""
-        with torch.autocast(x_0.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.flow.loss(self.model, x_0, y, eps, t, drop).mean()
+        from ditscale.dit.training.batches import StepInputs
 
-    def step(self, x_0: Tensor, y: Tensor, eps: Tensor, t: Tensor, drop: Tensor) -> Tensor:
+        return self.stepper.loss(StepInputs(x_0, y, eps, t, drop))
+
+    def step(self, x_0: Tensor, y: Tensor, eps: Tensor, t: Tensor, drop: Tensor) -> float:
         """One step; returns the loss."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(x_0, y, eps, t, drop)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.source.parameters(), 1.0)
-        self.optimizer.step()
-        self.steps += 1
-        self.average.update(self.source, self.steps)
-        return loss.detach()
+        from ditscale.dit.training.batches import StepInputs
+
+        return self.stepper(StepInputs(x_0, y, eps, t, drop))
 
 
 def step_subject(case: Case, device: str) -> Subject:

@@ -1,8 +1,8 @@
 """Files that survive being killed at any moment: atomic writes, checksummed checkpoints, an append-only metrics log.
 
-A checkpoint is two files: ``checkpoint-<step>.safetensors`` with every tensor, then ``checkpoint-<step>.json`` with the
-scalar state and the SHA-256 of the first. It exists once the second does. The two newest are kept, so that a damaged
-one can be passed over for the one before it. Nothing is ever unpickled.
+A checkpoint is a directory ``checkpoint-<step>`` of safetensors files, then ``checkpoint-<step>.json`` with the scalar
+state and the SHA-256 of each of them. It exists once the header does. The two newest are kept, so that a damaged one can
+be passed over for the one before it. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -29,6 +29,8 @@ except ImportError:  # pragma: no cover - Windows has no flock; a second process
     fcntl = None  # type: ignore[assignment]
 
 _KEPT = 2
+_FILE = "tensors.safetensors"
+_PIECE = 2**22
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -91,87 +93,153 @@ def folder_lock(folder: Path, *, wait_seconds: float = 10.0) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to go on.
+    """A checkpoint on disk whose files are whole.
 
     Attributes:
         step: optimizer steps done.
-        tensors: by name, on the CPU.
         state: scalars, as JSON values.
+        directory: holds its tensors, as safetensors files.
     """
 
     step: int
-    tensors: dict[str, Tensor]
     state: dict[str, Any]
+    directory: Path
+
+    @property
+    def one_file(self) -> bool:
+        """Whether one process wrote it."""
+        return (self.directory / _FILE).is_file()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, on the CPU; for a checkpoint that one process wrote."""
+        return safetensors.torch.load_file(self.directory / _FILE)
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, then drop all but the two newest."""
-    data = safetensors.torch.save({k: t.detach().contiguous() for k, t in checkpoint.tensors.items()})
-    body = folder / f"checkpoint-{checkpoint.step:09d}.safetensors"
-    write_atomically(body, data)
-    head = {"step": checkpoint.step, "sha256": hashlib.sha256(data).hexdigest(), "state": checkpoint.state}
-    write_json(body.with_suffix(".json"), head)
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write a checkpoint of one process, then drop all but the two newest.
+
+    Raises:
+        InputError: it cannot be written; those before it are as they were.
+    """
+    directory = begin_checkpoint(folder, step)
+    data = safetensors.torch.save({name: t.detach().contiguous() for name, t in tensors.items()})
+    try:
+        write_atomically(directory / _FILE, data)
+        end_checkpoint(folder, step, {_FILE: hashlib.sha256(data).hexdigest()}, state)
+    except InputError:
+        _remove(folder, step)
+        raise
+
+
+def begin_checkpoint(folder: Path, step: int) -> Path:
+    """An empty directory for the tensors of a checkpoint, which is none until :func:`end_checkpoint`."""
+    _remove(folder, step)
+    directory = folder / _name(step)
+    try:
+        directory.mkdir()
+    except OSError as error:
+        raise InputError(f"{directory}: expected a place to write, got {error.strerror or error}") from error
+    return directory
+
+
+def end_checkpoint(folder: Path, step: int, sha256: Mapping[str, str], state: Mapping[str, Any]) -> None:
+    """Make a checkpoint of what lies in its directory, whose files have these checksums; drop the ones before the last."""
+    write_json(folder / f"{_name(step)}.json", {"step": step, "files": dict(sha256), "state": dict(state)})
     for old in _steps(folder)[_KEPT:]:
         _remove(folder, old)
 
 
-def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, or None, and a sentence for every damaged one that was passed over."""
-    complaints = []
+    complaints: list[str] = []
     for step in _steps(folder):
-        head_path = folder / f"checkpoint-{step:09d}.json"
+        directory = folder / _name(step)
         try:
-            head = read_json(head_path)
-            data = head_path.with_suffix(".safetensors").read_bytes()
-            if hashlib.sha256(data).hexdigest() != head["sha256"]:
-                raise InputError("expected the checksum in its header, got another: truncated or altered")
-            tensors = safetensors.torch.load(data)
-            return Checkpoint(head["step"], tensors, head["state"]), complaints
-        except (InputError, OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            complaints.append(
-                f"{head_path.with_suffix('.safetensors')}: damaged ({error}); falling back to the one before"
-            )
+            head = read_json(folder / f"{_name(step)}.json")
+            files: dict[str, str] = head["files"]
+            found = sorted(path.name for path in directory.glob("*.safetensors"))
+            if found != sorted(files):
+                raise InputError(f"expected the files {sorted(files)}, got {found}")
+            for name, sha256 in files.items():
+                if file_sha256(directory / name) != sha256:
+                    raise InputError(f"{name}: expected the checksum in its header, got another: truncated or altered")
+            return Checkpoint(head["step"], head["state"], directory), complaints
+        except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
+            complaints.append(f"{directory}: damaged ({error}); falling back to the one before")
     return None, complaints
 
 
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, read a piece at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def remove_checkpoints(folder: Path) -> None:
-    """Delete every checkpoint of a finished run."""
-    for step in _steps(folder):
-        _remove(folder, step)
+    """Delete every checkpoint of a finished run, and what is left of unfinished ones."""
+    for step in {*_steps(folder), *(_step_of(path) for path in folder.glob("checkpoint-*"))} - {None}:
+        _remove(folder, step)  # type: ignore[arg-type]
+
+
+def _name(step: int) -> str:
+    return f"checkpoint-{step:09d}"
+
+
+def _step_of(path: Path) -> int | None:
+    digits = path.stem.removeprefix("checkpoint-")
+    return int(digits) if digits.isdecimal() else None
 
 
 def _steps(folder: Path) -> list[int]:
-    found = []
-    for path in folder.glob("checkpoint-*.json"):
-        with contextlib.suppress(ValueError):
-            found.append(int(path.stem.removeprefix("checkpoint-")))
-    return sorted(found, reverse=True)
+    found = [_step_of(path) for path in folder.glob("checkpoint-*.json")]
+    return sorted((step for step in found if step is not None), reverse=True)
 
 
 def _remove(folder: Path, step: int) -> None:
     # The header goes first: without it the tensors are no checkpoint, so a kill in between leaves none half there.
-    for ending in (".json", ".safetensors"):
-        (folder / f"checkpoint-{step:09d}{ending}").unlink(missing_ok=True)
+    (folder / f"{_name(step)}.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / _name(step), ignore_errors=True)
 
 
 class MetricsLog:
-    """One JSON object a line, appended and flushed.
+    """One JSON object a line, appended whole.
+
+    Lines that cannot be written (a full disk) are said once, kept, and written with the next that can.
 
     Args:
         path: the file.
         keep_to_step: lines after this step, and a last line cut short, are dropped when a run goes on from a
             checkpoint, so that the file reads as if the run had never stopped.
+        say: takes a sentence for a person.
     """
 
-    def __init__(self, path: Path, *, keep_to_step: int) -> None:
+    def __init__(self, path: Path, *, keep_to_step: int, say: Callable[[str], None]) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= keep_to_step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._end = self._file.tell()
+        self._waiting = b""
+        self._say, self._said = say, False
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
         """Write one line."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(row) + "\n").encode()
+        try:
+            rest = memoryview(self._waiting)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            if not self._said:
+                self._say(f"{self._file.name}: cannot be written ({error.strerror}); its lines wait")
+                self._said = True
+        else:
+            self._end += len(self._waiting)
+            self._waiting = b""
 
     def close(self) -> None:
         """Close the file."""

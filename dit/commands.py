@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,37 +87,40 @@ def flops(
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A TOML file: the trainer's fields and a [model] table.")],
+    config: Annotated[
+        Path, typer.Argument(help="A TOML file: the trainer's fields, a [model] and perhaps an [execution] table.")
+    ],
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in that folder.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a process. Default: all cores.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train one DiT and write its run record."""
-    import signal
-
+    """Train one DiT and write its run record. Under torchrun, all its processes train together."""
     from ditscale.dit.checkpoint import read_json
     from ditscale.dit.config import read_toml
-    from ditscale.dit.training import Stopped, TrainConfig
+    from ditscale.dit.training import Execution, Stopped, TrainConfig
     from ditscale.dit.training import train as run_training
     from ditscale.errors import InputError
 
-    plan = TrainConfig.from_dict(read_toml(config))
+    table = read_toml(config)
+    execution = Execution.from_dict(table.pop("execution", {}))
+    plan = TrainConfig.from_dict(table)
     if (out / "config.json").exists() and not (out / "run.json").exists() and not resume:
         raise InputError(f"--out: {out} holds an unfinished run; give --resume to go on with it")
-    use_threads(threads)
-    stop: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
-    try:
-        with progress_bar(out.name, show=not as_json) as advance:
-            record = run_training(plan, out, progress=advance, should_stop=lambda: bool(stop))
-    except Stopped as error:
-        raise typer.Abort from error
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if as_json:
+    first = os.environ.get("RANK", "0") == "0"
+    use_threads(threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    with stop_signals() as stop:
+        try:
+            with progress_bar(out.name, show=not as_json and first) as advance:
+                record = run_training(plan, out, execution=execution, progress=advance, should_stop=lambda: bool(stop))
+        except Stopped as error:
+            if first:
+                typer.echo(f"stopped: {error}; the same command with --resume goes on from there", err=True)
+            # As the shell reports a process that such a signal ended.
+            raise typer.Exit(128 + (stop[0] if stop else 0)) from error
+    if as_json and first:
         typer.echo(json.dumps(read_json(out / "run.json")))
-    elif record["status"] == "finished":
+    elif first and record["loss"] is not None:
         typer.echo(
             f"{record['run_id']}: validation loss {record['loss']:.4f} ({record['loss_kind']}) after {record['images']:,} "
             f"images, {record['flops']:.4g} FLOPs (convention {record['flop_convention']}), {record['seconds']:.0f} s"
@@ -265,22 +271,32 @@ def condition_tensor(config: DiTConfig, given: list[Any] | None) -> Any:
     return torch.from_numpy(vocabulary.encode(given, CAPTION_LENGTH))
 
 
-def use_threads(threads: int | None) -> None:
-    """Set torch's threads; default all cores."""
+def use_threads(threads: int | None, *, processes: int = 1) -> None:
+    """Set torch's threads; default all cores, shared out over the processes of this machine."""
     import torch
 
     from ditscale.errors import InputError
 
     if threads is not None and threads < 1:
         raise InputError(f"--threads: expected at least 1, got {threads}")
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """While this lasts, Ctrl-C and SIGTERM end up in a list, for the work to come to an orderly end."""
+    seen: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda got, frame: seen.append(got)) for number in numbers]
+    try:
+        yield seen
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def progress_bar(name: str, *, show: bool) -> Any:
     """A context manager whose value is called with (steps done, steps, loss) and draws a bar on stderr."""
-    import contextlib
-    from collections.abc import Callable, Iterator
-
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -6,6 +6,7 @@ The path is ``x_t = (1 - t) x_0 + t eps`` with t from 0 (data) to 1 (noise); the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -132,20 +133,23 @@ class ValidationSet:
     times: Tensor
     seed: int
 
+    def batches(self, batch: int = 64) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor, Tensor]]:
+        """For every time and piece of the set: the time's number, images, conditions, noise and times of each image."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for i, time in enumerate(self.times):
+            for start in range(0, len(self.images), batch):
+                x_0 = self.images[start : start + batch]
+                y = None if self.conditions is None else self.conditions[start : start + batch]
+                eps = torch.randn(x_0.shape, generator=generator)
+                yield i, x_0, y, eps, time.expand(len(x_0))
+
     @torch.no_grad()
     def loss(self, model: nn.Module, objective: Objective, *, batch: int = 64) -> list[float]:
         """The mean loss at every time, k floats; summed in float64 in a fixed order."""
         was_training = model.training
         model.eval()
-        generator = torch.Generator().manual_seed(self.seed)
-        means = []
-        for time in self.times:
-            total = 0.0
-            for start in range(0, len(self.images), batch):
-                x_0 = self.images[start : start + batch]
-                y = None if self.conditions is None else self.conditions[start : start + batch]
-                eps = torch.randn(x_0.shape, generator=generator)
-                total += float(objective.loss(model, x_0, y, eps, time.expand(len(x_0))).double().sum())
-            means.append(total / len(self.images))
+        totals = [0.0] * len(self.times)
+        for i, x_0, y, eps, t in self.batches(batch):
+            totals[i] += float(objective.loss(model, x_0, y, eps, t).double().sum())
         model.train(was_training)
-        return means
+        return [total / len(self.images) for total in totals]

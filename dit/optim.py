@@ -1,4 +1,4 @@
-"""The optimizer's groups under muP, the learning rate's schedule, and the moving average of the weights."""
+"""The learning rates: of each parameter under muP, and over the steps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditscale.dit.model import DiT
 from ditscale.dit.mup import hidden_matrices
@@ -73,35 +72,3 @@ class Schedule:
             return 1.0
         share = left / (self.decay + 1)
         return share if self.shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * share)
-
-
-class WeightAverage:
-    """An exponential moving average of the weights whose memory is a fixed share of the steps so far.
-
-    After step s the decay is ``1 - 1 / (1 + share * s)``, never above ``max_decay``: an average over about the last
-    ``share`` of training, at any length of run, which is what lets runs of different lengths be compared (the power
-    function profile of Karras et al., arXiv:2312.02696, section 3.1).
-
-    Args:
-        model: averaged; the average starts as a copy.
-        share: of training that the average remembers, above 0 and up to 1. Default: 0.1.
-        max_decay: upper bound on the decay. Default: 0.9999.
-    """
-
-    def __init__(self, model: nn.Module, *, share: float = 0.1, max_decay: float = 0.9999) -> None:
-        self.share = share
-        self.max_decay = max_decay
-        self.weights: dict[str, Tensor] = {n: p.detach().clone() for n, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after step ``step`` (counted from 1)."""
-        decay = min(self.max_decay, 1 - 1 / (1 + self.share * step))
-        current = [p.detach() for _, p in model.named_parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Write the averaged weights into ``model``."""
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.weights[name])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
+from torch import Tensor
 
 import ditscale
 from ditscale.dit.checkpoint import write_atomically
@@ -16,11 +18,11 @@ from ditscale.dit.objective import Objective, objective_from_dict
 from ditscale.errors import InputError
 
 
-def save_weights(path: Path, model: DiT, flow: Objective) -> None:
+def save_weights(path: Path, tensors: Mapping[str, Tensor], config: DiTConfig, flow: Objective) -> None:
     """Write a model's weights as safetensors, with its configuration and its objective in the header."""
 
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    content = {"version": ditscale.__version__, "config": model.config.to_dict(), "flow": flow.to_dict()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    content = {"version": ditscale.__version__, "config": config.to_dict(), "flow": flow.to_dict()}
     # One entry: the order of several is left to chance, and equal weights should be equal files.
     header = {"ditscale": json.dumps(content)}
     write_atomically(path, safetensors.torch.save(tensors, metadata=header))

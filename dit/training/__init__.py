@@ -6,17 +6,22 @@ resumed ends with the same bits as one that was not (same machine, versions and 
 
 from __future__ import annotations
 
+from ditscale.dit.training.averages import reconstruct
 from ditscale.dit.training.batches import batch_tensors, open_stream, validation_set
 from ditscale.dit.training.config import TrainConfig
+from ditscale.dit.training.execution import Execution
 from ditscale.dit.training.loop import Stopped, train
-from ditscale.dit.training.record import check_record, versions
+from ditscale.dit.training.record import RunRecord, check_record, versions
 
 __all__ = [
+    "Execution",
+    "RunRecord",
     "Stopped",
     "TrainConfig",
     "batch_tensors",
     "check_record",
     "open_stream",
+    "reconstruct",
     "train",
     "validation_set",
     "versions",

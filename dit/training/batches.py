@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.utils.data
 from torch import Tensor
 
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.data import EmojiScenes, ImageBatch, ImageFolder, ImageStream, to_float
 from ditscale.dit.flow import ValidationSet
 from ditscale.dit.training.config import TrainConfig
+from ditscale.dit.training.ranks import Ranks
 from ditscale.errors import InputError
 
 
@@ -55,22 +57,93 @@ def batch_tensors(batch: ImageBatch, model: DiTConfig) -> tuple[Tensor, Tensor |
     return torch.from_numpy(to_float(batch.images)), None if condition is None else torch.from_numpy(condition)
 
 
-class Reader:
-    """Reads a stream in larger pieces than a batch: an image costs the same in any piece, a call does not."""
+class StepInputs(NamedTuple):
+    """What one process needs for its share of one step.
 
-    def __init__(self, stream: ImageStream, model: DiTConfig, batch: int) -> None:
-        self.stream, self.model, self.batch = stream, model, batch
-        self.steps = max(1, 64 // batch)
+    Attributes:
+        x_0: images [n, C, S, S] float32.
+        y: conditions as the model takes them, or None.
+        eps: noise, the shape of x_0.
+        t: times [n] float32.
+        drop: [n] bool, the images that see no condition; None without conditions.
+    """
+
+    x_0: Tensor
+    y: Tensor | None
+    eps: Tensor
+    t: Tensor
+    drop: Tensor | None
+
+
+class Feeder:
+    """The inputs of any step: a function of the configuration and the step's number, on any number of ranks.
+
+    Each rank draws the noise and the times of the whole batch and takes its rows, so that they do not depend on how
+    many ranks there are; it reads the images of its rows only.
+
+    Args:
+        config: what is trained.
+        stream: its images.
+        ranks: who takes which rows. Default: all are this process's.
+        workers: processes that prepare images ahead. Default: 0.
+        first_step: where to begin, for the workers. Default: 0.
+    """
+
+    def __init__(
+        self, config: TrainConfig, stream: ImageStream, ranks: Ranks, *, workers: int = 0, first_step: int = 0
+    ) -> None:
+        self.config, self.ranks = config, ranks
+        self._images = _Images(stream, config.model, config.batch, ranks.rows(config.batch))
+        self._ahead = iter(_loader(self._images, range(first_step, config.steps), workers)) if workers else None
+        self._pinned = ranks.device.type == "cuda"
+
+    def __call__(self, step: int) -> StepInputs:
+        """The inputs of step ``step``; with workers, the steps must be asked for in order."""
+        config = self.config
+        x_0, y = next(self._ahead) if self._ahead is not None else self._images[step]
+        generator = torch.Generator().manual_seed(seed_for(config.seed, f"step {step}"))
+        rows = self.ranks.rows(config.batch)
+        eps = torch.randn((config.batch, *x_0.shape[1:]), generator=generator)[rows]
+        t = config.flow.sample_times(config.batch, generator)[rows]
+        drop = None
+        if y is not None:
+            drop = (torch.rand(config.batch, generator=generator) < config.condition_dropout)[rows]
+        return StepInputs(*(None if tensor is None else self._move(tensor) for tensor in (x_0, y, eps, t, drop)))  # type: ignore[arg-type]
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self.ranks.device, non_blocking=True) if self._pinned else tensor
+
+
+class _Images(torch.utils.data.Dataset[tuple[Tensor, Tensor | None]]):
+    """Images and conditions of one rank's rows of each step."""
+
+    def __init__(self, stream: ImageStream, model: DiTConfig, batch: int, rows: slice) -> None:
+        self.stream, self.model, self.batch, self.rows = stream, model, batch, rows
+        # An image costs the same in any piece, a call does not: a single process reads several small steps at once.
+        self.steps = max(1, 64 // batch) if rows == slice(0, batch) else 1
         self.piece = -1
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor | None]:
+        share = self.rows.stop - self.rows.start
         piece, place = divmod(step, self.steps)
         if piece != self.piece:
-            count_ = self.steps * self.batch
-            self.images, self.condition = batch_tensors(self.stream.batch(piece * count_, count_), self.model)
+            start = piece * self.steps * self.batch + self.rows.start
+            self.images, self.condition = batch_tensors(self.stream.batch(start, self.steps * share), self.model)
             self.piece = piece
-        rows = slice(place * self.batch, (place + 1) * self.batch)
+        rows = slice(place * share, (place + 1) * share)
         return self.images[rows], None if self.condition is None else self.condition[rows]
+
+
+def _loader(images: _Images, steps: range, workers: int) -> torch.utils.data.DataLoader[tuple[Tensor, Tensor | None]]:
+    """Steps in order, prepared by processes. What a stream gives follows from its seed and the index, so it does not
+    matter which process asks."""
+    return torch.utils.data.DataLoader(
+        images,
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="spawn",
+    )
 
 
 def validation_set(config: TrainConfig) -> ValidationSet:

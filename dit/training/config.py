@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ditscale.dit.average import Profile
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.flops import count
 from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.objective import Objective, objective_from_dict
 from ditscale.dit.optim import Schedule
 from ditscale.errors import InputError
+
+PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +37,28 @@ class TrainConfig:
         batch: images a step. Default: 16.
         images: images in the whole run, rounded down to whole batches. Give this or ``flops``.
         flops: training FLOPs to spend by the ledger (convention ``matmul``), rounded down to whole batches.
+        precision: "float32", or "bfloat16": weights, optimizer and averages stay float32, matrix products and activations
+            are bfloat16 by autocast. Default: "float32".
+        optimizer: "adamw", or "muon": the blocks' matrices step by Muon (``ditscale.dit.muon``), the rest by AdamW.
+            Default: "adamw".
+        muon_lr, muon_momentum: of the matrices that step by Muon; the rate needs no scaling by width. Default: 0.02
+            and 0.95.
         lr: peak learning rate, at ``model.mup_base_width`` where that is set. Default: 2e-3.
         beta1, beta2, weight_decay: of AdamW. Default: 0.9, 0.95, 0.
         clip: largest norm of the gradient. Default: 1.0.
-        warmup_fraction, decay_fraction: shares of the steps. Default: 0.05 and 0.5.
-        decay_shape: "linear" or "cosine". Default: "linear".
+        warmup_fraction, decay_fraction: shares of the steps in which the rate rises, and falls to zero at the end; a
+            ``decay_fraction`` of 0 keeps it constant, one of 1 lets it fall from the start. Default: 0.05 and 0.5.
+        decay_shape: of the fall, "linear" or "cosine". Default: "linear".
         condition_dropout: share of training images that see no condition. Default: 0.1.
-        ema_share: share of training that the averaged weights remember. Default: 0.05.
+        ema: rule of the averaged weights, which are evaluated and kept: "share" (they remember a share of training),
+            "fixed" (one decay a step) or "power" (the profile of EDM2, kept along the way so that an average of any
+            width can be put together afterwards); see ``ditscale.dit.average``. Default: "share".
+        ema_share: share of training that "share" remembers. Default: 0.05.
+        ema_decay: decay of "fixed". Default: 0.9999.
+        ema_widths: relative widths of "power"; the first is evaluated. Default: 0.05 and 0.1.
+        ema_snapshots: moments at which "power" keeps its averages. Default: 16.
+        on_nonfinite: what a loss or gradient that is NaN or infinite does: "stop" ends the run as diverged, "skip" leaves
+            that step's update out. Default: "stop".
         evaluation_images: images of the fixed validation set. Default: 128.
         evaluation_times: times at which each is evaluated. Default: 8.
         seed: of weights, data, noise and times. Default: 0.
@@ -56,6 +75,10 @@ class TrainConfig:
     batch: int = 16
     images: int | None = None
     flops: int | None = None
+    precision: str = "float32"
+    optimizer: str = "adamw"
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
     lr: float = 2e-3
     beta1: float = 0.9
     beta2: float = 0.95
@@ -65,7 +88,12 @@ class TrainConfig:
     decay_fraction: float = 0.5
     decay_shape: str = "linear"
     condition_dropout: float = 0.1
+    ema: str = "share"
     ema_share: float = 0.05
+    ema_decay: float = 0.9999
+    ema_widths: tuple[float, ...] = (0.05, 0.1)
+    ema_snapshots: int = 16
+    on_nonfinite: str = "stop"
     evaluation_images: int = 128
     evaluation_times: int = 8
     seed: int = 0
@@ -74,18 +102,37 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.images is None) == (self.flops is None):
             raise InputError(f"images, flops: expected exactly one of them, got {self.images!r} and {self.flops!r}")
+        for field in ("images", "flops"):
+            value = getattr(self, field)
+            if value is not None:
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                    raise InputError(f"{field}: expected a number above 0, got {value!r}")
+                object.__setattr__(self, field, int(value))  # a TOML file's 1e17 is a float
         if self.objective is not None and self.prediction != "velocity":
             raise InputError(f"prediction: expected it in the objective, which is given, got {self.prediction!r}")
         self.flow.check_model(self.model)
-        for field in ("batch", "evaluation_images", "evaluation_times"):
+        choices = {"precision": PRECISIONS, "optimizer": OPTIMIZERS, "on_nonfinite": ("stop", "skip")}
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise InputError(f"{field}: expected one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        object.__setattr__(self, "ema_widths", tuple(self.ema_widths))
+        _ = self.profiles  # checks the averages
+        for field in ("batch", "evaluation_images", "evaluation_times", "ema_snapshots"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{field}: expected a whole number of at least 1, got {value!r}")
-        for field in ("lr", "clip"):
+        for field in ("lr", "clip", "muon_lr"):
             value = getattr(self, field)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise InputError(f"{field}: expected a positive number, got {value!r}")
-        for field in ("warmup_fraction", "decay_fraction", "condition_dropout", "ema_share", "beta1", "beta2"):
+        for field in (
+            "warmup_fraction",
+            "decay_fraction",
+            "condition_dropout",
+            "muon_momentum",
+            "beta1",
+            "beta2",
+        ):
             value = getattr(self, field)
             if not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise InputError(f"{field}: expected a number from 0 to 1, got {value!r}")
@@ -104,8 +151,8 @@ class TrainConfig:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        images = self.images if self.images is not None else int(self.flops or 0) // self.flops_per_image
-        return int(images) // self.batch
+        images = self.images if self.images is not None else (self.flops or 0) // self.flops_per_image
+        return images // self.batch
 
     @property
     def flow(self) -> Objective:
@@ -119,10 +166,20 @@ class TrainConfig:
         decay = min(self.steps - warmup, math.ceil(self.decay_fraction * self.steps))
         return Schedule(self.steps, warmup, decay, self.decay_shape)
 
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """The averages of the weights that training keeps; the first is evaluated."""
+        if self.ema == "power":
+            if not self.ema_widths:
+                raise InputError("ema_widths: expected at least one relative width, got none")
+            return tuple(Profile("power", width) for width in self.ema_widths)
+        return (Profile(self.ema, self.ema_decay if self.ema == "fixed" else self.ema_share),)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         objective = None if self.objective is None else self.objective.to_dict()
-        return dataclasses.asdict(self) | {"objective": objective}
+        return values | {"model": self.model.to_dict(), "objective": objective, "ema_widths": list(self.ema_widths)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -2,58 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
-from ditscale.dit.checkpoint import (
-    MetricsLog,
-    folder_lock,
-    load_checkpoint,
-    read_json,
-    remove_checkpoints,
-    save_checkpoint,
-    write_json,
-)
-from ditscale.dit.training.batches import Reader, open_stream, seed_for, validation_set
+from ditscale.dit.checkpoint import MetricsLog, folder_lock, read_json, remove_checkpoints, write_json
+from ditscale.dit.training.averages import keep_averages
+from ditscale.dit.training.batches import Feeder, open_stream, validation_set
 from ditscale.dit.training.config import TrainConfig
-from ditscale.dit.training.record import check_record, describe
+from ditscale.dit.training.evaluation import draw_pictures, validation_losses
+from ditscale.dit.training.execution import Execution
+from ditscale.dit.training.ranks import Ranks, started
+from ditscale.dit.training.record import RunRecord, check_record, describe
+from ditscale.dit.training.sinks import Sink, open_sink
 from ditscale.dit.training.state import TrainState
+from ditscale.dit.training.step import Stepper
+from ditscale.dit.update import whole
 from ditscale.dit.weights import save_weights
 from ditscale.errors import InputError
 
 # The smoothing of the training loss in the metrics, as the decay of an exponential average over images.
 _SMOOTHING_IMAGES = 1024.0
+# Skipped steps in a row after which a run is given up: its weights are what makes the losses infinite.
+_MOST_SKIPS = 20
+# Lines of metrics in a whole run, about.
+_LINES = 200
 
 
 class Stopped(Exception):
     """Training was asked to stop, wrote a checkpoint and did."""
 
 
+class Listeners(NamedTuple):
+    """Whom a run tells, and whom it asks; see :func:`train`."""
+
+    progress: Callable[[int, int, float], None] | None
+    should_stop: Callable[[], bool] | None
+    say: Callable[[str], None]
+
+
 def train(
     config: TrainConfig,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
-    checkpoint_seconds: float = 20.0,
+    execution: Execution | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     say: Callable[[str], None] | None = None,
     extra: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> RunRecord:
     """Train, or go on training, or hand back the record of a run that is done.
+
+    Called by each of several processes that torchrun started, they train one model together.
 
     Args:
         config: what to train.
         out: the run's folder; holds config.json, metrics.jsonl, checkpoints while it trains, and at the end
-            ``weights.safetensors`` (averaged weights) and ``run.json``, the record.
-        checkpoint_seconds: time between checkpoints. Default: 20.
-        progress: called after each step with (steps done, steps, smoothed training loss). Default: None.
-        should_stop: asked after each step; where it says yes, a checkpoint is written and Stopped raised. Default: None.
+            ``weights.safetensors`` (averaged weights) and ``run.json``, the record. Default: ``runs/<run id>``.
+        execution: how. Default: ``Execution()``.
+        progress: called after each step with (steps done, steps, smoothed training loss), by the first process.
+            Default: None.
+        should_stop: asked in each step; where a process's says yes, a checkpoint is written and Stopped raised. Default:
+            None.
         say: takes sentences that a person should see, such as a damaged checkpoint. Default: stderr.
         extra: more fields for the record, such as a study's budget. Default: None.
 
@@ -64,25 +78,44 @@ def train(
         InputError: the folder holds another run, or is in use, or cannot be written.
         Stopped: ``should_stop`` said so; the same call goes on from there.
     """
-    folder = Path(out)
-    say = say or (lambda sentence: print(f"ditscale: {sentence}", file=sys.stderr))
-    with folder_lock(folder):
-        _claim(folder, config)
-        record_path = folder / "run.json"
-        if record_path.exists():
-            try:
-                return check_record(record_path, config)
-            except InputError as error:
-                say(f"{error}; training this run again")
-                record_path.unlink()
-        record = _Run(config, folder, say).train(checkpoint_seconds, progress, should_stop) | dict(extra or {})
-        write_json(record_path, record)
-        remove_checkpoints(folder)
+    execution = execution or Execution()
+    folder = Path("runs") / config.run_id if out is None else Path(out)
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(started(execution))
+        speak = say or (lambda sentence: print(f"ditscale: {sentence}", file=sys.stderr))
+        listeners = Listeners(
+            progress if ranks.first else None, should_stop, speak if ranks.first else lambda sentence: None
+        )
+        _need_even_shares(config, execution, ranks)
+
+        def claim() -> RunRecord | None:
+            stack.enter_context(folder_lock(folder))
+            return _claim(folder, config, speak)
+
+        record = ranks.on_first(claim)
+        if record is None:
+            record = _Run(config, execution, ranks, folder, listeners).train()
+            record |= dict(extra or {})  # type: ignore[typeddict-item]
+            ranks.on_first(lambda: _settle(folder, record))
         return record
 
 
-def _claim(folder: Path, config: TrainConfig) -> None:
-    """Make the folder this run's; InputError where it is not empty and holds something else."""
+def _need_even_shares(config: TrainConfig, execution: Execution, ranks: Ranks) -> None:
+    if config.batch % ranks.count:
+        raise InputError(f"batch: expected a multiple of {ranks.count} processes, got {config.batch}")
+    share, micro = config.batch // ranks.count, execution.microbatch
+    if micro is not None and share % micro:
+        raise InputError(
+            f"execution.microbatch: expected a divisor of {share}, a process's share of batch {config.batch}, got {micro}"
+        )
+
+
+def _claim(folder: Path, config: TrainConfig, say: Callable[[str], None]) -> RunRecord | None:
+    """Make the folder this run's, and return the record where it is done already.
+
+    Raises:
+        InputError: the folder is not empty and holds something else.
+    """
     path = folder / "config.json"
     if not path.exists():
         foreign = [p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
@@ -93,110 +126,192 @@ def _claim(folder: Path, config: TrainConfig) -> None:
         write_json(path, config.to_dict())
     elif TrainConfig.from_dict(read_json(path)).run_id != config.run_id:
         raise InputError(f"{folder}: expected an empty folder or a run of this configuration, got another run's")
+    record_path = folder / "run.json"
+    if record_path.exists():
+        try:
+            return check_record(record_path, config)
+        except InputError as error:
+            say(f"{error}; training this run again")
+            record_path.unlink()
+    return None
+
+
+def _settle(folder: Path, record: RunRecord) -> None:
+    """Write the record, which is what makes a run finished. A diverged run keeps its checkpoint, to look into."""
+    write_json(folder / "run.json", record)
+    if record["status"] == "finished":
+        remove_checkpoints(folder)
 
 
 class _Run:
-    """The state of one training run and its loop."""
+    """One run between its configuration and its record."""
 
-    def __init__(self, config: TrainConfig, folder: Path, say: Callable[[str], None]) -> None:
-        self.config, self.folder, self.say = config, folder, say
-        self.flow = config.flow
+    def __init__(
+        self, config: TrainConfig, execution: Execution, ranks: Ranks, folder: Path, listeners: Listeners
+    ) -> None:
+        self.config, self.execution, self.ranks, self.folder = config, execution, ranks, folder
+        self.listeners = listeners
         self.stream = open_stream(config, "train")
-        self.read = Reader(self.stream, config.model, config.batch)
-        self.state = TrainState(config)
-        checkpoint, complaints = load_checkpoint(folder)
-        for complaint in complaints:
-            say(complaint)
-        if checkpoint is not None:
-            self.state.restore(checkpoint, folder)
+        self.validation = validation_set(config) if execution.validate_every or execution.sample_every else None
+        self.state = TrainState(config, execution, ranks)
+        for complaint in self.state.restore(folder):
+            listeners.say(complaint)
+        self.feed = Feeder(config, self.stream, ranks, workers=execution.data_workers, first_step=self.state.step)
+        self.stepper = Stepper(
+            self.state.model,
+            config.flow,
+            self.state.updater,
+            called=self.state.called,
+            accumulating=lambda: ranks.local_gradients(self.state.called, self.state.model),
+            precision=config.precision,
+            microbatch=execution.microbatch,
+        )
+        self.log: MetricsLog | None = None
+        self.sinks: list[Sink] = []
+        self.saved_at = self.clock = time.perf_counter()
+        self.save_failed = False
 
-    def train(
-        self,
-        checkpoint_seconds: float,
-        progress: Callable[[int, int, float], None] | None,
-        should_stop: Callable[[], bool] | None,
-    ) -> dict[str, Any]:
-        config = self.config
-        schedule, per_image = config.schedule, config.flops_per_image
-        log = MetricsLog(self.folder / "metrics.jsonl", keep_to_step=self.state.step)
-        # About two hundred lines a run, whatever its length.
-        log_every = max(1, config.steps // 200)
-        clock = last_save = time.perf_counter()
-        status = "finished"
+    def train(self) -> RunRecord:
+        """Train to the end, and judge."""
+        if self.ranks.first:
+            self.log = MetricsLog(self.folder / "metrics.jsonl", keep_to_step=self.state.step, say=self.listeners.say)
+            plain = self.config.to_dict()
+            self.sinks = [open_sink(n, self.folder, self.config.run_id, plain) for n in self.execution.sinks]
+        self.saved_at = self.clock = time.perf_counter()
         try:
-            while self.state.step < config.steps:
-                loss = self._one_step(schedule.factor(self.state.step))
-                self.state.step += 1
-                if not math.isfinite(loss):
-                    status = "diverged"
-                    self.say(
-                        f"{self.folder.name}: the loss became {loss} at step {self.state.step}, seed {config.seed}; stopped"
-                    )
-                    break
-                weight = 1 - math.exp(-config.batch / _SMOOTHING_IMAGES)
-                self.state.smoothed = (
-                    loss
-                    if math.isnan(self.state.smoothed)
-                    else self.state.smoothed + weight * (loss - self.state.smoothed)
-                )
-                if self.state.step % log_every == 0 or self.state.step == config.steps:
-                    images = self.state.step * config.batch
-                    log.append(
-                        {
-                            "step": self.state.step,
-                            "images": images,
-                            "flops": images * per_image,
-                            "train_loss": self.state.smoothed,
-                            "lr": config.lr * schedule.factor(self.state.step - 1),
-                        }
-                    )
-                if progress is not None:
-                    progress(self.state.step, config.steps, self.state.smoothed)
-                if self.state.step == config.steps:
-                    break
-                now = time.perf_counter()
-                stop = should_stop is not None and should_stop()
-                if stop or now - last_save > checkpoint_seconds:
-                    self.state.seconds += now - clock
-                    clock = now
-                    save_checkpoint(self.folder, self.state.checkpoint())
-                    last_save = time.perf_counter()
-                if stop:
-                    raise Stopped(f"{self.folder.name} at step {self.state.step} of {config.steps}")
-            self.state.seconds += time.perf_counter() - clock
+            status = self._loop()
+            return self._judge(status)
         finally:
-            log.close()
-        return self._finish(status)
+            if self.log is not None:
+                self.log.close()
+            for sink in self.sinks:
+                sink.close()
 
-    def _one_step(self, rate_factor: float) -> float:
-        config = self.config
-        generator = torch.Generator().manual_seed(seed_for(config.seed, f"step {self.state.step}"))
-        x_0, y = self.read(self.state.step)
-        eps = torch.randn(x_0.shape, generator=generator)
-        t = self.flow.sample_times(config.batch, generator)
-        drop = None
-        if y is not None:
-            drop = torch.rand(config.batch, generator=generator) < config.condition_dropout
-        for group, rate in zip(self.state.optimizer.param_groups, self.state.base_rates, strict=True):
-            group["lr"] = rate * rate_factor
-        self.state.optimizer.zero_grad(set_to_none=True)
-        loss = self.flow.loss(self.state.model, x_0, y, eps, t, drop).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip)
-        self.state.optimizer.step()
-        self.state.average.update(self.state.model, self.state.step + 1)
-        return float(loss.detach())
+    def _loop(self) -> str:
+        config, state = self.config, self.state
+        schedule = config.schedule
+        steps, in_a_row = config.steps, 0
+        while state.step < steps:
+            began = time.perf_counter()
+            rate = schedule.factor(state.step)
+            loss, norm = self.stepper.gradients(self.feed(state.step))
+            loss, stop, save = self._agree(loss)
+            size = float(norm)
+            if math.isfinite(loss) and math.isfinite(size):
+                state.updater.apply(norm, rate)
+                weight = 1 - math.exp(-config.batch / _SMOOTHING_IMAGES)
+                state.smoothed = (
+                    loss if math.isnan(state.smoothed) else state.smoothed + weight * (loss - state.smoothed)
+                )
+                in_a_row = 0
+            else:
+                in_a_row += 1
+                if not self._tolerate(loss, size, in_a_row):
+                    return "diverged"
+            state.step += 1
+            state.meter.step(config.batch, time.perf_counter() - began)
+            self._tell(rate, size)
+            if state.step < steps and (stop or save):
+                self._save()
+                if stop:
+                    raise Stopped(f"{self.folder.name} at step {state.step} of {steps}")
+        self._count_time()
+        return "finished"
 
-    def _finish(self, status: str) -> dict[str, Any]:
+    def _agree(self, loss: float) -> tuple[float, bool, bool]:
+        """The mean loss of all ranks; whether one wants to stop; whether the first wants a checkpoint."""
+        should_stop = self.listeners.should_stop
+        stop = should_stop is not None and should_stop()
+        save = time.perf_counter() - self.saved_at > self.execution.checkpoint_seconds
+        if self.ranks.count == 1:
+            return loss, stop, save
+        total, stops, saves = self.ranks.sum([loss, float(stop), float(save and self.ranks.first)])
+        return total / self.ranks.count, stops > 0, saves > 0
+
+    def _tolerate(self, loss: float, norm: float, in_a_row: int) -> bool:
+        """Say what is wrong with this step, and whether the run goes on without it."""
+        config, step = self.config, self.state.step
+        first = step * config.batch
+        event = {"step": step, "first_image": first, "images": config.batch, "seed": config.seed}
+        self.state.nonfinite.append(event | {"loss": str(loss), "gradient_norm": str(norm)})
+        goes_on = config.on_nonfinite == "skip" and in_a_row <= _MOST_SKIPS
+        self.listeners.say(
+            f"{self.folder.name}: loss {loss}, gradient norm {norm} in step {step}, images {first} to "
+            f"{first + config.batch - 1}, seed {config.seed}; {'skipped' if goes_on else 'stopped before its update'}"
+        )
+        if not goes_on:
+            # The weights are still those that this step began with: the checkpoint shows it again.
+            self._save()
+        return goes_on
+
+    def _tell(self, rate: float, norm: float) -> None:
+        """Metrics, pictures and progress after a step."""
+        config, execution, state = self.config, self.execution, self.state
+        step, steps = state.step, config.steps
+        row: dict[str, Any] = {}
+        if execution.validate_every and step % execution.validate_every == 0 and step < steps:
+            assert self.validation is not None
+            by_time = validation_losses(config, state, self.validation)
+            row = {"loss": math.fsum(by_time) / len(by_time), "loss_by_timestep": by_time}
+        if row or step % max(1, steps // _LINES) == 0 or step == steps:
+            meter = state.meter
+            row = {
+                "step": step,
+                "images": step * config.batch,
+                "flops": meter.model_flops,
+                "train_loss": state.smoothed,
+                "lr": config.lr * rate,
+                "gradient_norm": norm,
+                "seconds": state.seconds + time.perf_counter() - self.clock,
+                "mfu": meter.mfu,
+            } | row
+            if self.log is not None:
+                self.log.append(
+                    {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+                )
+            numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+            for sink in self.sinks:
+                sink.log(step, numbers)
+        if execution.sample_every and step % execution.sample_every == 0:
+            assert self.validation is not None
+            path = self.folder / "samples" / f"step-{step:09d}.png"
+            path.parent.mkdir(exist_ok=True)
+            draw_pictures(config, state, self.validation, path)
+            for sink in self.sinks:
+                sink.picture(step, path)
+        keep_averages(config, state, self.folder, self.listeners.say)
+        if self.listeners.progress is not None:
+            self.listeners.progress(step, steps, state.smoothed)
+
+    def _save(self) -> None:
+        """Write a checkpoint; where that is not possible, say so and go on: the ones before it are whole."""
+        self._count_time()
+        try:
+            self.state.save(self.folder)
+            self.save_failed = False
+        except InputError as error:
+            if not self.save_failed:
+                self.listeners.say(f"no checkpoint at step {self.state.step} ({error}); training goes on")
+            self.save_failed = True
+        self.saved_at = time.perf_counter()
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.state.seconds += now - self.clock
+        self.clock = now
+
+    def _judge(self, status: str) -> RunRecord:
         """The record; of a finished run also the validation loss of the averaged weights, which are written."""
-        record = describe(self.config, self.state, self.stream, status)
+        config, state = self.config, self.state
+        record = describe(config, self.execution, self.ranks, state, self.stream, status)
         if status == "finished":
-            model = self.state.model
-            validation = validation_set(self.config)
-            self.state.average.copy_to(model)
-            averaged = validation.loss(model, self.flow)
-            record["loss"] = math.fsum(averaged) / len(averaged)
-            record["loss_by_timestep"] = averaged
+            validation = self.validation or validation_set(config)
+            by_time = validation_losses(config, state, validation)
+            record["loss"] = math.fsum(by_time) / len(by_time)
+            record["loss_by_timestep"] = by_time
             record["timesteps"] = [float(t) for t in validation.times]
-            save_weights(self.folder / "weights.safetensors", model, self.flow)
+            averaged = state.updater.shared(state.updater.averages[0].weights)
+            tensors = {name: whole(t).cpu() for name, t in averaged.items()}
+            path = self.folder / "weights.safetensors"
+            self.ranks.on_first(lambda: save_weights(path, tensors, config.model, config.flow))
         return record

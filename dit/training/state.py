@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
-from ditscale.dit.checkpoint import Checkpoint
+from ditscale.dit.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from ditscale.dit.meter import FlopMeter
 from ditscale.dit.model import DiT
-from ditscale.dit.optim import WeightAverage, parameter_groups
+from ditscale.dit.optim import parameter_groups
 from ditscale.dit.training.batches import seed_for
 from ditscale.dit.training.config import TrainConfig
-from ditscale.dit.training.record import now
+from ditscale.dit.training.execution import Execution
+from ditscale.dit.training.ranks import Ranks
+from ditscale.dit.training.record import device_name, now
+from ditscale.dit.update import Updater, UpdateRule
 from ditscale.errors import InputError
 
 
@@ -23,59 +30,114 @@ class TrainState:
     Random numbers are none of it: each follows from the seed and the step's number.
 
     Attributes:
-        step: optimizer steps done, which is also the position in the data.
+        model: the model; ``called`` is what to call in its place when training.
+        updater: optimizer state and averages.
+        meter: FLOPs spent.
+        step: steps done, which is also the position in the data.
+        nonfinite: what is known of each step whose loss or gradient was NaN or infinite.
         smoothed: the training loss, averaged over the last images.
         seconds: time spent training, over all sessions.
         started_at: when the first session began.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, execution: Execution, ranks: Ranks) -> None:
+        self.ranks = ranks
         torch.manual_seed(seed_for(config.seed, "weights"))
-        self.model = DiT(config.model)
+        self.model = DiT(config.model).to(ranks.device)
+        for block in self.model.blocks:
+            if execution.recompute == "block":
+                block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
+            if execution.compile:
+                block.compile()
+        self.called = ranks.distribute(self.model)
+        rule = UpdateRule(
+            beta1=config.beta1,
+            beta2=config.beta2,
+            clip=config.clip,
+            muon=config.optimizer == "muon",
+            muon_lr=config.muon_lr,
+            muon_momentum=config.muon_momentum,
+            averages=config.profiles,
+        )
         groups = parameter_groups(self.model, lr=config.lr, weight_decay=config.weight_decay)
-        self.base_rates = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
-        self.average = WeightAverage(self.model, share=config.ema_share)
+        self.updater = Updater(self.model, groups, rule, sum_squares=ranks.sum_squares())
+        self.meter = FlopMeter(
+            config.model,
+            recompute=execution.recompute,
+            # The ledger has no line for Muon, whose products depend on the shapes of its matrices.
+            optimizer="adamw" if config.optimizer == "adamw" else None,
+            ema=True,
+            clip=True,
+            device=device_name(ranks.device),
+            dtype=config.precision,
+            devices=ranks.count,
+        )
         self.step = 0
+        self.nonfinite: list[dict[str, Any]] = []
         self.smoothed = math.nan
         self.seconds = 0.0
         self.started_at = now()
 
-    def checkpoint(self) -> Checkpoint:
-        """The state as it is now; the tensors are the live ones."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            state = self.optimizer.state[parameter]
-            tensors[f"model.{name}"] = parameter
-            tensors[f"average.{name}"] = self.average.weights[name]
-            tensors[f"adam_step.{name}"] = state["step"]
-            tensors[f"adam_m.{name}"] = state["exp_avg"]
-            tensors[f"adam_v.{name}"] = state["exp_avg_sq"]
-        state = {"smoothed": self.smoothed, "seconds": self.seconds, "started_at": self.started_at}
-        return Checkpoint(self.step, tensors, state)
+    def _tensors(self) -> dict[str, Tensor]:
+        """The live tensors by name, sharded as the weights are."""
+        return {f"model.{name}": t for name, t in self.model.state_dict().items()} | self.updater.tensors()
 
-    def restore(self, checkpoint: Checkpoint, source: Path) -> None:
-        """Go on from a checkpoint.
+    def _scalars(self) -> dict[str, Any]:
+        return {
+            "updates": self.updater.updates,
+            "nonfinite": self.nonfinite,
+            "smoothed": self.smoothed,
+            "seconds": self.seconds,
+            "started_at": self.started_at,
+            "meter": self.meter.state_dict(),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint, together with the other ranks.
 
         Raises:
-            InputError: it is of another model.
+            InputError: it cannot be written; those before it are as they were.
         """
-        tensors = checkpoint.tensors
+        if self.ranks.count == 1:
+            save_checkpoint(folder, self.step, self._tensors(), self._scalars())
+        else:
+            from ditscale.dit.training.shards import save_shards
+
+            save_shards(folder, self.step, self._tensors(), self._scalars(), self.ranks)
+
+    def restore(self, folder: Path) -> list[str]:
+        """Go on from the newest whole checkpoint of a folder, written by any number of ranks, if there is one.
+
+        Returns:
+            A sentence for every damaged checkpoint that was passed over.
+
+        Raises:
+            InputError: the checkpoint is of another model.
+        """
+        found: Checkpoint | None
+        found, complaints = self.ranks.on_first(lambda: newest_checkpoint(folder))
+        if found is None:
+            return complaints
         try:
-            parameters = dict(self.model.named_parameters())
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(tensors[f"model.{name}"])
-                    self.average.weights[name].copy_(tensors[f"average.{name}"])
-            for name, parameter in parameters.items():
-                self.optimizer.state[parameter] = {
-                    "step": tensors[f"adam_step.{name}"],
-                    "exp_avg": tensors[f"adam_m.{name}"],
-                    "exp_avg_sq": tensors[f"adam_v.{name}"],
-                }
-        except (KeyError, RuntimeError) as error:
-            raise InputError(f"{source}: expected a checkpoint of this model, got {error}") from error
-        self.step = checkpoint.step
-        self.smoothed = checkpoint.state["smoothed"]
-        self.seconds = checkpoint.state["seconds"]
-        self.started_at = checkpoint.state["started_at"]
+            self._read(found)
+            state = found.state
+            self.meter.load_state_dict(state["meter"])
+            self.updater.updates = state["updates"]
+            self.nonfinite, self.smoothed = list(state["nonfinite"]), state["smoothed"]
+            self.seconds, self.started_at = state["seconds"], state["started_at"]
+        except (KeyError, RuntimeError, InputError) as error:
+            raise InputError(f"{found.directory}: expected a checkpoint of this model, got {error}") from error
+        self.step = found.step
+        return complaints
+
+    @torch.no_grad()
+    def _read(self, checkpoint: Checkpoint) -> None:
+        mine = self._tensors()
+        if self.ranks.count == 1 and checkpoint.one_file:
+            theirs = checkpoint.tensors()
+            for name, tensor in mine.items():
+                tensor.copy_(theirs[name])
+        else:
+            from ditscale.dit.training.shards import load_shards
+
+            load_shards(checkpoint.directory, mine)

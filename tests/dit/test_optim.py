@@ -1,4 +1,4 @@
-"""Learning rates under muP, the schedule's course, and the averaged weights."""
+"""Learning rates under muP, and the schedule's course."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ditscale.dit import DiT, DiTConfig
-from ditscale.dit.optim import Schedule, WeightAverage, parameter_groups
+from ditscale.dit.optim import Schedule, parameter_groups
 from ditscale.errors import InputError
 
 
@@ -67,18 +67,3 @@ def test_the_schedule_rises_stays_and_falls():
     for wrong in ({"warmup": 90, "decay": 20}, {"warmup": 0, "decay": 10, "shape": "step"}):
         with pytest.raises(InputError, match="schedule"):
             Schedule(steps=100, **wrong)
-
-
-def test_the_average_remembers_a_share_of_training():
-    """Of weights that grow by one a step, an average over the last share of s steps lags by about share * s."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    average = WeightAverage(model, share=0.1)
-    for step in range(1, 2001):
-        with torch.no_grad():
-            model.weight.fill_(float(step))
-        average.update(model, step)
-    lag = 2000 - float(average.weights["weight"])
-    assert 0.8 * 0.1 / 1.1 * 2000 < lag < 1.2 * 0.1 / 1.1 * 2000
-    average.copy_to(model)
-    assert float(model.weight.detach()) == 2000 - lag

@@ -1,0 +1,54 @@
+"""What a run looks at on the way and at its end: the validation loss by time, and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ditscale.dit.flow import ValidationSet
+from ditscale.dit.pictures import save_grid
+from ditscale.dit.sampling import draw_samples
+from ditscale.dit.training.batches import seed_for
+from ditscale.dit.training.config import TrainConfig
+from ditscale.dit.training.state import TrainState
+
+_PICTURES = 16
+_PICTURE_STEPS = 20
+_GUIDANCE = 2.0
+
+
+@torch.no_grad()
+def validation_losses(config: TrainConfig, state: TrainState, validation: ValidationSet) -> list[float]:
+    """The averaged weights' mean loss at every time, in float32; each rank takes a share of the images."""
+    ranks, model, flow = state.ranks, state.model, config.flow
+    totals = [0.0] * len(validation.times)
+    model.eval()
+    with state.updater.averaged():
+        for i, *batch, time in validation.batches():
+            count = len(time)
+            # Every rank makes the same number of calls, as sharded weights need it; rows past the end count nothing.
+            share = -(-count // ranks.count)
+            place = ranks.rank * share
+            rows = torch.arange(place, place + share).clamp(max=count - 1)
+            x_0, y, eps, t = (None if tensor is None else tensor[rows].to(ranks.device) for tensor in (*batch, time))
+            losses = flow.loss(model, x_0, y, eps, t).double()  # type: ignore[arg-type]
+            totals[i] += float(losses[: max(0, min(share, count - place))].sum())
+    model.train()
+    return [total / len(validation.images) for total in ranks.sum(totals)]
+
+
+def draw_pictures(config: TrainConfig, state: TrainState, validation: ValidationSet, path: Path) -> None:
+    """Write one PNG of samples of the averaged weights: always the same noise and conditions of the validation set."""
+    device = state.ranks.device
+    count = min(_PICTURES, len(validation.images))
+    generator = torch.Generator().manual_seed(seed_for(config.evaluation_seed, "pictures"))
+    noise = torch.randn((count, *validation.images.shape[1:]), generator=generator).to(device)
+    y = None if validation.conditions is None else validation.conditions[:count].to(device)
+    guidance = 1.0 if y is None else _GUIDANCE
+    with state.updater.averaged():
+        images = draw_samples(
+            state.model, noise, y, objective=config.flow, steps=_PICTURE_STEPS, sampler="euler", guidance=guidance
+        )
+    if state.ranks.first:
+        save_grid(path, images)

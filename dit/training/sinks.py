@@ -1,0 +1,97 @@
+"""Further places for metrics, each a small adapter. ``metrics.jsonl`` is always written; these only mirror it.
+
+Who resumes a run continues its curves: each adapter names the run by its folder and its id.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ditscale.errors import InputError
+
+
+class Sink(Protocol):
+    """What the training loop tells."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers by name after a step."""
+
+    def picture(self, step: int, path: Path) -> None:
+        """A PNG that was drawn after a step."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+def open_sink(name: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> Sink:
+    """The adapter called ``name``.
+
+    Raises:
+        InputError: its package is not installed.
+    """
+    adapters: dict[str, tuple[str, Callable[[Any, Path, str, Mapping[str, Any]], Sink]]] = {
+        "tensorboard": ("torch.utils.tensorboard", Tensorboard),
+        "wandb": ("wandb", Wandb),
+        "trackio": ("trackio", Trackio),
+    }
+    package, adapter = adapters[name]
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(f"execution.sinks: expected the package {name} to be installed, got none ({error})") from error
+    return adapter(module, folder, run_id, config)
+
+
+class Tensorboard:
+    """Event files in the run's folder, under ``tensorboard/``."""
+
+    def __init__(self, module: Any, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+        self._writer = module.SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, path: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self._writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Service:
+    """The calls that wandb and trackio share."""
+
+    def __init__(self, module: Any, run: Any) -> None:
+        self._module, self._run = module, run
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def picture(self, step: int, path: Path) -> None:
+        self._run.log({"samples": self._module.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Wandb(_Service):
+    """A run of Weights & Biases; project and mode by its own environment variables."""
+
+    def __init__(self, module: Any, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+        run = module.init(id=run_id, name=folder.name, dir=str(folder), config=dict(config), resume="allow")
+        super().__init__(module, run)
+
+
+class Trackio(_Service):
+    """A run of trackio, in the project "ditscale"."""
+
+    def __init__(self, module: Any, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+        super().__init__(module, module.init(project="ditscale", name=run_id, config=dict(config), resume="allow"))

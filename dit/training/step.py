@@ -1,0 +1,83 @@
+"""One optimizer step: passes over the batch, the gradient's norm, and the update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ditscale.dit.objective import Objective
+from ditscale.dit.training.batches import StepInputs
+from ditscale.dit.update import Updater
+
+
+class Stepper:
+    """Turns the inputs of a step into gradients, and gradients into new weights.
+
+    Args:
+        model: trained in place.
+        flow: the objective.
+        updater: owns the optimizer's state.
+        called: what is called in place of ``model``, such as a wrapper that shares gradients. Default: ``model``.
+        accumulating: makes a context in which backward passes add up gradients without sharing them. Default: none.
+        precision: "float32", or "bfloat16": weights, optimizer and averages stay float32, matrix products and
+            activations are bfloat16 by autocast. Default: "float32".
+        microbatch: images of one pass. Default: all of the step's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        flow: Objective,
+        updater: Updater,
+        *,
+        called: nn.Module | None = None,
+        accumulating: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        precision: str = "float32",
+        microbatch: int | None = None,
+    ) -> None:
+        self.model, self.flow, self.updater = model, flow, updater
+        self.called = called if called is not None else model
+        self.accumulating, self.precision, self.microbatch = accumulating, precision, microbatch
+        self._parameters = list(model.parameters())
+
+    def loss(self, inputs: StepInputs) -> Tensor:
+        """The mean loss of a batch, float32."""
+        with self._autocast():
+            return self.flow.loss(self.called, *inputs).mean()
+
+    def gradients(self, inputs: StepInputs) -> tuple[float, Tensor]:
+        """Leave the gradient of the batch's mean loss in the parameters.
+
+        Returns:
+            The mean loss over this process's share, and the norm of the whole gradient.
+        """
+        for parameter in self._parameters:
+            parameter.grad = None
+        share = len(inputs.x_0)
+        size = self.microbatch or share
+        total = 0.0
+        for start in range(0, share, size):
+            rows = slice(start, start + size)
+            part = inputs if size == share else StepInputs(*(None if t is None else t[rows] for t in inputs))  # type: ignore[arg-type]
+            last = start + size >= share
+            with contextlib.nullcontext() if last else self.accumulating():
+                loss = self.loss(part)
+                if size < share:
+                    loss = loss * (size / share)
+                loss.backward()
+            total += loss.detach().item()
+        return total, self.updater.gradient_norm()
+
+    def __call__(self, inputs: StepInputs, rate: float = 1.0) -> float:
+        """One whole step; returns the loss."""
+        loss, norm = self.gradients(inputs)
+        self.updater.apply(norm, rate)
+        return loss
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._parameters[0].device.type, dtype=torch.bfloat16)
