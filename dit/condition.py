@@ -5,12 +5,25 @@ Shape suffixes: B batch, S tokens of the condition, D width, K caption words, W 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.embed import axis_table
 from ditscale.dit.layers import Mlp
+
+# What a model takes beside image and time: a tensor, or several of them, by row.
+Condition: TypeAlias = "Tensor | tuple[Tensor, ...] | None"
+
+
+def each(condition: Condition, change: Callable[[Tensor], Tensor]) -> Condition:
+    """A condition of changed tensors, such as some of their rows."""
+    if condition is None:
+        return None
+    return change(condition) if isinstance(condition, Tensor) else tuple(change(tensor) for tensor in condition)
 
 
 class LabelEmbed(nn.Module):

@@ -6,6 +6,7 @@ The path is ``x_t = (1 - t) x_0 + t eps`` with t from 0 (data) to 1 (noise); the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ditscale.dit.condition import Condition, each
 from ditscale.dit.objective import TIME_SCALE, Objective, Prediction, mean_per_sample, need_number, per_sample
 from ditscale.errors import InputError
 
@@ -123,23 +125,23 @@ class ValidationSet:
 
     Args:
         images: [n, C, ...] float32.
-        conditions: [n] or [n, K] int64, or None.
+        conditions: as the model takes them, n rows, or None.
         times: [k] float32; every image is seen at every time, each with its own fixed noise.
         seed: of the noise.
     """
 
     images: Tensor
-    conditions: Tensor | None
+    conditions: Condition
     times: Tensor
     seed: int
 
-    def batches(self, batch: int = 64) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor, Tensor]]:
+    def batches(self, batch: int = 64) -> Iterator[tuple[int, Tensor, Condition, Tensor, Tensor]]:
         """For every time and piece of the set: the time's number, images, conditions, noise and times of each image."""
         generator = torch.Generator().manual_seed(self.seed)
         for i, time in enumerate(self.times):
             for start in range(0, len(self.images), batch):
                 x_0 = self.images[start : start + batch]
-                y = None if self.conditions is None else self.conditions[start : start + batch]
+                y = each(self.conditions, operator.itemgetter(slice(start, start + batch)))
                 eps = torch.randn(x_0.shape, generator=generator)
                 yield i, x_0, y, eps, time.expand(len(x_0))
 

@@ -125,7 +125,11 @@ class Updater:
         self._groups: list[_Group] = []
         for group in groups:
             members = [names[id(p)] for p in group["params"]]
-            by_muon = [n for n in members if rule.muon and n.startswith("blocks.") and self._parameters[n].ndim >= 2]
+            by_muon = [
+                n
+                for n in members
+                if rule.muon and n.startswith(("blocks.", "single_blocks.")) and self._parameters[n].ndim >= 2
+            ]
             by_adamw = [n for n in members if n not in set(by_muon)]
             if by_adamw:
                 self._groups.append(_Group(group["lr"], group["weight_decay"], False, by_adamw))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
+from ditscale.dit.condition import Condition, each
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.data import EmojiScenes, ImageBatch, ImageFolder, ImageStream, to_float
 from ditscale.dit.flow import ValidationSet
@@ -49,7 +51,7 @@ def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> I
     return stream
 
 
-def batch_tensors(batch: ImageBatch, model: DiTConfig) -> tuple[Tensor, Tensor | None]:
+def batch_tensors(batch: ImageBatch, model: DiTConfig) -> tuple[Tensor, Condition]:
     """A batch as the model takes it: images [B, 3, S, S] float32 in [-1, 1], and words [B, K], labels [B] or None."""
     condition = {"none": None, "class": batch.labels, "caption": batch.tokens}[model.condition]
     if model.condition == "class" and (batch.labels < 0).any():
@@ -69,10 +71,15 @@ class StepInputs(NamedTuple):
     """
 
     x_0: Tensor
-    y: Tensor | None
+    y: Condition
     eps: Tensor
     t: Tensor
     drop: Tensor | None
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> StepInputs:
+        """Inputs of changed tensors, such as some of their rows."""
+        drop = None if self.drop is None else change(self.drop)
+        return StepInputs(change(self.x_0), each(self.y, change), change(self.eps), change(self.t), drop)
 
 
 class Feeder:
@@ -108,13 +115,13 @@ class Feeder:
         drop = None
         if y is not None:
             drop = (torch.rand(config.batch, generator=generator) < config.condition_dropout)[rows]
-        return StepInputs(*(None if tensor is None else self._move(tensor) for tensor in (x_0, y, eps, t, drop)))  # type: ignore[arg-type]
+        return StepInputs(x_0, y, eps, t, drop).changed(self._move)
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(self.ranks.device, non_blocking=True) if self._pinned else tensor
 
 
-class _Images(torch.utils.data.Dataset[tuple[Tensor, Tensor | None]]):
+class _Images(torch.utils.data.Dataset[tuple[Tensor, Condition]]):
     """Images and conditions of one rank's rows of each step."""
 
     def __init__(self, stream: ImageStream, model: DiTConfig, batch: int, rows: slice) -> None:
@@ -123,7 +130,7 @@ class _Images(torch.utils.data.Dataset[tuple[Tensor, Tensor | None]]):
         self.steps = max(1, 64 // batch) if rows == slice(0, batch) else 1
         self.piece = -1
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor | None]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Condition]:
         share = self.rows.stop - self.rows.start
         piece, place = divmod(step, self.steps)
         if piece != self.piece:
@@ -131,10 +138,10 @@ class _Images(torch.utils.data.Dataset[tuple[Tensor, Tensor | None]]):
             self.images, self.condition = batch_tensors(self.stream.batch(start, self.steps * share), self.model)
             self.piece = piece
         rows = slice(place * share, (place + 1) * share)
-        return self.images[rows], None if self.condition is None else self.condition[rows]
+        return self.images[rows], each(self.condition, lambda tensor: tensor[rows])
 
 
-def _loader(images: _Images, steps: range, workers: int) -> torch.utils.data.DataLoader[tuple[Tensor, Tensor | None]]:
+def _loader(images: _Images, steps: range, workers: int) -> torch.utils.data.DataLoader[tuple[Tensor, Condition]]:
     """Steps in order, prepared by processes. What a stream gives follows from its seed and the index, so it does not
     matter which process asks."""
     return torch.utils.data.DataLoader(

@@ -49,6 +49,7 @@ class TrainConfig:
         warmup_fraction, decay_fraction: shares of the steps in which the rate rises, and falls to zero at the end; a
             ``decay_fraction`` of 0 keeps it constant, one of 1 lets it fall from the start. Default: 0.05 and 0.5.
         decay_shape: of the fall, "linear" or "cosine". Default: "linear".
+        balance_weight: of the balance loss of a mixture of experts; 0.01 as in arXiv:2101.03961. Default: 0.01.
         condition_dropout: share of training images that see no condition. Default: 0.1.
         ema: rule of the averaged weights, which are evaluated and kept: "share" (they remember a share of training),
             "fixed" (one decay a step) or "power" (the profile of EDM2, kept along the way so that an average of any
@@ -87,6 +88,7 @@ class TrainConfig:
     warmup_fraction: float = 0.05
     decay_fraction: float = 0.5
     decay_shape: str = "linear"
+    balance_weight: float = 0.01
     condition_dropout: float = 0.1
     ema: str = "share"
     ema_share: float = 0.05
@@ -130,6 +132,7 @@ class TrainConfig:
             "decay_fraction",
             "condition_dropout",
             "muon_momentum",
+            "balance_weight",
             "beta1",
             "beta2",
         ):

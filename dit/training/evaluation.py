@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 
 import torch
 
+from ditscale.dit.condition import each
 from ditscale.dit.flow import ValidationSet
 from ditscale.dit.pictures import save_grid
 from ditscale.dit.sampling import draw_samples
-from ditscale.dit.training.batches import seed_for
+from ditscale.dit.training.batches import StepInputs, seed_for
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.state import TrainState
 
@@ -25,14 +27,15 @@ def validation_losses(config: TrainConfig, state: TrainState, validation: Valida
     totals = [0.0] * len(validation.times)
     model.eval()
     with state.updater.averaged():
-        for i, *batch, time in validation.batches():
-            count = len(time)
+        for i, x_0, y, eps, t in validation.batches():
+            count = len(t)
             # Every rank makes the same number of calls, as sharded weights need it; rows past the end count nothing.
             share = -(-count // ranks.count)
             place = ranks.rank * share
             rows = torch.arange(place, place + share).clamp(max=count - 1)
-            x_0, y, eps, t = (None if tensor is None else tensor[rows].to(ranks.device) for tensor in (*batch, time))
-            losses = flow.loss(model, x_0, y, eps, t).double()  # type: ignore[arg-type]
+            mine = StepInputs(x_0, y, eps, t, None).changed(operator.itemgetter(rows))
+            mine = mine.changed(lambda tensor: tensor.to(ranks.device))
+            losses = flow.loss(model, *mine).double()
             totals[i] += float(losses[: max(0, min(share, count - place))].sum())
     model.train()
     return [total / len(validation.images) for total in ranks.sum(totals)]
@@ -44,7 +47,7 @@ def draw_pictures(config: TrainConfig, state: TrainState, validation: Validation
     count = min(_PICTURES, len(validation.images))
     generator = torch.Generator().manual_seed(seed_for(config.evaluation_seed, "pictures"))
     noise = torch.randn((count, *validation.images.shape[1:]), generator=generator).to(device)
-    y = None if validation.conditions is None else validation.conditions[:count].to(device)
+    y = each(validation.conditions, lambda tensor: tensor[:count].to(device))
     guidance = 1.0 if y is None else _GUIDANCE
     with state.updater.averaged():
         images = draw_samples(

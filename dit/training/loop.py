@@ -165,6 +165,7 @@ class _Run:
             accumulating=lambda: ranks.local_gradients(self.state.called, self.state.model),
             precision=config.precision,
             microbatch=execution.microbatch,
+            balance_weight=config.balance_weight,
         )
         self.log: MetricsLog | None = None
         self.sinks: list[Sink] = []

@@ -65,7 +65,7 @@ class Ranks:
         if self.mode != "none":
             from torch.distributed.fsdp import fully_shard
 
-            for block in model.blocks:  # type: ignore[union-attr]
+            for block in blocks_of(model):
                 fully_shard(block, mesh=self._mesh)
             fully_shard(model, mesh=self._mesh)
         return model
@@ -131,6 +131,11 @@ class Ranks:
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, value)
         return found
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """A model's blocks, of both kinds where it has two: what is compiled, sharded and computed again one at a time."""
+    return [*model.blocks, *getattr(model, "single_blocks", ())]  # type: ignore[misc]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ditscale.dit.optim import parameter_groups
 from ditscale.dit.training.batches import seed_for
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.execution import Execution
-from ditscale.dit.training.ranks import Ranks
+from ditscale.dit.training.ranks import Ranks, blocks_of
 from ditscale.dit.training.record import device_name, now
 from ditscale.dit.update import Updater, UpdateRule
 from ditscale.errors import InputError
@@ -44,7 +44,7 @@ class TrainState:
         self.ranks = ranks
         torch.manual_seed(seed_for(config.seed, "weights"))
         self.model = DiT(config.model).to(ranks.device)
-        for block in self.model.blocks:
+        for block in blocks_of(self.model):
             if execution.recompute == "block":
                 block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
             if execution.compile:
