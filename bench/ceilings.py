@@ -95,33 +95,19 @@ def _ceiling(op: str, where: str, size: int, amount: int, timing: Timing, dtype:
 
 
 class Roof:
-    """The roof over a case: the least time in which the device could do its work."""
+    """The roof over a case: the least time in which the device could do its work beyond the caches."""
 
     def __init__(self, ceilings: list[dict[str, Any]]) -> None:
-        copies = [c for c in ceilings if c["op"] == "copy"]
-        self.bandwidth = max(c["value"] for c in copies if c["where"] in ("rotating", "large"))
-        self.in_cache = sorted((c["size"], c["value"]) for c in copies if c["where"] == "resident")
+        self.bandwidth = max(c["value"] for c in ceilings if c["op"] == "copy" and c["where"] in ("rotating", "large"))
         self.flop_rate: dict[str, float] = {}
         for c in ceilings:
             if c["op"] == "matmul":
                 self.flop_rate[c["dtype"]] = max(self.flop_rate.get(c["dtype"], 0.0), c["value"])
 
-    def copy_rate(self, total_bytes: int, resident: bool) -> float:
-        """Bytes a second of a copy that stays in the caches (the next larger one measured), or of one beyond them."""
-        fitting = [value for size, value in self.in_cache if size >= total_bytes] if resident else []
-        return fitting[0] if fitting else self.bandwidth
-
-    def ms(self, work: Sequence[Work], dtype: str, *, resident: bool = False) -> tuple[float, str]:
-        """(milliseconds, "memory" or "compute"): every piece at the slower of its bytes and its products, added up.
-
-        Args:
-            work: the pieces.
-            dtype: whose rate of products counts.
-            resident: the pieces find and leave everything in the caches. Default: False.
-        """
+    def ms(self, work: Sequence[Work], dtype: str) -> tuple[float, str]:
+        """(milliseconds, "memory" or "compute"): every piece at the slower of its bytes and its products, added up."""
         rate = self.flop_rate.get(dtype) or max(self.flop_rate.values())
-        bandwidth = self.copy_rate(sum(w.bytes_moved for w in work), resident)
-        memory = [w.bytes_moved / bandwidth for w in work]
+        memory = [w.bytes_moved / self.bandwidth for w in work]
         compute = [w.matmul_flops / rate for w in work]
         seconds = sum(map(max, memory, compute))
         bound = "compute" if sum(c for m, c in zip(memory, compute, strict=True) if c > m) > seconds / 2 else "memory"

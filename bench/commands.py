@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ditscale.bench.runner import Session
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Out = Annotated[Path | None, typer.Option(help="Write the rows to this file, one JSON object a line.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Put the rows into this file (JSONL): in the place of its rows of the same cases.")
+]
 Against = Annotated[list[str] | None, typer.Option(help="Time only this provider beside ours; give it again for more.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only cases whose name contains this; give it again for more.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
@@ -95,7 +97,10 @@ def _ahead_of_time(suite: str, only: Sequence[str] | None, as_json: bool) -> Non
 
 
 def run_all(
-    out: Annotated[Path, typer.Option(help="The file that takes the rows when all is done.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file that takes the rows when all is done. Default: bench/results/DEVICE.jsonl."),
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Leave out what does not fit into this time; the rows say so.")] = 9.5,
     device: Device = None,
     threads: Threads = None,
@@ -105,17 +110,22 @@ def run_all(
     as_json: Json = False,
 ) -> None:
     """Every suite within a given time, the most telling cases first, into one file."""
+    from ditscale.bench.devices import machine, slug
+    from ditscale.bench.rows import RESULTS, write_rows
+
     session = _session(device, threads, seconds, allow_noise, tiny, None, as_json)
     begun = time.monotonic()
     # A case is not cut short once it has begun; the longest, a compiled training step, is given the time to end.
     session.deadline = begun + 60 * minutes * 0.92
+    out = out or RESULTS / f"{slug(machine(session.device))}.jsonl"
     rows = session.start()
     # What is short first; the many shapes of the operators last, where time may run out.
     for suite in ("fit", "flops", "step", "block", "attention", "adaln"):
         for row in _rows(session, suite, None):
             rows.append(row)
             _write_beside(out, rows)
-    _finish(rows, session, out, as_json)
+    write_rows(out, rows)
+    _finish(rows, session, None, as_json)
     _partial(out).unlink(missing_ok=True)
     if not as_json:
         typer.echo(f"{time.monotonic() - begun:.0f} s; rows in {out}")
@@ -147,15 +157,13 @@ def compare(
     if as_json:
         typer.echo(json.dumps(found.to_json()))
     else:
-        from rich.console import Console
         from rich.table import Table
 
         view = Table("case", "provider", "before ms", "after ms", "change", "noise", "verdict")
         for change in found.changes:
             view.add_row(*change.cells())
-        console = Console()
-        console.print(view)
-        console.print(found.sentence())
+        _console().print(view)
+        typer.echo(found.sentence())
     if found.regressions:
         raise typer.Exit(1)
 
@@ -294,14 +302,13 @@ def _line(row: Row) -> str:
 
 
 def _finish(rows: list[Row], session: Session, out: Path | None, as_json: bool) -> None:
-    from ditscale.bench.rows import write_rows
+    from ditscale.bench.rows import merge_rows
 
     if out is not None:
-        write_rows(out, rows)
+        merge_rows(out, rows)
     if as_json:
         typer.echo(json.dumps(_report(rows, session)))
         return
-    from rich.console import Console
     from rich.table import Table
 
     from ditscale.bench.report import table_cells
@@ -310,7 +317,14 @@ def _finish(rows: list[Row], session: Session, out: Path | None, as_json: bool) 
     view = Table(*head)
     for cells in body:
         view.add_row(*cells)
-    Console().print(view)
+    _console().print(view)
+
+
+def _console() -> Any:
+    """As wide as the terminal, and wide enough for a line where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _report(rows: list[Row], session: Session) -> dict[str, Any]:

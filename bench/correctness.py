@@ -11,6 +11,8 @@ from torch import Tensor
 # Where plain PyTorch happens to be exact a right result must not fail: roundings of the largest exact value.
 FLOOR_ULPS = 2.0
 FACTOR = 2.0
+# Other libraries trade accuracy as they like: they are timed unless they give another thing, and their error stands in the row.
+PEER_FACTOR = 64.0
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,16 @@ class Verdict:
     plain_error: float
 
 
-def judge(got: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> Verdict:
-    """Compare results by name: largest and root-mean-square error at most twice those of ``plain``, plus a floor.
+def judge(
+    got: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping[str, Tensor], factor: float = FACTOR
+) -> Verdict:
+    """Compare results by name: largest and root-mean-square error at most ``factor`` times those of ``plain``, plus a floor.
 
     Args:
         got: the candidate's outputs and gradients.
         exact: the same in float64.
         plain: the same from plain PyTorch at the candidate's dtype.
+        factor: how much less exact the candidate may be. Default: 2, which is what our kernels are held to.
     """
     if set(got) != set(exact):
         return Verdict(f"gave {sorted(got)}, expected {sorted(exact)}", float("inf"), 0.0)
@@ -44,10 +49,10 @@ def judge(got: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping
         if got[name].shape != truth.shape:
             return Verdict(f"{name}: shape {list(got[name].shape)}, expected {list(truth.shape)}", float("inf"), 0.0)
         top = float(truth.abs().max()) if truth.numel() else 0.0
-        floor = FLOOR_ULPS * torch.finfo(got[name].dtype).eps * top
+        floor = factor * FLOOR_ULPS / FACTOR * torch.finfo(got[name].dtype).eps * top
         mine, theirs = _errors(got[name], truth), _errors(plain[name], truth)
         for kind, a, b in zip(("largest", "r.m.s."), mine, theirs, strict=True):
-            if not a <= FACTOR * b + floor and reason is None:  # "not <=" lets no NaN through
+            if not a <= factor * b + floor and reason is None:  # "not <=" lets no NaN through
                 reason = f"{name}: {kind} error {a:.2e} against float64, plain PyTorch {b:.2e}"
         if top:
             worst, worst_plain = max(worst, mine[0] / top), max(worst_plain, theirs[0] / top)

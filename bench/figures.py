@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ditscale.bench.report import best_of_ours, by_case, ratio
+from ditscale.bench.report import best_of_ours, figure_name, headline, ratio
 from ditscale.bench.rows import Row, measured
 from ditscale.errors import InputError
 
@@ -45,10 +47,16 @@ def _plots() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> Path:
+def digest(rows: Sequence[Row]) -> str:
+    """Of the rows, to be found again in a figure made from them."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _save(figure: Any, path: Path, rows: Sequence[Row]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
+        about = {"Date": None, "Description": f"rows {digest(rows)}"}
+        figure.savefig(path, format="svg", bbox_inches="tight", metadata=about)
     except OSError as error:
         raise InputError(f"{path}: expected a place to write a figure to, got {error.strerror}") from error
     finally:
@@ -57,7 +65,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def draw_all(rows: Sequence[Row], out: str | Path) -> list[Path]:
-    """``roofline-<op>.svg`` for every operator that has a roof, and ``speedups.svg``.
+    """``roofline-<op>-<device type>.svg`` for every operator that has a roof, and ``speedups-<device type>.svg``.
 
     Raises:
         InputError: there are no times to draw, or the folder cannot be written.
@@ -65,14 +73,13 @@ def draw_all(rows: Sequence[Row], out: str | Path) -> list[Path]:
     rows = [r for r in measured(rows) if r["suite"] != "ceiling"]
     if not rows:
         raise InputError("rows: expected measured rows to draw, got none")
-    many = len({r["device"]["name"] for r in rows}) > 1
     paths = []
     for device in dict.fromkeys(r["device"]["name"] for r in rows):
         mine = [r for r in rows if r["device"]["name"] == device]
-        tail = f"-{mine[0]['device']['type']}" if many else ""
+        kind = mine[0]["device"]["type"]
         for op in dict.fromkeys(r["op"] for r in mine if r.get("roof_share")):
-            paths.append(_roofline([r for r in mine if r["op"] == op], op, Path(out) / f"roofline-{op}{tail}.svg"))
-        paths.append(_speedups(mine, Path(out) / f"speedups{tail}.svg"))
+            paths.append(_roofline([r for r in mine if r["op"] == op], op, Path(out) / f"roofline-{op}-{kind}.svg"))
+        paths.append(_speedups(mine, Path(out) / figure_name(kind)))
     return paths
 
 
@@ -102,34 +109,29 @@ def _roofline(rows: Sequence[Row], op: str, path: Path) -> Path:
                     "the measured matrix rate; above 100 % a working set stays in a cache")  # fmt: skip
     axes.set_title(f"{op}: {rows[0]['device']['name']}", loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    return _save(figure, path)
+    return _save(figure, path, rows)
 
 
 def _speedups(rows: Sequence[Row], path: Path) -> Path:
     plt = _plots()
     found = []
-    for (_, _), providers in by_case(rows).items():
+    for providers in headline(rows):
         ours = best_of_ours(providers.values())
-        if ours is None or "shape" not in ours or ratio(ours, "eager") is None:
-            continue
-        found.append((f"{ours['op']} {_name(ours)}", ratio(ours, "eager"), ratio(ours, "compile")))
+        assert ours is not None
+        found.append((f"{ours['op']}: {_name(ours)}", ratio(ours, "eager"), ratio(ours, "compile")))
     figure, axes = plt.subplots(figsize=(7.5, 0.9 + 0.36 * max(1, len(found))))
-    for number, (_, eager, compiled) in enumerate(found):
-        axes.barh(
-            number - 0.2,
-            eager,
-            height=0.36,
-            color=_STYLE["eager"][0],
-            label="over eager" if number == 0 else None,
-        )
-        if compiled is not None:
-            label = "over torch.compile" if number == 0 else None
-            axes.barh(number + 0.2, compiled, height=0.36, color=_STYLE["compile"][0], label=label)
+    bars = (("over eager", "eager", -0.2, 1), ("over torch.compile", "compile", 0.2, 2))
+    for label, provider, shift, column in bars:
+        have = [(number, row[column]) for number, row in enumerate(found) if row[column] is not None]
+        places, heights = [n + shift for n, _ in have], [h for _, h in have]
+        axes.barh(places, heights, height=0.36, color=_STYLE[provider][0], label=label)
+        for place, value in zip(places, heights, strict=True):
+            axes.text(value, place, f" {value:.2f}", va="center", fontsize=7)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks(range(len(found)), [name for name, _, _ in found])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("times faster (1: the same)")
+    axes.set_xlabel("how many times faster ours is (1: the same)")
     axes.set_title(rows[0]["device"]["name"], loc="left")
     axes.legend(loc="lower right", frameon=False)
-    return _save(figure, path)
+    return _save(figure, path, rows)

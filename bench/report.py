@@ -29,6 +29,7 @@ _OP = {
     "dit_block": "DiT block",
     "training_step": "training step",
 }
+_NO_RIVALS = ("copy", "layer_norm")  # they do less
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -53,17 +54,17 @@ def ratio(ours: Row, other: str) -> float | None:
     return None if over is None else float(over["median"])
 
 
-def lost(providers: dict[str, Row]) -> list[str]:
-    """Providers that beat ours beyond the spread: the 80th percentile of the ratio is below 1. Copies are no rivals."""
+def lost(providers: dict[str, Row]) -> dict[str, float]:
+    """Providers that beat ours beyond the spread, with how fast ours is beside them (below 1). Copies are no rivals."""
     ours = best_of_ours(providers.values())
     if ours is None:
-        return []
+        return {}
     over = ours.get("speedup_over", {})
-    found = [name for name, r in over.items() if name not in ("copy", "layer_norm") and r["p80"] < 1.0]
+    found = {name: r["median"] for name, r in over.items() if name not in _NO_RIVALS and r["p80"] < 1.0}
     for name, row in providers.items():  # peers that are no baseline: by medians, beyond both spreads
-        peer = name not in over and not name.startswith("ours") and name not in ("copy", "layer_norm")
-        if peer and row["time_ms_p80"] < ours["time_ms_p20"]:
-            found.append(name)
+        rival = name not in over and not name.startswith("ours") and name not in _NO_RIVALS
+        if rival and row["time_ms_p80"] < ours["time_ms_p20"]:
+            found[name] = row["time_ms"] / ours["time_ms"]
     return found
 
 
@@ -89,21 +90,27 @@ def table_cells(rows: Iterable[Row]) -> Table:
             continue
         cells = [case, _ms(ours), *(_ms(providers.get(p)) for p in ("eager", "compile"))]
         cells += [_times(ratio(ours, p)) for p in ("eager", "compile")]
-        cells += [_percent(ours.get("roof_share")), _percent(_copy_share(ours))]
-        body.append([*cells, ", ".join(lost(providers)) or "none"])
+        cells += [_percent(ours.get("roof_share")), _percent(ratio(ours, "copy"))]
+        faster = [f"{name} {_times(1 / against)}" for name, against in lost(providers).items()]
+        body.append([*cells, ", ".join(faster) or "none"])
     for row in rows:
-        if row["status"] != "measured":
+        if row["status"] not in ("measured", "unavailable"):
             body.append([f"{row['case']} ({row['provider']})", row["status"], str(row["reason"]), *[""] * 6])
     return head, body
 
 
 def full_table(rows: Iterable[Row]) -> str:
-    """:func:`table_cells` as Markdown."""
-    return _markdown(*table_cells(rows))
+    """Of every device, :func:`table_cells` as Markdown, with the ceilings and what it ran on."""
+    rows = list(rows)
+    parts = []
+    for name in dict.fromkeys(r["device"]["name"] for r in rows):
+        mine = [r for r in rows if r["device"]["name"] == name]
+        parts += [_markdown(*table_cells(mine)), *_ceilings(mine), _provenance(mine)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def readme_block(rows: Iterable[Row]) -> str:
-    """What stands between the README's markers: a table of the CPU, one of each GPU, and a plain word where there is none."""
+    """What stands between the README's markers: of each device a table and a figure, and a plain word where there is none."""
     rows = list(rows)
     parts = []
     for kind in ("cpu", "cuda"):
@@ -117,33 +124,73 @@ def readme_block(rows: Iterable[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _device_block(rows: Sequence[Row]) -> str:
-    first = measured(rows)[0]
-    device = first["device"]
-    head = ["", "shape", "eager ms", "compile ms", "ours ms", "over eager", "over compile"]
-    body = []
-    for (_, _), providers in by_case(rows).items():
+def figure_name(kind: str) -> str:
+    """The speed-ups of a device's type as the README shows them, under ``docs/images``."""
+    return f"speedups-{kind}.svg"
+
+
+def headline(rows: Iterable[Row]) -> list[dict[str, Row]]:
+    """By provider, the cases that stand in the README: the first of every operator and pass at full precision, every block and
+    step; only those that have plain PyTorch beside ours."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for (_, case), providers in by_case(rows).items():
         ours = best_of_ours(providers.values())
-        if ours is None or ours["suite"] not in ("adaln", "block", "step", "attention") or "eager" not in providers:
+        if ours is None or "eager" not in providers or ours["suite"] not in ("adaln", "block", "step", "attention"):
             continue
-        cells = [
-            _title(ours),
-            _shape(ours),
-            *(_ms(providers.get(p)) for p in ("eager", "compile")),
-            _ms(ours),
-        ]
-        body.append([*cells, *(_times(ratio(ours, p)) for p in ("eager", "compile"))])
-    threads = f", {device['threads']} threads" if device["type"] == "cpu" else ""
-    dates = sorted({r["measured_at"][:10] for r in measured(rows)})
+        one_of_many = ours["suite"] in ("adaln", "attention")
+        found.setdefault((ours["op"], ours["passes"], ours["cache"]) if one_of_many else (case,), providers)
+    return list(found.values())
+
+
+def _device_block(rows: Sequence[Row]) -> str:
+    kind = measured(rows)[0]["device"]["type"]
+    head = ["", "shape", "eager ms", "compile ms", "ours ms", "over eager", "over compile", "of roof"]
+    body = []
+    for providers in headline(rows):
+        ours = best_of_ours(providers.values())
+        assert ours is not None
+        cells = [_title(ours), _shape(ours), *(_ms(providers.get(p)) for p in ("eager", "compile")), _ms(ours)]
+        cells += [_times(ratio(ours, p)) for p in ("eager", "compile")]
+        body.append([*cells, _percent(ours.get("roof_share"))])
     losses = [p for p in by_case(rows).values() if lost(p)]
-    noisy = max((r.get("noise") or 0.0 for r in measured(rows)), default=0.0)
-    commits = sorted({str(r["commit"])[:10] + ("+" if r.get("dirty") else "") for r in measured(rows)})
+    cases = [p for p in by_case(rows).values() if best_of_ours(p.values()) is not None]
     note = (
-        f"{device['name']}{threads}, {first['versions'].get('torch')} torch, commit {', '.join(commits)}, {' to '.join(dates)}. "
-        f"Medians of interleaved rounds, speed-ups the medians of ratios within rounds; the calibration loop spread by at most "
-        f"{100 * noisy:.0f} %. Cases where something else measured faster than ours: {len(losses)}."
+        f"{_provenance(rows)} Medians of interleaved rounds, speed-ups the medians of ratios within rounds. "
+        f"Of {len(cases)} cases, something else measured faster than ours in {len(losses)}: "
+        f"[all cases, those first](docs/benchmarks.md#results)."
     )
-    return _markdown(head, body) + "\n\n" + note
+    figure = f"![Speed-ups over eager and compiled PyTorch](docs/images/{figure_name(kind)})"
+    return "\n\n".join([_markdown(head, body), note, figure])
+
+
+def _provenance(rows: Sequence[Row]) -> str:
+    """Device, threads, versions, commits, dates and noise, in one sentence."""
+    found = measured(rows)
+    if not found:
+        return ""
+    device = found[0]["device"]
+    threads = f", {device['threads']} threads, {device.get('instruction_set')}" if device["type"] == "cpu" else ""
+    dates = sorted({r["measured_at"][:10] for r in found})
+    noisy = max((r.get("noise") or 0.0 for r in found), default=0.0)
+    commits = sorted({str(r["commit"])[:10] + ("+" if r.get("dirty") else "") for r in found})
+    torch = ", ".join(sorted({str(r["versions"].get("torch")) for r in found}))
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return (
+        f"{device['name']}{threads}, torch {torch}, commit {', '.join(commits)}, {days}; "
+        f"the calibration loop spread by at most {100 * noisy:.0f} %."
+    )
+
+
+def _ceilings(rows: Iterable[Row]) -> list[str]:
+    """What the device itself did in the same runs, as a sentence."""
+    parts = []
+    for row in measured(rows, suite="ceiling"):
+        if "bytes_per_second" in row:
+            size = int(row["case"].split("/")[2]) / 2**20
+            parts.append(f"copy of {size:.3g} MiB {row['bytes_per_second'] / 1e9:.0f} GB/s")
+        else:
+            parts.append(f"{row['dtype']} product {row['flops_per_second'] / 1e9:.0f} GFLOP/s")
+    return [f"Ceilings: {', '.join(parts)}."] if parts else []
 
 
 def _title(row: Row) -> str:
@@ -186,10 +233,6 @@ def between(text: str, name: str) -> str:
     if len(found) != 1:
         raise InputError(f"{name}: expected one pair of {START} and {END}, got {len(found)}")
     return str(found[0])
-
-
-def _copy_share(ours: Row) -> float | None:
-    return ratio(ours, "copy")
 
 
 def _ms(row: Row | None) -> str:

@@ -73,6 +73,21 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
     return path
 
 
+def merge_rows(path: str | Path, rows: Iterable[Row]) -> Path:
+    """Write rows into a file that may have some: what it has of the same cases goes, the rest stays, in its place.
+
+    Raises:
+        InputError: the file holds something else, or rows of another device.
+    """
+    path, new = Path(path), list(rows)
+    old = read_rows(path) if path.exists() else []
+    names = sorted({row["device"]["name"] for row in (*old, *new)})
+    if len(names) > 1:
+        raise InputError(f"{path}: expected rows of {names[0]}, got also some of {names[1]}: one file a device")
+    cases = {row["case"] for row in new}
+    return write_rows(path, [row for row in old if row["case"] not in cases] + new)
+
+
 def measured(rows: Iterable[Row], **fields: Any) -> list[Row]:
     """The rows that hold a time, and have these fields."""
     return [r for r in rows if r["status"] == "measured" and all(r.get(k) == v for k, v in fields.items())]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ditscale.bench import ceilings, devices
 from ditscale.bench.cases import ADALN_OPS, Case, cases
-from ditscale.bench.correctness import Verdict, judge
+from ditscale.bench.correctness import FACTOR, PEER_FACTOR, Verdict, judge
 from ditscale.bench.rows import SCHEMA, Row
 from ditscale.bench.subjects import Candidate, Results, Subject
 from ditscale.bench.timing import MachineTooNoisy, Protocol, Timing, calibrate, measure, measure_host
@@ -156,7 +156,7 @@ class Session:
             plain = results if name == subject.yardstick else plain
             if plain is None:
                 raise InputError(f"{case.id}: expected {subject.yardstick} to run here, and it did not")
-            verdicts[name] = judge(results, exact, plain)
+            verdicts[name] = judge(results, exact, plain, FACTOR if name.startswith("ours") else PEER_FACTOR)
             del results
             if verdicts[name].reason:
                 yield self._case_row(case, name, "wrong", verdicts[name].reason) | _errors(verdicts[name])
@@ -202,18 +202,19 @@ class Session:
                 "state": {"before": before, "after": after},
                 "case_seconds": round(time.monotonic() - started, 1),
             }
-            row |= self._against_roof(case, timing)
+            row |= self._against_roof(case, timing, timings.get("copy"))
             if name in ready:
                 row |= {"auto": ready[name].auto, "note": ready[name].note or None, **_errors(verdicts[name])}
             yield row
 
-    def _against_roof(self, case: Case, timing: Timing) -> Row:
+    def _against_roof(self, case: Case, timing: Timing, copy: Timing | None) -> Row:
         work = case.work()
         if not work or self.roof is None:
             return {}
-        # A model's pieces are larger than a cache together, whatever each is alone.
-        resident = case.cache == "resident" and case.suite in ("adaln", "attention")
-        roof_ms, bound = self.roof.ms(work, case.dtype, resident=resident)
+        roof_ms, bound = self.roof.ms(work, case.dtype)
+        if case.cache == "resident" and copy is not None:
+            # How fast a cache is depends on how much of it is used: the copy of as many bytes beside it is its roof.
+            roof_ms, bound = copy.median_ms, "memory"
         seconds = timing.median_ms / 1e3
         bytes_moved, flops = sum(w.bytes_moved for w in work), sum(w.matmul_flops or w.flops for w in work)
         row: Row = {

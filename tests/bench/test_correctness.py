@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ditscale.bench.correctness import judge
+from ditscale.bench.correctness import PEER_FACTOR, judge
 
 EXACT = {"y": torch.linspace(-1, 1, 101, dtype=torch.float64)}
 PLAIN = {"y": EXACT["y"].float()}
@@ -37,3 +37,9 @@ def test_nan_missing_and_misshapen_results_fail() -> None:
     assert judge({"y": torch.full((101,), float("nan"))}, EXACT, PLAIN).reason is not None
     assert judge({"z": PLAIN["y"]}, EXACT, PLAIN).reason is not None
     assert judge({"y": PLAIN["y"][:5]}, EXACT, PLAIN).reason is not None
+
+
+def test_a_peer_is_timed_though_less_exact_and_refused_where_it_gives_another_thing() -> None:
+    plain = _off(1e-5)
+    assert judge(_off(5e-4), EXACT, plain, PEER_FACTOR).reason is None
+    assert judge(_off(1e-2), EXACT, plain, PEER_FACTOR).reason is not None
