@@ -78,7 +78,8 @@ def draw_all(rows: Sequence[Row], out: str | Path) -> list[Path]:
         mine = [r for r in rows if r["device"]["name"] == device]
         kind = mine[0]["device"]["type"]
         for op in dict.fromkeys(r["op"] for r in mine if r.get("roof_share")):
-            paths.append(_roofline([r for r in mine if r["op"] == op], op, Path(out) / f"roofline-{op}-{kind}.svg"))
+            of_op = [r for r in mine if r["op"] == op and r.get("roof_share")]
+            paths.append(_roofline(of_op, op, Path(out) / f"roofline-{op}-{kind}.svg"))
         paths.append(_speedups(mine, Path(out) / figure_name(kind)))
     return paths
 

@@ -1,7 +1,7 @@
 """The hour a GPU is there: everything that needs one, in calls of under ten minutes, the most valuable first.
 
-    python -P -m ditscale.bench.gpu_day --out FOLDER              on a GPU; the same command goes on where it was
-    python -P -m ditscale.bench.gpu_day --out FOLDER --dry-run    the same stages at tiny sizes on a CPU, in under a minute
+    python -P -m ditscale.bench.gpu_day --out FOLDER    on a GPU; the same command goes on where it was
+    python -P -m ditscale.bench.gpu_day --dry-run       the same stages at tiny sizes on a CPU, in under a minute
 
 Each stage leaves ``NN-name.json`` in the folder, with its status, and rows go to ``rows-SUITE.jsonl`` case by case. When all is
 done, ``<device>.jsonl`` is what belongs into ``bench/results``. No network is used. Exit code: 0 all stages are done, 1 one
@@ -11,8 +11,10 @@ of them found something wrong, 3 the time of this call was up and the same comma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -73,9 +75,11 @@ def stages() -> dict[str, tuple[Stage, float]]:
         "adaln": (s.suite("adaln"), 60),
         "attention": (s.suite("attention"), 60),
         "block": (s.suite("block"), 90),
-        "step": (s.suite("step"), 120),
         "profile": (s.profile, 120),
+        "step": (s.suite("step"), 120),
         "study": (s.study, 120),
+        "adaln-grid": (s.suite("adaln", whole_grid=True), 60),
+        "attention-grid": (s.suite("attention", whole_grid=True), 60),
         "results": (s.results, 10),
     }
 
@@ -141,31 +145,38 @@ def _read(path: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="ditscale.bench.gpu_day", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="the folder that takes everything")
+    parser.add_argument("--out", type=Path, help="the folder that takes everything; a dry run may do without")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call; default 9")
     parser.add_argument(
         "--only", action="append", default=[], metavar="STAGE", help="do this stage, done or not; may be repeated"
     )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    # What stages start as processes of their own.
     parser.add_argument("--exercise", choices=("cuda", "triton", "cpu", "reference"), help=argparse.SUPPRESS)
+    parser.add_argument("--large", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--conduct", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.exercise:
-        from ditscale.bench.gpu_stages import exercise
+    if given.exercise or given.conduct:
+        from ditscale.bench import gpu_stages
 
-        exercise(given.exercise)
-        return 0
-    if given.out is None:
-        parser.error("--out: expected a folder")
+        return (
+            gpu_stages.conduct_study(given.conduct)
+            if given.conduct
+            else gpu_stages.exercise(given.exercise, given.large)
+        )
     import torch
 
+    if not given.dry_run and given.out is None:
+        parser.error("--out: expected a folder")
     if not given.dry_run and not torch.cuda.is_available():
         parser.error("expected a GPU that torch can use, got none; --dry-run runs the stages on a CPU")
-    device = "cpu" if given.dry_run else "cuda"
-    day = Day(given.out, device, given.dry_run, time.monotonic() + 60 * given.minutes)
-    try:
-        statuses = run_day(day, given.only)
-    except InputError as error:
-        parser.error(str(error))
+    with tempfile.TemporaryDirectory() if given.out is None else contextlib.nullcontext(given.out) as out:
+        device = "cpu" if given.dry_run else "cuda"
+        day = Day(Path(out), device, given.dry_run, time.monotonic() + 60 * given.minutes)
+        try:
+            statuses = run_day(day, given.only)
+        except InputError as error:
+            parser.error(str(error))
     print(json.dumps(statuses))
     if FAILED in statuses.values():
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import importlib.util
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # What says whether a memory-bound kernel is at its roof, and why not.
+# A launch that ncu looks at closely: as in the tables, DiT-XL at 8,192 tokens in bfloat16.
+LARGE = (32, 256, 1152, 16)
 NCU_METRICS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -42,6 +45,7 @@ SHAPES = (
     (1, 1024, 768),
     (64, 16, 1024),
     (2, 33, 2240),
+    (2, 257, 2048),
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -66,7 +70,7 @@ def build(day: Day) -> dict[str, Any]:
             raise Unavailable("this is no checkout to build from, and the package holds no libditscale_cuda")
         # In a process of its own: a library that is loaded once cannot be loaded again.
         done = _run([sys.executable, "setup.py", "build_native", "--inplace"], day, cwd=root)
-        log = done.stderr[-4000:]
+        log = _plain(done.stderr[-4000:])
         if done.returncode:
             return {"status": FAILED, "reason": "the build failed", "log": log}
         library.missing_reason.cache_clear()
@@ -93,17 +97,19 @@ def selfcheck(day: Day) -> dict[str, Any]:
 
 def _checks(day: Day) -> Iterator[Row]:
     """Every operator, backend, dtype, pass and shape against float64, without a clock."""
-    from ditscale.bench.cases import ADALN_OPS, operator_case
+    from ditscale.bench.cases import operator_case
     from ditscale.bench.correctness import judge
     from ditscale.bench.operators import operator_subject
     from ditscale.errors import BackendUnavailable
 
     shapes = SHAPES[:1] if day.dry else SHAPES
-    for op in (*ADALN_OPS, "bias_gelu", "attention"):
+    for op in _operators():
         for dtype in DTYPES[:1] if day.dry else DTYPES:
             for B, T, D in shapes:
-                # Attention has heads: of 72 for the width of DiT-XL, of 64 or one head elsewhere.
-                heads = next((h for h in (16, 12, 6) if D % h == 0 and D >= 384), 1)
+                if op == "qk_norm_rope" and D % 2:
+                    continue  # pairs of numbers are rotated
+                # Heads of 72 for the width of DiT-XL, of 64 and 128 and, for the narrow ones, one head.
+                heads = next((h for h in (16, 12, 6) if D % h == 0 and D >= 384 and D // h in (64, 72, 128)), 1)
                 case = operator_case(op, "forward_backward", dtype, B, T, D, heads, cache="resident")
                 subject = operator_subject(case, day.device, 1)
                 exact, plain = subject.exact(), subject.build["eager"]().results()
@@ -136,7 +142,7 @@ def operators_against_float64(day: Day) -> dict[str, Any]:
     tests = Path(__file__).resolve().parent.parent / "tests"
     if not day.dry and tests.is_dir() and importlib.util.find_spec("pytest"):
         done = _run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], day, cwd=tests.parent)
-        content |= {"pytest_exit": done.returncode, "pytest": done.stdout[-4000:]}
+        content |= {"pytest_exit": done.returncode, "pytest": _plain(done.stdout[-4000:])}
         if done.returncode not in (0, 5):  # 5: no test bears the mark
             bad.append({"case": "pytest -m gpu", "reason": done.stdout[-300:]})
     if bad:
@@ -147,46 +153,56 @@ def operators_against_float64(day: Day) -> dict[str, Any]:
     return content
 
 
-def exercise(backend: str) -> None:
-    """One forward and backward pass of every operator of a backend on small shapes, for tools that watch a process."""
+def _operators() -> tuple[str, ...]:
+    from ditscale.bench.cases import ADALN_OPS, ATTENTION_OPS
+
+    return (*ADALN_OPS, "bias_gelu", *ATTENTION_OPS)
+
+
+def exercise(backend: str, large: bool) -> int:
+    """Forward and backward of every operator that a backend has, for tools that watch a process: on small odd shapes, or once at
+    a shape of the tables."""
     import torch
 
-    from ditscale.bench.cases import ADALN_OPS, operator_case
+    from ditscale.bench.cases import operator_case
     from ditscale.bench.operators import operator_subject
-    from ditscale.kernels import dispatch
+    from ditscale.errors import BackendUnavailable
 
     device = "cuda" if backend in ("cuda", "triton") else "cpu"
-    for op in (*ADALN_OPS, "bias_gelu"):
-        if backend not in ("reference", *dispatch.BACKENDS[op]):
-            continue
-        for B, T, D in ((2, 7, 13), (2, 37, 384), (1, 17, 1152)):
-            for dtype in ("float32", "bfloat16"):
-                subject = operator_subject(
-                    operator_case(op, "forward_backward", dtype, B, T, D, 1, cache="resident"), device, 1
-                )
-                subject.build["reference" if backend == "reference" else f"ours-{backend}"]().results()
+    shapes = (LARGE,) if large else ((2, 7, 26, 1), (2, 37, 384, 6), (1, 17, 1152, 16))
+    for op in _operators():
+        for B, T, D, H in shapes:
+            for dtype in ("bfloat16",) if large else ("float32", "bfloat16"):
+                case = operator_case(op, "forward_backward", dtype, B, T, D, H, cache="resident")
+                build = operator_subject(case, device, 1).build
+                name = "reference" if backend == "reference" else f"ours-{backend}"
+                with contextlib.suppress(BackendUnavailable, KeyError):  # not every backend has every operator
+                    build[name]().results()
     if device == "cuda":
         torch.cuda.synchronize()
+    return 0
 
 
 def sanitizer(day: Day) -> dict[str, Any]:
-    """compute-sanitizer's four tools over the C++ kernels; Triton's are the compiler's to check, memcheck apart."""
+    """compute-sanitizer's four tools over the C++ kernels, and memcheck over Triton's, whose barriers are the compiler's."""
     found: dict[str, Any] = {}
     if day.dry:
-        exercise("cpu" if _runs("cpu") else "reference")
+        exercise("cpu" if _runs("cpu") else "reference", large=False)
         return {"tools": found}
     tool = _tool("compute-sanitizer")
+    # Else torch's allocator hands out parts of one block, and a step over the end of a tensor is none over that of the block.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for name in SANITIZERS:
         for backend in ("cuda", "triton") if name == "memcheck" else ("cuda",):
             command = [tool, "--tool", name, "--error-exitcode", "9", *_self("--exercise", backend)]
-            done = _run(command, day)
-            found[f"{name} {backend}"] = {"exit": done.returncode, "tail": (done.stdout + done.stderr)[-2000:]}
+            done = _run(command, day, environment=environment)
+            found[f"{name} {backend}"] = {"exit": done.returncode, "tail": _plain((done.stdout + done.stderr)[-2000:])}
     bad = [name for name, item in found.items() if item["exit"]]
     return {"tools": found} | ({"status": FAILED, "reason": f"errors under {', '.join(bad)}"} if bad else {})
 
 
-def suite(name: str) -> Stage:
-    """A benchmark suite, case by case; what is in the folder already, of this commit, is not measured again."""
+def suite(name: str, *, whole_grid: bool = False) -> Stage:
+    """A benchmark suite, case by case; what is in the folder already, of this commit and device, is not measured again."""
 
     def stage(day: Day) -> dict[str, Any]:
         from ditscale.bench.cases import cases
@@ -194,7 +210,7 @@ def suite(name: str) -> Stage:
         from ditscale.bench.runner import Session
         from ditscale.bench.timing import TINY, Protocol
 
-        path = day.out / f"rows-{name}.jsonl"
+        path = day.out / f"rows-{name}{'-grid' if whole_grid else ''}.jsonl"
         session = Session(
             device=day.device,
             protocol=TINY if day.dry else Protocol(seconds=2.0),
@@ -202,48 +218,56 @@ def suite(name: str) -> Stage:
             # A dry run is about this code, not about the compiler's half minute.
             against=("eager",) if day.dry else (),
             tiny=day.dry,
+            whole_grid=whole_grid,
             say=lambda line: None,
         )
-        rows = read_rows(path) if path.is_file() else []
         ceilings = session.start()
-        rows = [
-            r
-            for r in rows
-            if r["commit"] == session.common["commit"] and r["device"]["name"] == session.common["device"]["name"]
-        ]
+        rows = [row for row in (read_rows(path) if path.is_file() else []) if _of_this(row, session.common)]
         if not rows:
-            rows = ceilings + (list(session.host_rows()) if name == "adaln" else [])
-        done = {r["case"] for r in rows}
-        todo = [case for case in cases(name, day.device, tiny=day.dry) if case.id not in done]
-        for case in todo[:2] if day.dry else todo:
+            rows = ceilings + (list(session.host_rows()) if name == "adaln" and not whole_grid else [])
+        # The grid leaves out what the suite's own cases have.
+        others = [p for p in day.out.glob(f"rows-{name}.jsonl") if p != path]
+        done = {r["case"] for r in (*rows, *(r for p in others for r in read_rows(p) if _of_this(r, session.common)))}
+        every = cases(name, day.device, tiny=day.dry, whole_grid=whole_grid)
+        todo = [case for case in every if case.id not in done]
+        for number, case in enumerate(todo[:2] if day.dry else todo):
             if day.seconds_left < 45 and not day.dry:
-                raise TimeUp(f"{len([c for c in todo if c.id not in done])} of {len(todo) + len(done)} cases to go")
+                raise TimeUp(f"{len(todo) - number} of {len(every)} cases to go")
             rows += session.case(case)
-            done.add(case.id)
             write_rows(path, rows)
-        bad = [
-            f"{r['case']} {r['provider']}" for r in rows if r["status"] == "wrong" and r["provider"].startswith("ours")
-        ]
+        wrong = [r for r in rows if r["status"] == "wrong" and r["provider"].startswith("ours")]
         content = {"rows": len(rows), "file": path.name}
-        return content | ({"status": FAILED, "reason": f"wrong results: {', '.join(bad[:3])}"} if bad else {})
+        if wrong:
+            first = ", ".join(f"{r['case']} {r['provider']}" for r in wrong[:3])
+            return content | {"status": FAILED, "reason": f"{len(wrong)} wrong results: {first}"}
+        return content
 
     return stage
 
 
+def _of_this(row: Row, common: Row) -> bool:
+    return bool(row["commit"] == common["commit"] and row["device"]["name"] == common["device"]["name"])
+
+
 def profile(day: Day) -> dict[str, Any]:
-    """ncu's metrics of every kernel that the exercise launches."""
+    """ncu's metrics of our kernels at a shape of the tables."""
+    from ditscale.bench.budget import FOLDER, load
+
+    names = {entry.kernel for path in FOLDER.glob("*.jsonl") for entry in load(path.stem).values()}
     if day.dry:
-        return {"kernels": []}
+        return {"kernels": {}, "looked_for": sorted(names)}
     tool = _tool("ncu")
+    chosen = ["--clock-control", "none", "--kernel-name", f"regex:^({'|'.join(sorted(names))})$"]
     kernels: dict[str, list[dict[str, str]]] = {}
     for backend in ("cuda", "triton"):
-        command = [tool, "--csv", "--page", "raw", "--metrics", ",".join(NCU_METRICS), *_self("--exercise", backend)]
-        done = _run(command, day)
+        command = [tool, *chosen, "--csv", "--page", "raw", "--metrics", ",".join(NCU_METRICS)]
+        done = _run([*command, *_self("--exercise", backend, "--large")], day)
         if done.returncode:
             # Counters are closed to users on many rented machines.
-            raise Unavailable(f"ncu: {' '.join((done.stdout + done.stderr).split())[-300:]}")
+            raise Unavailable(f"ncu: {_plain(' '.join((done.stdout + done.stderr).split())[-300:])}")
         lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
-        kernels[backend] = list(csv.DictReader(lines))
+        wanted = ("Kernel Name", "Grid Size", "Block Size", *NCU_METRICS)  # and not the host's name
+        kernels[backend] = [{k: row.get(k, "") for k in wanted} for row in csv.DictReader(lines)]
     return {"kernels": kernels}
 
 
@@ -308,31 +332,49 @@ def study(day: Day) -> dict[str, Any]:
         record = train(TrainConfig.from_dict(planned.training), Study(folder).run_folder(planned.run_id))
         return {"runs": len(Study(folder).grid), "trained": record["run_id"], "loss": record["loss"]}
     # In a process of its own that is stopped as by Ctrl-C when the time is up: studies resume.
-    command = [sys.executable, "-m", "ditscale", "study", "run", str(folder), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        _self("--conduct", str(folder)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         _, errors = process.communicate(timeout=max(1.0, day.seconds_left - 40))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=35)
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()  # a study survives that too; what is lost is the time since the last checkpoint
+            process.communicate()
         raise TimeUp("the study goes on in the next call") from None
     if process.returncode:
-        return {"status": FAILED, "reason": errors[-500:]}
+        return {"status": FAILED, "reason": _plain(errors[-500:])}
     return {"outcome": read_json(folder / "outcome.json")}
 
 
+def conduct_study(folder: Path) -> int:
+    """All that a study still lacks, in this process."""
+    from ditscale.scaling.conduct import conduct
+    from ditscale.scaling.study import Study
+
+    conduct(Study(folder), show=lambda stage, progress: None, say=lambda line: print(line, file=sys.stderr))
+    return 0
+
+
 def results(day: Day) -> dict[str, Any]:
-    """All rows in one file under the device's name, and the table that follows from them."""
+    """All rows in one file under the device's name, and the table and figures that follow from them."""
     from ditscale.bench import devices
+    from ditscale.bench.figures import draw_all
     from ditscale.bench.report import full_table
     from ditscale.bench.rows import read_rows, write_rows
 
-    rows = [row for path in sorted(day.out.glob("rows-*.jsonl")) for row in read_rows(path)]
-    if not rows:
+    every = [row for path in sorted(day.out.glob("rows-*.jsonl")) for row in read_rows(path)]
+    if not every:
         return {"status": PARTIAL, "reason": "no suite has been measured yet"}
+    ceilings = {row["case"]: row for row in every if row["suite"] == "ceiling"}  # each suite measures its own
+    rows = [*ceilings.values(), *(row for row in every if row["suite"] != "ceiling")]
     path = write_rows(day.out / f"{devices.slug(devices.machine(day.device))}.jsonl", rows)
     (day.out / "table.md").write_text(full_table(rows) + "\n")
-    return {"status": DONE, "file": path.name, "rows": len(rows)}
+    figures = [p.name for p in draw_all(rows, day.out / "figures")]
+    return {"status": DONE, "file": path.name, "rows": len(rows), "figures": figures}
 
 
 def _runs(backend: str) -> bool:
@@ -342,7 +384,8 @@ def _runs(backend: str) -> bool:
 
 
 def _self(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ditscale.bench.gpu_day", *arguments]
+    safe = ["-P"] if getattr(sys.flags, "safe_path", False) else []  # as this process was started
+    return [sys.executable, *safe, "-m", "ditscale.bench.gpu_day", *arguments]
 
 
 def _tool(name: str) -> str:
@@ -354,8 +397,18 @@ def _tool(name: str) -> str:
     return found
 
 
-def _run(command: list[str], day: Day, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: list[str], day: Day, *, cwd: Path | None = None, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    limit = max(1.0, day.seconds_left - 5)
     try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=max(1.0, day.seconds_left - 5))
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=limit)
     except subprocess.TimeoutExpired as error:
         raise TimeUp(f"{Path(command[0]).name} did not end within this call's time") from error
+
+
+def _plain(text: str) -> str:
+    """Output without where things are on this machine: what is written here is committed."""
+    for place, name in ((Path(__file__).resolve().parent.parent, "."), (Path.home(), "~"), (sys.prefix, "(python)")):
+        text = text.replace(str(place), name)
+    return text

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
 
 from ditscale.bench import ceilings, devices
 from ditscale.bench.cases import ADALN_OPS, Case, cases
@@ -13,7 +17,7 @@ from ditscale.bench.correctness import FACTOR, PEER_FACTOR, Verdict, judge
 from ditscale.bench.rows import SCHEMA, Row
 from ditscale.bench.subjects import Candidate, Results, Subject
 from ditscale.bench.timing import MachineTooNoisy, Protocol, Timing, calibrate, measure, measure_host
-from ditscale.errors import BackendUnavailable, InputError
+from ditscale.errors import BackendUnavailable
 
 SUITES = ("adaln", "attention", "block", "step", "flops", "fit")
 # What speed-ups are said over, where it was measured.
@@ -128,84 +132,85 @@ class Session:
         started = time.monotonic()
         try:
             subject = _subject(case, self.device, self.protocol)
+            exact = subject.exact()
         except BackendUnavailable as error:
             yield self._case_row(case, "all", "unavailable", str(error))
             return
         except Exception as error:  # one case that cannot be set up must not cost the others
             yield self._case_row(case, "all", "failed", _one_line(error))
             return
-        exact = subject.exact()
+        before = devices.state(self.device)
         plain: Results | None = None
         ready: dict[str, Candidate] = {}
+        timings: dict[str, Timing] = {}
         verdicts: dict[str, Verdict] = {}
         for name, build in subject.build.items():
             if not self.wants(name, subject.yardstick):
                 continue
-            try:
-                candidate = build()
-                results = candidate.results()
-                candidate.call(0)  # what cannot be called must not fail in the midst of the others' rounds
-            except BackendUnavailable as error:
-                yield self._case_row(case, name, "unavailable", str(error))
+            made = self._make(case, name, build)
+            if isinstance(made, dict):
+                yield made
                 continue
-            except (
-                Exception
-            ) as error:  # whatever a peer or a compiler throws belongs in its row, not in the way of others
-                yield self._case_row(case, name, "failed", _one_line(error))
-                continue
+            candidate, results = made
             plain = results if name == subject.yardstick else plain
             if plain is None:
-                raise InputError(f"{case.id}: expected {subject.yardstick} to run here, and it did not")
+                yield self._case_row(
+                    case, "all", "failed", f"{subject.yardstick} does not run, and all is judged by it"
+                )
+                return
             verdicts[name] = judge(results, exact, plain, FACTOR if name.startswith("ours") else PEER_FACTOR)
-            del results
+            del results, made
             if verdicts[name].reason:
                 yield self._case_row(case, name, "wrong", verdicts[name].reason) | _errors(verdicts[name])
-            else:
-                ready[name] = candidate
+                continue
+            ready[name] = candidate
+            if subject.apart:
+                timings |= self._measure(subject, {name: candidate.call})
+                ready[name] = replace(candidate, call=_dropped, results=_dropped)
+                del candidate
+                _free(self.device)
         plain = None
         exact.clear()
-        yield from self._time(case, subject, ready, verdicts, started)
-
-    def _time(
-        self,
-        case: Case,
-        subject: Subject,
-        ready: dict[str, Candidate],
-        verdicts: dict[str, Verdict],
-        started: float,
-    ) -> Iterator[Row]:
-        work = case.work()
-        calls = {name: candidate.call for name, candidate in ready.items()}
-        if subject.copies:
-            total = sum(w.bytes_moved for w in work)
-            calls["copy"] = ceilings.copy_call(total, subject.sets, self.device)
-        before = devices.state(self.device)
         try:
             noise = calibrate(self.device, self.protocol)
-            timings = measure(
-                calls, sets=subject.sets, device=self.device, protocol=self.protocol, graphs=subject.graphs
-            )
+            if not subject.apart:
+                calls = {name: candidate.call for name, candidate in ready.items()}
+                if subject.copies:
+                    total = sum(w.bytes_moved for w in case.work())
+                    calls["copy"] = ceilings.copy_call(total, subject.sets, self.device)
+                timings = self._measure(subject, calls)
         except MachineTooNoisy as error:
             yield self._case_row(case, "all", "noisy", str(error))
             return
-        after = devices.state(self.device)
+        common: Row = {
+            **_described(case),
+            "sets": subject.sets,
+            "interleaved": not subject.apart,
+            "noise": noise,
+            "state": {"before": before, "after": devices.state(self.device)},
+            "case_seconds": round(time.monotonic() - started, 1),
+        }
         for name, timing in timings.items():
-            row = self.measured_row(case.suite, case.id, case.op, name, timing, timings)
-            row |= {
-                "passes": case.passes,
-                "dtype": case.dtype,
-                "shape": case.shape,
-                "cache": case.cache,
-                "label": case.label,
-                "sets": subject.sets,
-                "noise": noise,
-                "state": {"before": before, "after": after},
-                "case_seconds": round(time.monotonic() - started, 1),
-            }
+            row = self.measured_row(case.suite, case.id, case.op, name, timing, timings) | common
             row |= self._against_roof(case, timing, timings.get("copy"))
             if name in ready:
                 row |= {"auto": ready[name].auto, "note": ready[name].note or None, **_errors(verdicts[name])}
             yield row
+
+    def _make(self, case: Case, name: str, build: Callable[[], Candidate]) -> tuple[Candidate, Results] | Row:
+        """A candidate with its results, or the row that says why there is none."""
+        try:
+            candidate = build()
+            results = candidate.results()
+            candidate.call(0)  # what cannot be called must not fail in the midst of the others' rounds
+        except BackendUnavailable as error:
+            return self._case_row(case, name, "unavailable", str(error))
+        except Exception as error:  # whatever a peer or a compiler throws belongs in its row, not in the way of others
+            return self._case_row(case, name, "failed", _one_line(error))
+        return candidate, results
+
+    def _measure(self, subject: Subject, calls: dict[str, Callable[[int], Any]]) -> dict[str, Timing]:
+        return measure(calls, sets=subject.sets, device=self.device, protocol=self.protocol, graphs=subject.graphs)
 
     def _against_roof(self, case: Case, timing: Timing, copy: Timing | None) -> Row:
         work = case.work()
@@ -259,14 +264,17 @@ class Session:
         return self._row(suite, case, op, provider, "measured") | _times(timing) | {"speedup_over": over}
 
     def _case_row(self, case: Case, provider: str, status: str, reason: str | None) -> Row:
-        more = {
-            "passes": case.passes,
-            "dtype": case.dtype,
-            "shape": case.shape,
-            "cache": case.cache,
-            "label": case.label,
-        }
-        return self._row(case.suite, case.id, case.op, provider, status, reason) | more
+        return self._row(case.suite, case.id, case.op, provider, status, reason) | _described(case)
+
+
+def _described(case: Case) -> Row:
+    return {
+        "passes": case.passes,
+        "dtype": case.dtype,
+        "shape": case.shape,
+        "cache": case.cache,
+        "label": case.label,
+    }
 
 
 def _subject(case: Case, device: str, protocol: Protocol) -> Subject:
@@ -281,6 +289,16 @@ def _subject(case: Case, device: str, protocol: Protocol) -> Subject:
     from ditscale.bench.operators import operator_subject
 
     return operator_subject(case, device, protocol.most_sets)
+
+
+def _dropped(*_: Any) -> Any:
+    raise RuntimeError("this candidate has been timed and dropped")
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _times(timing: Timing) -> Row:

@@ -48,6 +48,7 @@ class Subject:
         yardstick: the provider whose error at the same dtype is the allowance: plain PyTorch.
         copies: whether a copy of as many bytes is timed beside it.
         graphs: whether a GPU is given the calls as a captured graph.
+        apart: whether providers are made, timed and dropped one after the other, for want of memory for all at once.
     """
 
     case: Case
@@ -58,6 +59,7 @@ class Subject:
     yardstick: str = "eager"
     copies: bool = False
     graphs: bool = True
+    apart: bool = False
 
 
 def buffer_sets(case: Case, set_bytes: int, device: str, most: int) -> int:

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 from bench_rows import case_rows
 
-from ditscale.bench.figures import draw_all
+from ditscale.bench.figures import digest, draw_all
 from ditscale.bench.report import (
     END,
     NOT_MEASURED,
     START,
     between,
     by_case,
+    figure_name,
     full_table,
     insert,
     lost,
     readme_block,
 )
-from ditscale.bench.rows import committed, read_rows, write_rows
+from ditscale.bench.rows import committed, merge_rows, read_rows, write_rows
 from ditscale.errors import InputError
 
 WIN = case_rows({"eager": 4.0, "compile": 2.0, "ours-cpu": 1.0, "copy": 0.5})
@@ -29,17 +30,17 @@ LOSS = case_rows({"eager": 4.0, "compile": 0.5, "ours-cpu": 1.0}, B=16)
 def test_losses_come_first_and_are_named() -> None:
     lines = full_table(WIN + LOSS).splitlines()
     assert "B16" in lines[2]
-    assert lines[2].endswith("| compile |")
+    assert lines[2].endswith("| compile 2.00x |")
     assert lines[3].endswith("| none |")
 
 
 def test_a_difference_within_the_spread_is_no_loss() -> None:
     close = case_rows({"eager": 4.0, "compile": 0.97, "ours-cpu": 1.0}, spread=0.1)
-    assert lost(next(iter(by_case(close).values()))) == []
+    assert lost(next(iter(by_case(close).values()))) == {}
 
 
 def test_a_copy_is_no_rival() -> None:
-    assert lost(next(iter(by_case(WIN).values()))) == []
+    assert lost(next(iter(by_case(WIN).values()))) == {}
     assert "| 50 % |" in full_table(WIN)  # half the bandwidth of the copy timed beside it
 
 
@@ -68,17 +69,52 @@ def test_insert_replaces_what_stands_between_the_markers(tmp_path: Path) -> None
         insert(page, "new")
 
 
+def test_readme_shows_one_case_of_each_operator_and_pass() -> None:
+    text = readme_block(WIN + LOSS)
+    assert "B=8" in text
+    assert "B=16" not in text
+    assert "Of 2 cases, something else measured faster than ours in 1" in text
+
+
+def _page(name: str) -> str:
+    path = Path(__file__).resolve().parents[2] / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not here: this is an installed package")
+    return path.read_text()
+
+
 def test_the_readmes_table_is_the_one_of_the_committed_rows() -> None:
-    readme = Path(__file__).resolve().parents[2] / "README.md"
-    if not readme.is_file() or START not in readme.read_text() or not between(readme.read_text(), "README.md"):
-        pytest.skip("the README has no performance table yet: ditscale bench table --into README.md")
-    assert between(readme.read_text(), "README.md") == readme_block(committed())
+    assert between(_page("README.md"), "README.md") == readme_block(committed())
+
+
+def test_the_guides_table_is_the_one_of_the_committed_rows() -> None:
+    assert between(_page("docs/benchmarks.md"), "docs/benchmarks.md") == full_table(committed())
+
+
+def test_the_readmes_figure_is_of_the_committed_rows() -> None:
+    rows = [r for r in committed() if r["status"] == "measured" and r["suite"] != "ceiling"]
+    for kind in dict.fromkeys(r["device"]["type"] for r in rows):
+        mine = [r for r in rows if r["device"]["type"] == kind]
+        assert f"rows {digest(mine)}" in _page(f"docs/images/{figure_name(kind)}")
+
+
+def test_the_readme_claims_no_gpu_speed_without_gpu_rows() -> None:
+    if not any(r["device"]["type"] == "cuda" and r["status"] == "measured" for r in committed()):
+        assert NOT_MEASURED in _page("README.md")
 
 
 def test_rows_are_written_whole_and_read_back(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "new" / "rows.jsonl", WIN)
     assert read_rows(path) == WIN
     assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_rows_of_a_case_take_the_place_of_those_that_were_there(tmp_path: Path) -> None:
+    path = merge_rows(tmp_path / "rows.jsonl", WIN + LOSS)
+    newer = case_rows({"eager": 4.0, "ours-cpu": 0.9})
+    assert read_rows(merge_rows(path, newer)) == LOSS + newer
+    with pytest.raises(InputError, match="one file a device"):
+        merge_rows(path, case_rows({"eager": 1.0}, device="cuda"))
 
 
 def test_a_damaged_file_is_refused_with_its_line(tmp_path: Path) -> None:
@@ -93,7 +129,8 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path: Path) -> None:
 
 def test_figures_are_drawn_and_equal_rows_give_equal_files(tmp_path: Path) -> None:
     first = draw_all(WIN + LOSS, tmp_path / "a")
-    assert [p.name for p in first] == ["roofline-layernorm_modulate.svg", "speedups.svg"]
+    assert [p.name for p in first] == ["roofline-layernorm_modulate-cpu.svg", "speedups-cpu.svg"]
+    assert f"rows {digest([*WIN, *LOSS])}" in first[1].read_text()
     again = draw_all(WIN + LOSS, tmp_path / "b")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in again]
     with pytest.raises(InputError, match="got none"):
