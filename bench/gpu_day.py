@@ -170,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--out: expected a folder")
     if not given.dry_run and not torch.cuda.is_available():
         parser.error("expected a GPU that torch can use, got none; --dry-run runs the stages on a CPU")
+    if given.dry_run:
+        torch.set_num_threads(1)  # work this small only waits for a second
     with tempfile.TemporaryDirectory() if given.out is None else contextlib.nullcontext(given.out) as out:
         device = "cpu" if given.dry_run else "cuda"
         day = Day(Path(out), device, given.dry_run, time.monotonic() + 60 * given.minutes)

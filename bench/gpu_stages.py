@@ -277,7 +277,7 @@ def study_config(*, dry: bool, training: dict[str, Any]) -> Any:
     from ditscale.dit.data import emoji_vocabulary
     from ditscale.scaling.study import StudyConfig
 
-    budgets = (1.2e8, 2.4e8, 4.8e8) if dry else (1e14, 3.2e14, 1e15, 3.2e15, 1e16)
+    budgets = (9e7, 1.8e8, 3.6e8) if dry else (1e14, 3.2e14, 1e15, 3.2e15, 1e16)
     model = {
         "image_size": 16 if dry else 32,
         "latent_factor": 1,

@@ -1,0 +1,108 @@
+"""The GPU day without a GPU: every stage at tiny sizes, resumed, and what a stage that breaks costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ditscale.bench import gpu_day, gpu_stages
+from ditscale.bench.gpu_day import DONE, FAILED, PARTIAL, UNAVAILABLE, Day, TimeUp, Unavailable, run_day
+from ditscale.bench.rows import read_rows
+from ditscale.errors import InputError
+
+
+def test_the_dry_run_does_every_stage(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "ditscale.bench.gpu_day", "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) == set(gpu_day.stages())
+    assert set(json.loads(done.stdout).values()) == {DONE}
+    (rows,) = [p for p in tmp_path.glob("*.jsonl") if not p.name.startswith("rows-")]
+    assert {r["suite"] for r in read_rows(rows)} >= {"ceiling", "host", "adaln", "attention", "block", "step"}
+    assert (tmp_path / "figures" / "speedups-cpu.svg").is_file()
+    # What is written is committed: it tells nothing of where it was made.
+    for path in tmp_path.glob("*.json"):
+        assert str(Path.home()) not in path.read_text(), path.name
+    assert run_day(Day(tmp_path, "cpu", True, 0.0))["study"] == DONE  # nothing is left to do, and nothing is done
+
+
+def test_a_dry_run_needs_no_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    monkeypatch.setattr(gpu_day, "stages", lambda: {"one": (lambda day: seen.append(day.out) or {}, 0)})
+    assert gpu_day.main(["--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"one": DONE}
+    assert not seen[0].exists()
+
+
+@pytest.fixture
+def day(tmp_path: Path) -> Day:
+    return Day(tmp_path, "cpu", True, time.monotonic() + 60)
+
+
+def test_a_stage_that_breaks_costs_no_other(day: Day, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Day) -> dict[str, object]:
+        raise ValueError("no such\nkernel")
+
+    def absent(_: Day) -> dict[str, object]:
+        raise Unavailable("no ncu here")
+
+    def late(_: Day) -> dict[str, object]:
+        raise TimeUp("3 of 5 cases to go")
+
+    def fine(_: Day) -> dict[str, object]:
+        return {"number": 3}
+
+    table = {"broken": (broken, 0), "absent": (absent, 0), "late": (late, 0), "fine": (fine, 0)}
+    monkeypatch.setattr(gpu_day, "stages", lambda: table)
+    found = run_day(day)
+    assert found == {"broken": FAILED, "absent": UNAVAILABLE, "late": PARTIAL, "fine": DONE}
+    said = json.loads((day.out / "00-broken.json").read_text())
+    assert said["reason"] == "ValueError: no such kernel"
+    assert json.loads((day.out / "03-fine.json").read_text())["number"] == 3
+    # The next call does what failed or is not ended, and leaves what is done.
+    again: list[str] = []
+    for name in table:
+        monkeypatch.setitem(table, name, (lambda _, name=name: again.append(name) or {}, 0))
+    assert set(run_day(day).values()) == {DONE, UNAVAILABLE}
+    assert again == ["broken", "late"]
+
+
+def test_a_stage_is_not_begun_without_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_day, "stages", lambda: {"long": (lambda day: {}, 240)})
+    assert run_day(Day(tmp_path, "cuda", False, time.monotonic() + 100)) == {"long": PARTIAL}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_operator_fails_its_stage_and_is_named(day: Day, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ditscale.bench import operators
+
+    right = operators.kernels.gate_residual
+    monkeypatch.setattr(operators.kernels, "gate_residual", lambda *a, **k: right(*a, **k) + 1e-3)
+    found = gpu_stages.operators_against_float64(day)
+    assert found["status"] == FAILED
+    assert "gate_residual" in found["reason"]
+
+
+def test_the_study_can_be_laid_out() -> None:
+    from ditscale.scaling.study import design
+
+    config = gpu_stages.study_config(dry=False, training={"batch": 64})
+    runs = design(config)
+    assert len(runs) == 25
+    assert min(run.flops for run in runs) > 0.9e14
+    assert max(run.flops for run in runs) < 1.1e16
+    assert config.target == 10**17
+
+
+def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="--only: expected one of environment, build.*got 'nothing'"):
+        run_day(Day(tmp_path, "cpu", True, 0.0), ["nothing"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_day.main([])
+    assert "--out: expected a folder" in capsys.readouterr().err
