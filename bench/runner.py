@@ -263,6 +263,10 @@ class Session:
         over = {name: timing.speedup_over(timings[name]) for name in BASELINES if name in timings and name != provider}
         return self._row(suite, case, op, provider, "measured") | _times(timing) | {"speedup_over": over}
 
+    def unavailable_row(self, suite: str, case: str, op: str, provider: str, reason: str) -> Row:
+        """A row of what could not be timed here."""
+        return self._row(suite, case, op, provider, "unavailable", reason)
+
     def _case_row(self, case: Case, provider: str, status: str, reason: str | None) -> Row:
         return self._row(case.suite, case.id, case.op, provider, status, reason) | _described(case)
 

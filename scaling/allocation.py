@@ -5,7 +5,7 @@ one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Allocation:
         notes: what a user of the law must know.
         surface: the fit behind it, where there is one.
         allocates: whether "params" are parameters (some laws count FLOPs per token).
+        counts: which parameters of a DiT N means: "per_token" or "total".
     """
 
     name: str
@@ -62,7 +63,7 @@ class Allocation:
     notes: tuple[str, ...] = ()
     surface: SurfaceFit | None = None
     allocates: bool = True
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    counts: str = "per_token"
 
 
 def allocation(law: Any) -> Allocation:
@@ -165,11 +166,17 @@ def _surface(fit: SurfaceFit) -> Allocation:
         cost=cost.flops,
         data_for=lambda n, c: cost.data(c, n),
         flop_convention=cost.source,
-        params_kind="as in the runs",
+        params_kind=f"column {fit.size} of the runs",
         budget_range=fit.flops_range,
+        counts=_counts(fit.size),
         surface=fit,
         notes=tuple(fit.warnings),
     )
+
+
+def _counts(size: str) -> str:
+    """Which parameters a column of sizes means: all of them unless its name says otherwise."""
+    return "per_token" if "per_token" in size else "total"
 
 
 def _isoflop(record: Mapping[str, Any]) -> Allocation:
@@ -200,7 +207,8 @@ def _isoflop(record: Mapping[str, Any]) -> Allocation:
         cost=None,
         data_for=None,
         flop_convention="measured",
-        params_kind="as in the runs",
+        params_kind=f"column {record.get('size', 'params')} of the runs",
         budget_range=(min(budgets), max(budgets)),
+        counts=_counts(str(record.get("size", "params"))),
         notes=tuple(record.get("warnings", ())),
     )

@@ -49,7 +49,8 @@ class Fitted:
         name: of the candidate.
         formula: in plain text.
         law: the fit behind it.
-        predict: (params, data, flops, share of a run's variance) -> Predictive.
+        predict: (params, data, flops, share of a run's variance) -> Predictive; an InputError where the runs do not
+            determine it.
         free: how many parameters it fitted.
     """
 
@@ -85,6 +86,8 @@ def _surface(surface: SurfaceFit) -> Fitted:
         model = fit.law.model(logs, fit.centre)
         mean = fit.interval_of(lambda th: model.value(th)[:, 0], log=True)
         run = fit.interval_of(lambda th: model.value(th)[:, 0], log=True, new_run=share)
+        if not np.isfinite(run.se):
+            raise InputError(f"{fit.law.name}: the runs do not determine its loss at N {params:.4g}, D {data:.4g}")
         return Predictive(float(np.log(mean.value)), run.se, run.dof, mean.se, mean.dof)
 
     return Fitted(fit.law.name, fit.law.formula, surface, predict, len(fit.theta))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ditscale.scaling.runs import RunTable
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 File = Annotated[
@@ -18,6 +21,7 @@ DropHighest = Annotated[int, typer.Option(help="Leave out this many rows of high
 SixNd = Annotated[
     bool, typer.Option("--tokens-from-6nd", help="Derive tokens as C/(6N): a language model's convention.")
 ]
+LastStep = Annotated[bool, typer.Option("--last-step", help="Of a tracker's step log, keep each run's last values.")]
 Pool = Annotated[bool, typer.Option("--pool", help="Accept runs that differ in loss convention, schedule or data.")]
 Intervals = Annotated[
     str, typer.Option(help="auto, components, delta, case-t, jackknife, case, cluster, wild or profile.")
@@ -30,7 +34,7 @@ def register(app: typer.Typer) -> None:
     for name, command in (("surface", surface), ("isoflop", isoflop), ("power", power), ("hparams", hparams)):
         fit.command(name)(command)
     app.add_typer(fit, name="fit")
-    rest: tuple[Callable[..., None], ...] = (plan, predict, backtest, compare, suggest, laws, coverage)
+    rest: tuple[Callable[..., None], ...] = (plan, predict, backtest, compare, suggest, draw, laws, coverage)
     for each in rest:
         app.command()(each)
 
@@ -51,11 +55,12 @@ def surface(
     tokens_from_6nd: SixNd = False,
     drop_highest: DropHighest = 0,
     where: Where = None,
+    last_step: LastStep = False,
     pool: Pool = False,
     law: Annotated[
         str,
         typer.Option(
-            help="surface, surface-tied, surface-floorless, skaling, kaplan, farseer, moe, moe-density, repetition."
+            help="surface, surface-tied, surface-floorless, skaling, kaplan, farseer, moe, moe-density, repetition, video."
         ),
     ] = "surface",
     other: Annotated[
@@ -75,7 +80,20 @@ def surface(
     """Fit the loss surface L(N, D) and its compute-optimal allocation."""
     from ditscale.scaling.surface import fit_surface
 
-    table = _table(file, params, tokens, images, flops, loss, budget, tokens_from_6nd, drop_highest, where, pool)
+    table = _table(
+        file,
+        params=params,
+        tokens=tokens,
+        images=images,
+        flops=flops,
+        loss=loss,
+        budget=budget,
+        tokens_from_6nd=tokens_from_6nd,
+        drop_highest=drop_highest,
+        where=where,
+        last_step=last_step,
+        pool=pool,
+    )
     _print(
         fit_surface(
             table,
@@ -102,6 +120,7 @@ def isoflop(
     loss: Column = None,
     drop_highest: DropHighest = 0,
     where: Where = None,
+    last_step: LastStep = False,
     pool: Pool = False,
     vertex: Annotated[str, typer.Option(help="parabola (as published) or cubic (less biased).")] = "parabola",
     space: Annotated[str, typer.Option(help="Curves of the raw loss, or of its log.")] = "raw",
@@ -112,7 +131,19 @@ def isoflop(
     """Fit a curve of loss against size at every budget, and power laws through the minima."""
     from ditscale.scaling.isoflop import fit_isoflop
 
-    table = _table(file, params, tokens, images, flops, loss, budget, False, drop_highest, where, pool)
+    table = _table(
+        file,
+        params=params,
+        tokens=tokens,
+        images=images,
+        flops=flops,
+        loss=loss,
+        budget=budget,
+        drop_highest=drop_highest,
+        where=where,
+        last_step=last_step,
+        pool=pool,
+    )
     _print(fit_isoflop(table, vertex=vertex, space=space, bootstrap=bootstrap, seed=seed), as_json)
 
 
@@ -122,6 +153,7 @@ def power(
     y: Annotated[str, typer.Option(help="Column of y, such as a loss or FID.")] = "loss",
     floor: Annotated[str, typer.Option(help="none, free, or a number.")] = "none",
     where: Where = None,
+    last_step: LastStep = False,
     pool: Pool = False,
     loss_fn: Annotated[str, typer.Option(help="mse, huber:DELTA, huber:auto, l1, ...")] = "mse",
     space: Annotated[str, typer.Option(help="log or raw residuals.")] = "log",
@@ -131,9 +163,8 @@ def power(
 ) -> None:
     """Fit y = floor + coefficient * x ** exponent."""
     from ditscale.scaling.power import fit_power
-    from ditscale.scaling.runs import RunTable
 
-    table = RunTable.read(file, where=where, pool=pool)
+    table = _table(file, where=where, last_step=last_step, pool=pool)
     result = fit_power(
         table.column(x),
         table.column(y),
@@ -164,6 +195,7 @@ def plan(
     params_kind: Annotated[str | None, typer.Option(help="What the law's N counts: per_token or total.")] = None,
     inference_images: Annotated[float, typer.Option(help="Images to be generated in the model's life.")] = 0.0,
     evaluations_per_image: Annotated[float, typer.Option(help="Forward passes an image.")] = 50.0,
+    spend: Annotated[float | None, typer.Option(help="FLOPs for the next runs that the plan suggests.")] = None,
     no_config: Annotated[bool, typer.Option("--no-config", help="Do not design a DiT.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -191,6 +223,7 @@ def plan(
             configure=not no_config,
             inference_images=inference_images,
             evaluations_per_image=evaluations_per_image,
+            spend=spend,
         ),
         as_json,
     )
@@ -205,6 +238,8 @@ def hparams(
     lr: Annotated[str, typer.Option(help="Column of peak learning rates.")] = "lr",
     batch: Annotated[str, typer.Option(help="Column of batch sizes.")] = "batch",
     where: Where = None,
+    last_step: LastStep = False,
+    pool: Pool = False,
     bootstrap: Annotated[int, typer.Option(help="Draws of the cell bootstrap.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     as_json: Json = False,
@@ -212,7 +247,8 @@ def hparams(
     """Fit the best learning rate and batch as power laws of N and D, from cells of runs."""
     from ditscale.scaling.hparams import fit_hparams
 
-    table = _table(file, params, tokens, images, None, loss, None, False, 0, where, True)
+    columns = {"params": params, "tokens": tokens, "images": images, "loss": loss}
+    table = _table(file, **columns, where=where, last_step=last_step, pool=pool)
     _print(fit_hparams(table, lr=lr, batch=batch, bootstrap=bootstrap, seed=seed), as_json)
 
 
@@ -222,17 +258,16 @@ def predict(
     params: Annotated[float | None, typer.Option(help="Its size.")] = None,
     data: Annotated[float | None, typer.Option(help="Its images or tokens, as the table counts.")] = None,
     law: Annotated[str, typer.Option(help="auto, or one law by name.")] = "auto",
+    size: Annotated[str | None, typer.Option(help="Column of model sizes. Default: params.")] = None,
     where: Where = None,
+    last_step: LastStep = False,
     pool: Pool = False,
     as_json: Json = False,
 ) -> None:
-    """Predict the loss of a new run, the law chosen on held-out compute. Two of flops, params and data are
-    enough.
-    """
+    """Predict the loss of a new run, the law chosen on held-out compute. Two of flops, params and data are enough."""
     from ditscale.scaling.forecast import predict_loss
-    from ditscale.scaling.runs import RunTable
 
-    table = RunTable.read(file, where=where, pool=pool)
+    table = _table(file, params=size, where=where, last_step=last_step, pool=pool)
     _print(predict_loss(table, flops=flops, params=params, data=data, law=law), as_json)
 
 
@@ -249,13 +284,27 @@ def backtest(
     by: Annotated[str, typer.Option(help="Hold out the top of: budget, params or data.")] = "budget",
     law: Annotated[list[str] | None, typer.Option(help="A candidate; repeat for several. Default: all.")] = None,
     where: Where = None,
+    last_step: LastStep = False,
     pool: Pool = False,
     as_json: Json = False,
 ) -> None:
     """Score law forms on compute that they did not see."""
     from ditscale.scaling.holdout import backtest as score
 
-    table = _table(file, params, tokens, images, flops, loss, budget, tokens_from_6nd, drop_highest, where, pool)
+    table = _table(
+        file,
+        params=params,
+        tokens=tokens,
+        images=images,
+        flops=flops,
+        loss=loss,
+        budget=budget,
+        tokens_from_6nd=tokens_from_6nd,
+        drop_highest=drop_highest,
+        where=where,
+        last_step=last_step,
+        pool=pool,
+    )
     _print(score(table, axis=by, laws=law), as_json)
 
 
@@ -269,15 +318,15 @@ def compare(
     flops: Column = None,
     loss: Column = None,
     budget: Column = None,
+    last_step: LastStep = False,
     pool: Pool = False,
     as_json: Json = False,
 ) -> None:
     """Compare how two designs or data sets scale: differences with intervals."""
     from ditscale.scaling.comparison import compare as set_against
 
-    tables = [
-        _table(file, params, tokens, images, flops, loss, budget, False, 0, None, pool) for file in (first, second)
-    ]
+    columns = {"params": params, "tokens": tokens, "images": images, "flops": flops, "loss": loss, "budget": budget}
+    tables = [_table(file, **columns, last_step=last_step, pool=pool) for file in (first, second)]
     _print(set_against(*tables, target=target, names=(str(first), str(second)), pool=pool), as_json)
 
 
@@ -287,16 +336,17 @@ def suggest(
     spend: Annotated[float, typer.Option(help="FLOPs to spend on the suggested runs.")],
     quantity: Annotated[str, typer.Option(help="loss or params.")] = "loss",
     count: Annotated[int, typer.Option(help="At most so many runs.")] = 4,
+    size: Annotated[str | None, typer.Option(help="Column of model sizes. Default: params.")] = None,
     where: Where = None,
+    last_step: LastStep = False,
     pool: Pool = False,
     as_json: Json = False,
 ) -> None:
     """Suggest the next runs: those that shrink the interval at the target most for their compute."""
     from ditscale.scaling.nextruns import suggest_runs
-    from ditscale.scaling.runs import RunTable
     from ditscale.scaling.surface import fit_surface
 
-    table = RunTable.read(file, where=where, pool=pool)
+    table = _table(file, params=size, where=where, last_step=last_step, pool=pool)
     _print(suggest_runs(fit_surface(table), target=target, spend=spend, quantity=quantity, count=count), as_json)
 
 
@@ -319,6 +369,24 @@ def laws(as_json: Json = False) -> None:
     Console().print(table)
 
 
+def draw(
+    source: Annotated[Path, typer.Argument(help="JSON of a fit or backtest, or a study's folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the figures.")],
+    kind: Annotated[str, typer.Option(help="svg or png.")] = "svg",
+    as_json: Json = False,
+) -> None:
+    """Draw the figures of a saved fit: curves, optima, residuals, the floor's profile, exponents, backtest."""
+    from ditscale.scaling.fit_figures import draw_files
+
+    paths = [str(path) for path in draw_files(source, out, kind=kind)]
+    if as_json:
+        from ditscale.scaling.jsonable import dumps
+
+        typer.echo(dumps({"figures": paths}))
+        return
+    typer.echo("\n".join(paths))
+
+
 def coverage(
     draws: Annotated[int, typer.Option(help="Simulated studies a row.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the simulations.")] = 0,
@@ -334,34 +402,10 @@ def coverage(
     _print(table, as_json)
 
 
-def _table(
-    file: Path,
-    params: str | None,
-    tokens: str | None,
-    images: str | None,
-    flops: str | None,
-    loss: str | None,
-    budget: str | None,
-    tokens_from_6nd: bool,
-    drop_highest: int,
-    where: str | None,
-    pool: bool,
-) -> Any:
+def _table(file: Path, **options: Any) -> RunTable:
     from ditscale.scaling.runs import RunTable
 
-    return RunTable.read(
-        file,
-        params=params,
-        tokens=tokens,
-        images=images,
-        flops=flops,
-        loss=loss,
-        budget=budget,
-        tokens_from_6nd=tokens_from_6nd,
-        drop_highest=drop_highest,
-        where=where,
-        pool=pool,
-    )
+    return RunTable.read(file, **options)
 
 
 def _pairs(options: list[str] | None) -> dict[str, str]:

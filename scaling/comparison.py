@@ -19,12 +19,10 @@ from ditscale.scaling.allocation import allocation
 from ditscale.scaling.intervals import Interval
 from ditscale.scaling.isoflop import fit_isoflop
 from ditscale.scaling.jsonable import plain
-from ditscale.scaling.planner import compute_for
-from ditscale.scaling.runs import POOL_COLUMNS, RunTable
+from ditscale.scaling.runs import RunTable
+from ditscale.scaling.schema import COMPARED_COLUMNS, POOL_COLUMNS
 from ditscale.scaling.surface import SurfaceFit, fit_surface
-
-# Of the conventions that must agree, the data set may differ: it is what a data comparison compares.
-_MAY_DIFFER = ("data", "data_sha256")
+from ditscale.scaling.tradeoffs import compute_for
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ def compare(
 
 def _same_conventions(first: RunTable, second: RunTable, names: tuple[str, str]) -> None:
     for column in POOL_COLUMNS:
-        if column in _MAY_DIFFER or column not in first.columns or column not in second.columns:
+        if column in COMPARED_COLUMNS or column not in first.columns or column not in second.columns:
             continue
         values = [set(map(str, t.columns[column].tolist())) for t in (first, second)]
         if values[0] != values[1]:

@@ -10,7 +10,7 @@ parameters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ditscale.scaling.losses import Loss
 
 Array = NDArray[np.float64]
+Rows: TypeAlias = "NDArray[np.int64] | slice"
 
 # A batch is worked through in pieces whose Jacobian (pieces x parameters x points) stays in the cache.
 _CHUNK_NUMBERS = 120_000
@@ -120,13 +121,10 @@ def descend(
     weights: Array | None = None,
     space: str = "log",
 ) -> tuple[Solution, Loss]:
-    """:func:`minimise` for losses with a sharp knee: the knee comes down in steps of three from the
-    residuals' spread.
+    """:func:`minimise` for losses with a sharp knee: it comes down in steps of three from the residuals' spread.
 
-    Least absolute deviations ("l1") has no curvature at all, and a Huber loss whose knee is far below the
-    residuals
-    has almost none: its optimum passes exactly through p points. Following the optimum as the knee sharpens
-        finds it.
+    Least absolute deviations ("l1") has no curvature at all, and a Huber loss whose knee is far below the residuals
+    has almost none: its optimum passes exactly through p points. Following the optimum as the knee sharpens finds it.
 
     Returns:
         The solution and the loss that it minimises: for "l1" a Huber loss whose knee is 1e-8 spreads.
@@ -152,34 +150,34 @@ class Problem:
     weights: Array | None
     space: str
 
-    def _rows(self, values: Array | None, index: NDArray[np.int64] | slice) -> Array | None:
-        return values if values is None or values.ndim == 1 else values[index]
+    def _goal(self, index: Rows) -> Array:
+        return self.goal if self.goal.ndim == 1 else self.goal[index]
 
-    def objective(self, theta: Array, index: NDArray[np.int64] | slice) -> Array:
-        """The weighted sum of losses [S]; ``index`` picks rows of goal and weights where every problem has
-        its own.
-        """
+    def _weights(self, index: Rows) -> Array | None:
+        return self.weights if self.weights is None or self.weights.ndim == 1 else self.weights[index]
+
+    def objective(self, theta: Array, index: Rows) -> Array:
+        """The weighted sum of losses [S]; ``index`` picks rows of goal and weights where each problem has its own."""
         f = self.model.value(theta)
         with np.errstate(all="ignore"):
-            r = (np.log(f) if self.space == "log" else f) - self._rows(self.goal, index)
+            r = (np.log(f) if self.space == "log" else f) - self._goal(index)
             cost = self.loss.rho(r)
-            weights = self._rows(self.weights, index)
+            weights = self._weights(index)
             total = cost.sum(-1) if weights is None else (cost * weights).sum(-1)
         return np.where(np.isfinite(total), total, np.inf)
 
-    def derivatives(self, theta: Array, index: NDArray[np.int64] | slice) -> tuple[Array, Array, Array]:
+    def derivatives(self, theta: Array, index: Rows) -> tuple[Array, Array, Array]:
         """Gradient [S, p], generalised Hessian [S, p, p] and the diagonal that scales the damping [S, p]."""
         f, jacobian = self.model.value_and_jacobian(theta)
         with np.errstate(all="ignore"):
             if self.space == "log":
                 jacobian = jacobian / f[:, None, :]
                 f = np.log(f)
-            r = f - self._rows(self.goal, index)
+            r = f - self._goal(index)
             slope, bend = self.loss.psi(r), self.loss.curvature(r)
-            # Points beyond a knee have no curvature of their own, yet the damping must know how the fit moves
-            # them.
+            # Points beyond a knee have no curvature of their own, yet the damping must know how the fit moves them.
             scale = np.maximum(bend, np.abs(slope) / np.maximum(np.abs(r), _TINY))
-        weights = self._rows(self.weights, index)
+        weights = self._weights(index)
         if weights is not None:
             slope, bend, scale = slope * weights, bend * weights, scale * weights
         gradient = np.matmul(jacobian, slope[:, :, None])[:, :, 0]
@@ -187,10 +185,10 @@ class Problem:
         diagonal = np.einsum("spn,spn,sn->sp", jacobian, jacobian, scale)
         return gradient, hessian, diagonal
 
-    def floor(self, index: NDArray[np.int64] | slice, count: int) -> Array:
+    def floor(self, index: Rows, count: int) -> Array:
         """The objective that rounding alone leaves on a perfect fit; below it nothing can be told apart."""
-        goal = self._rows(self.goal, index)
-        weights = self._rows(self.weights, index)
+        goal = self._goal(index)
+        weights = self._weights(index)
         eps = 4e-16 * (1.0 + np.abs(goal))
         cost = self.loss.rho(np.broadcast_to(eps, (count, eps.shape[-1])))
         return cost.sum(-1) if weights is None else (cost * weights).sum(-1)
@@ -284,6 +282,6 @@ def _certificate(
 def _solve_spd(matrix: Array, vector: Array) -> Array:
     """Solve a batch of small damped systems; a singular one gets the smallest-norm answer."""
     try:
-        return np.linalg.solve(matrix, vector[:, :, None])[:, :, 0]
+        return np.asarray(np.linalg.solve(matrix, vector[:, :, None])[:, :, 0], dtype=float)
     except np.linalg.LinAlgError:
-        return np.einsum("spq,sq->sp", np.linalg.pinv(matrix, hermitian=True), vector)
+        return np.asarray(np.einsum("spq,sq->sp", np.linalg.pinv(matrix, hermitian=True), vector), dtype=float)

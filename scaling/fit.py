@@ -13,7 +13,7 @@ from ditscale.scaling import engine
 from ditscale.scaling.engine import Array
 from ditscale.scaling.laws import Law
 from ditscale.scaling.losses import Loss, parse_loss, robust_sigma
-from ditscale.scaling.results import LawFit
+from ditscale.scaling.results import NOT_IDENTIFIABLE, LawFit
 
 SPACES = ("log", "raw")
 # Residuals this small against the data are rounding: the points lie on the law, and a robust knee has no
@@ -180,7 +180,7 @@ def _health(fit: LawFit) -> list[str]:
     if free:
         s = np.linalg.svd(scaled[:, free], compute_uv=False)
         if s[-1] < 1e-6 * s[0]:
-            notes.append("not identifiable: a combination of parameters can change without changing the fit")
+            notes.append(f"{NOT_IDENTIFIABLE}: a combination of parameters can change without changing the fit")
     return notes
 
 

@@ -4,6 +4,7 @@ prediction.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,14 +176,27 @@ class Forecaster:
                 if self.board is None:
                     raise
         weights = {k: v for k, v in weights.items() if k in self.fitted and v >= _LEAST_WEIGHT}
+        if not weights:
+            raise InputError("law: expected at least one law that could be fitted and scored, got none")
         total = sum(weights.values())
         self.weights = {k: v / total for k, v in sorted(weights.items(), key=lambda kv: -kv[1])}
         self.widened = _widening(self.board, self.weights)
 
     def forecast(self, params: float, data: float, flops: float) -> Forecast:
         """Predict one run."""
-        predictions = {k: f.predict(params, data, flops, 1.0) for k, f in self.fitted.items()}
-        weighted = [(w, predictions[k]) for k, w in self.weights.items()]
+        predictions = {}
+        for name, fitted in self.fitted.items():
+            # A law whose prediction the runs do not determine here has no say.
+            with contextlib.suppress(InputError):
+                predictions[name] = fitted.predict(params, data, flops, 1.0)
+        known = {k: w for k, w in self.weights.items() if k in predictions}
+        if not known:
+            raise InputError(
+                f"flops: expected a run whose loss the laws determine, got N {params:.4g}, D {data:.4g}: "
+                "the runs leave it open"
+            )
+        total = sum(known.values())
+        weighted = [(w / total, predictions[k]) for k, w in known.items()]
         return Forecast(
             value=float(np.exp(sum(w * p.centre for w, p in weighted))),
             interval_95=_mixture([(w, p.centre, p.scale * self.widened, p.dof) for w, p in weighted]),

@@ -12,8 +12,9 @@ from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling.candidates import POWER_CANDIDATES, eligible, fit_candidate
+from ditscale.scaling.curves import Vertex
 from ditscale.scaling.engine import Array
-from ditscale.scaling.isoflop import Vertex, fit_isoflop
+from ditscale.scaling.isoflop import fit_isoflop
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.losses import Loss
 from ditscale.scaling.runs import RunTable, cluster_budgets
@@ -194,7 +195,11 @@ def backtest(
             for at, goal in goals:
                 if at <= top:
                     continue
-                p = fitted.predict(goal.params, goal.data, goal.flops, goal.share)
+                try:
+                    p = fitted.predict(goal.params, goal.data, goal.flops, goal.share)
+                except InputError as error:
+                    skipped.setdefault(name, str(error))
+                    break
                 trials.append(
                     Trial(
                         law=name,
@@ -213,10 +218,11 @@ def backtest(
     slope = _slope(runs)
     board = [_row(name, [t for t in trials if t.law == name], skipped.get(name), slope) for name in names]
     most = max((r["splits"] for r in board), default=0)
+    every = max((r["trials"] for r in board), default=0)
     for row in board:
-        if 0 < row["splits"] < most:
+        if 0 < row["trials"] < every:
             # A law that could only be tried on the easier, later splits is not comparable.
-            row["skipped"] = skipped.get(row["law"]) or "not fitted on every split"
+            row["skipped"] = skipped.get(row["law"]) or "not tried on everything held out"
             row["trials"], row["splits"] = 0, 0
     board.sort(key=lambda r: -r["score"] if r["trials"] else np.inf)
     _paired_tests(board, trials)

@@ -12,20 +12,16 @@ Most laws are sums of power terms, possibly raised to a power, plus a floor:
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ditscale.errors import InputError
 from ditscale.scaling.engine import Array, Model
-
-_EXPONENT_BOUND = 10.0
-_LOG_COEFFICIENT_SPAN = 40.0
-_OUTER_BOUNDS = (0.02, 8.0)
+from ditscale.scaling.starts import projected_starts
+from ditscale.scaling.term_model import TermModel
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,7 @@ class Law:
         formula: the law in plain text.
         source: paper or origin.
         target: what it predicts ("loss", "fid", ...).
+        not_negative: parameters that are never below 0, beside coefficients.
     """
 
     name: str
@@ -59,6 +56,7 @@ class Law:
     formula: str
     source: str
     target: str = "loss"
+    not_negative: tuple[str, ...] = ()
 
     def predict(self, params: Mapping[str, float], /, **inputs: Any) -> Array:
         """The law's value at positive inputs (numbers or arrays that broadcast)."""
@@ -141,6 +139,7 @@ class TermLaw(Law):
     target: str = "loss"
     names: tuple[str, ...] = field(init=False)
     inputs: tuple[str, ...] = field(init=False)
+    not_negative: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         coefficients = [t.coefficient for t in self.terms]
@@ -148,6 +147,7 @@ class TermLaw(Law):
         tail = [self.floor] if isinstance(self.floor, str) else []
         tail += [self.outer] if self.outer else []
         object.__setattr__(self, "names", tuple(dict.fromkeys([*coefficients, *exponents, *tail])))
+        object.__setattr__(self, "not_negative", tuple(tail + (exponents if self.sign < 0 else [])))
         object.__setattr__(self, "inputs", tuple(dict.fromkeys(x for t in self.terms for x in t.exponents)))
 
     @property
@@ -194,9 +194,9 @@ class TermLaw(Law):
             theta[term.coefficient] = theta[term.coefficient] * outer
         for name in self.exponent_names:
             theta[name] = values[name] * outer
-        for name in (self.floor, self.outer):
-            if isinstance(name, str):
-                theta[name] = values[name]
+        for tail in (self.floor, self.outer):
+            if isinstance(tail, str):
+                theta[tail] = values[tail]
         return np.stack(np.broadcast_arrays(*(theta[n] for n in self.names)), axis=-1)
 
     def starts(
@@ -210,212 +210,7 @@ class TermLaw(Law):
         """Variable projection: a grid over exponents, coefficients and floor by non-negative least
         squares.
         """
-        return _projected_starts(self, logs, target, weights, count)
-
-
-class TermModel:
-    """:class:`TermLaw` on centred logarithms: ``floor + exp(k * logsumexp_k((b_k + sign * sum e x) / k))``.
-
-    Internal parameters: ``b`` (the logarithm of each term to the outer power, at the centre), exponents times
-    the outer power, floor, outer power. With an outer power of 1 that is the plain sum of terms.
-    """
-
-    def __init__(self, law: TermLaw, logs: Mapping[str, Array], centre: Mapping[str, float]) -> None:
-        self.law = law
-        index = {name: i for i, name in enumerate(law.names)}
-        self._x = {x: np.asarray(logs[x], dtype=float) - centre.get(x, 0.0) for x in law.inputs}
-        self._points = next(iter(self._x.values())).shape[0]
-        self._outer = index[law.outer] if law.outer else None
-        self._floor = index[law.floor] if isinstance(law.floor, str) else None
-        self._fixed_floor = law.floor if isinstance(law.floor, float) else 0.0
-        # (parameter, derivative of the term's exponent) of every term; fixed exponents are an offset.
-        self._columns: list[list[tuple[int, Array | float]]] = []
-        self._offsets: list[Array | float] = []
-        for term in law.terms:
-            columns: dict[int, Array | float] = {index[term.coefficient]: 1.0}
-            offset: Array | float = 0.0
-            for x, e in term.exponents.items():
-                if isinstance(e, str):
-                    columns[index[e]] = columns.get(index[e], 0.0) + law.sign * self._x[x]
-                else:
-                    offset = offset + law.sign * e * self._x[x]
-            self._columns.append(list(columns.items()))
-            self._offsets.append(offset)
-        p = len(law.names)
-        self.lower, self.upper = np.full(p, -np.inf), np.full(p, np.inf)
-        for name in law.exponent_names:
-            self.lower[index[name]] = 0.0 if law.sign < 0 else -_EXPONENT_BOUND
-            self.upper[index[name]] = _EXPONENT_BOUND
-        if self._floor is not None:
-            self.lower[self._floor] = 0.0
-        if self._outer is not None:
-            self.lower[self._outer], self.upper[self._outer] = _OUTER_BOUNDS
-
-    def bound_coefficients(self, target: Array) -> None:
-        """Keep every term within a vast but finite range of the data, so that a vanishing one is seen at its
-        bound.
-        """
-        middle = float(np.median(np.log(target)))
-        for columns in self._columns:
-            self.lower[columns[0][0]] = middle - _LOG_COEFFICIENT_SPAN
-            self.upper[columns[0][0]] = middle + _LOG_COEFFICIENT_SPAN
-
-    def _log_terms(self, theta: Array) -> list[Array]:
-        outer = None if self._outer is None else theta[:, self._outer, None]
-        theta = np.clip(theta, -1e150, 1e150)
-        logs = []
-        for columns, offset in zip(self._columns, self._offsets, strict=True):
-            value: Any = 0.0
-            for i, x in columns:
-                value = value + theta[:, i, None] * x
-            if outer is not None:
-                value = value / outer
-            value = value + offset
-            logs.append(np.broadcast_to(value, (len(theta), self._points)))
-        return logs
-
-    def value(self, theta: Array) -> Array:
-        """Predictions [S, n]."""
-        floor = self._fixed_floor if self._floor is None else theta[:, self._floor, None]
-        logs = self._log_terms(theta)
-        with np.errstate(over="ignore"):
-            if self._outer is None:
-                total = np.exp(logs[0])
-                for log in logs[1:]:
-                    total += np.exp(log)
-                total += floor
-                return total
-            return floor + np.exp(theta[:, self._outer, None] * _logsumexp(logs))
-
-    def value_and_jacobian(self, theta: Array) -> tuple[Array, Array]:
-        """Predictions [S, n] and derivatives [S, p, n]."""
-        floor = self._fixed_floor if self._floor is None else theta[:, self._floor, None]
-        logs = self._log_terms(theta)
-        jacobian = np.zeros((len(theta), theta.shape[1], self._points))
-        with np.errstate(over="ignore", invalid="ignore"):
-            if self._outer is None:
-                parts = [np.exp(log) for log in logs]
-                total = sum(parts[1:], parts[0])
-            else:
-                outer = theta[:, self._outer, None]
-                lse = _logsumexp(logs)
-                total = np.exp(outer * lse)
-                parts = [total * np.exp(log - lse) for log in logs]
-                mean = sum(np.exp(log - lse) * np.where(np.isfinite(log), log, 0.0) for log in logs)
-                # Fixed exponents lie inside the bracket, so they do not scale with the outer power.
-                inner = sum(np.exp(log - lse) * offset for log, offset in zip(logs, self._offsets, strict=True))
-                jacobian[:, self._outer] = total * (lse - mean + inner)
-        for part, columns in zip(parts, self._columns, strict=True):
-            for i, x in columns:
-                jacobian[:, i] += part * x
-        if self._floor is not None:
-            jacobian[:, self._floor] = 1.0
-        return floor + total, jacobian
-
-
-def _logsumexp(logs: Sequence[Array]) -> Array:
-    top = logs[0]
-    for log in logs[1:]:
-        top = np.maximum(top, log)
-    return top + np.log(sum(np.exp(log - top) for log in logs))
-
-
-def _projected_starts(law: TermLaw, logs: Mapping[str, Array], target: Array, weights: Array, count: int) -> Array:
-    """Variable projection (Golub & Pereyra 1973): for given exponents the rest is a small linear problem.
-
-    The linear problem is weighted by 1/y², so that its residuals are the relative ones of a fit in log space.
-    """
-    k = len(law.exponent_names)
-    if k:
-        side = {1: 64, 2: 26, 3: 10}.get(k, 6)
-        positive = np.geomspace(0.02, 2.5, side)
-        values = positive if law.sign < 0 else np.concatenate([-positive[::-1], positive])
-        steps = np.array(list(itertools.product(range(len(values)), repeat=k)))
-        exponents = values[steps]
-    else:
-        steps, exponents = np.zeros((1, 0), dtype=int), np.zeros((1, 0))
-    outers = (0.25, 0.4, 0.7, 1.0) if law.outer else (1.0,)
-    floors = (0.0, 0.4, 0.7, 0.9) if law.outer and isinstance(law.floor, str) else (0.0,)
-
-    found_theta, found_score, found_cell = [], [], []
-    for outer, share in itertools.product(outers, floors):
-        fixed = share * float(target.min()) if law.outer else float(law.floor) if isinstance(law.floor, float) else 0.0
-        if not np.all(target > fixed):
-            raise InputError(f"floor: expected a value below every measured one ({target.min():.6g}), got {fixed:g}")
-        goal = (target - fixed) ** (1.0 / outer)
-        w = weights * (1.0 / goal * (target - fixed) * outer / target) ** 2
-        columns = []
-        position = {name: i for i, name in enumerate(law.exponent_names)}
-        for term in law.terms:
-            z: Any = 0.0
-            for x, e in term.exponents.items():
-                value = exponents[:, position[e], None] if isinstance(e, str) else np.full((len(exponents), 1), e)
-                z = z + law.sign * value * logs[x]
-            columns.append(np.exp(np.clip(np.broadcast_to(z, (len(exponents), len(target))), -300, 300)))
-        floated = isinstance(law.floor, str) and not law.outer
-        if floated:
-            columns.append(np.ones_like(columns[0]))
-        coefficient, score = _non_negative(np.stack(columns, axis=1), goal, w)
-        theta = np.empty((len(exponents), len(law.names)))
-        terms = len(law.terms)
-        floor_log = np.log(np.abs(goal).max()) - 30.0
-        with np.errstate(divide="ignore"):
-            theta[:, :terms] = outer * np.maximum(np.log(coefficient[:, :terms]), floor_log)
-        theta[:, terms : terms + k] = outer * exponents
-        if isinstance(law.floor, str):
-            theta[:, law.names.index(law.floor)] = coefficient[:, terms] if floated else fixed
-        if law.outer:
-            theta[:, law.names.index(law.outer)] = outer
-        found_theta.append(theta)
-        found_score.append(score)
-        found_cell.append(np.column_stack([steps, np.full(len(steps), 2 * len(found_cell))]))
-    return _spread(np.concatenate(found_theta), np.concatenate(found_score), np.concatenate(found_cell), count)
-
-
-def _non_negative(columns: Array, goal: Array, weights: Array) -> tuple[Array, Array]:
-    """Weighted least squares with coefficients >= 0 for S small designs [S, K, n]: the best feasible support
-    wins.
-    """
-    s, k, _ = columns.shape
-    weighted = columns * weights
-    gram = np.matmul(weighted, columns.transpose(0, 2, 1))
-    right = np.matmul(weighted, goal)
-    total = float((weights * goal * goal).sum())
-    root = np.sqrt(np.maximum(np.einsum("skk->sk", gram), 1e-300))
-    gram = gram / root[:, :, None] / root[:, None, :]
-    right = right / root
-    best = np.full(s, np.inf)
-    answer = np.zeros((s, k))
-    for size in range(1, k + 1):
-        for support in itertools.combinations(range(k), size):
-            pick = np.array(support)
-            sub = gram[:, pick[:, None], pick[None, :]] + 1e-13 * np.eye(size)
-            try:
-                c = np.linalg.solve(sub, right[:, pick][:, :, None])[:, :, 0]
-            except np.linalg.LinAlgError:
-                continue
-            score = total - (c * right[:, pick]).sum(1)
-            wins = (c > 0).all(1) & (score < best)
-            best[wins] = score[wins]
-            answer[wins] = 0.0
-            answer[np.ix_(wins, pick)] = c[wins]
-    return answer / root, best
-
-
-def _spread(theta: Array, score: Array, cell: NDArray[np.int64], count: int) -> Array:
-    """The best starts, the first ones at least two grid steps apart so that they probe different basins."""
-    order = np.argsort(score, kind="stable")
-    order = order[np.isfinite(score[order])]
-    chosen: list[int] = []
-    if count <= 32:
-        for i in order[:4000]:
-            if all(np.abs(cell[i] - cell[j]).max() >= 2 for j in chosen):
-                chosen.append(int(i))
-                if len(chosen) == count:
-                    break
-    else:
-        chosen = [int(i) for i in order[:count]]
-    return theta[chosen]
+        return projected_starts(self, logs, target, weights, count)
 
 
 SURFACE = TermLaw(

@@ -51,6 +51,21 @@ MOE_DENSITY = TermLaw(
     source="the surface with a power of sparsity; fits of this kind explain 99 % in sample and 68 % held out "
     "(Abnar et al., arXiv:2501.12370): backtest it",
 )
+VIDEO = TermLaw(
+    name="video",
+    terms=(Term("A", {"params": "alpha"}), Term("B", {"data": "beta"})),
+    floor="E",
+    formula="L(T, N) = E + A/N^alpha + B/T^beta, at the best batch and learning rate of each (N, T)",
+    source="Yin et al., arXiv:2411.17470: the surface of runs tuned by B_opt(N, T) and lr_opt(N, T); its constants are "
+    "not public",
+)
+MASKED = TermLaw(
+    name="masked-reconstruction",
+    terms=(Term("a", {"params": "alpha"}),),
+    floor="c",
+    formula="L = a*P^-alpha + c",
+    source="Kendiukhov, arXiv:2602.15253: validation error of masked reconstruction against size",
+)
 HYPER = TermLaw(
     name="hyper",
     terms=(Term("coefficient", {"params": "params_exponent", "data": "data_exponent"}),),
@@ -98,6 +113,7 @@ class Repetition(Law):
     formula: str = "L = E + A/N'^alpha + B/D'^beta with N', D' discounted for repetition"
     source: str = "Muennighoff et al. 2023, arXiv:2305.16264 (there R_D 15.39, R_N 5.31)"
     target: str = "loss"
+    not_negative: tuple[str, ...] = ("alpha", "beta", "E", "R_D", "R_N")
 
     def model(self, logs: Mapping[str, Array], centre: Mapping[str, float]) -> Model:
         """See :meth:`Law.model`."""
@@ -294,9 +310,10 @@ SURFACE_LAWS: dict[str, Law] = {
         MOE,
         MOE_DENSITY,
         REPETITION,
+        VIDEO,
     )
 }
-BY_NAME: dict[str, Law] = {**SURFACE_LAWS, **{law.name: law for law in (POWER, POWER_FLOOR, HYPER)}}
+BY_NAME: dict[str, Law] = {**SURFACE_LAWS, **{law.name: law for law in (POWER, POWER_FLOOR, MASKED, HYPER)}}
 
 
 def law_by_name(name: str, floor: float | None = None) -> Law:

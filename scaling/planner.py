@@ -8,18 +8,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import optimize
 
 from ditscale.errors import InputError
-from ditscale.scaling.allocation import Allocation, Estimate, allocation
+from ditscale.scaling.allocation import Allocation, allocation
 from ditscale.scaling.gpus import ASSUMED_MFU, peak_flops
+from ditscale.scaling.hyper import HyperLaw, hyper_law
 from ditscale.scaling.jsonable import plain
+from ditscale.scaling.nextruns import NextRuns, suggest_runs
+from ditscale.scaling.tradeoffs import compute_for, cost_of_being_wrong, flatness, with_inference
 
 if TYPE_CHECKING:
     from ditscale.dit.config import DiTConfig
-
-_FLATNESS = 0.01
-_FAR = 1e4
 
 
 @dataclass
@@ -36,13 +35,14 @@ class Plan:
         tokens, images: D in both units where the number of tokens of an image is known.
         configuration: an integer DiT near the optimum, trained on the whole budget (see
             ``configurations.py``), or None.
-        lr: peak learning rate, None without a hyper-parameter law.
+        batch_tokens, lr: batch in tokens and peak learning rate, None without a hyper-parameter law.
         hours: wall time, and ``gpu_hours``, ``gpus``, ``gpu``, ``mfu``, ``mfu_source``; None without a
             machine.
         flatness: how much smaller or larger a model costs 1 % more loss at the same compute, None without a
             surface.
         inference: the run of least training plus inference compute at the same loss, None if not asked.
         wrong: what it costs if N_opt stands at either end of its interval, None without a surface.
+        next_runs: the runs that would narrow the interval of the loss most, None without one's own surface.
         extrapolation: budget over the largest fitted compute, None where that is not known.
         law, source, flop_convention: where the answer comes from.
         warnings: what a reader must know.
@@ -69,6 +69,7 @@ class Plan:
     flatness: dict[str, float] | None = None
     inference: dict[str, float] | None = None
     wrong: dict[str, Any] | None = None
+    next_runs: NextRuns | None = None
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -93,6 +94,7 @@ class Plan:
             line("loss", self.loss, "loss"),
             line("FID", self.fid, "fid"),
             line("learning rate", self.lr, "lr"),
+            line("batch", self.batch_tokens, "batch_tokens", "tokens"),
         ]
         if self.extrapolation is not None:
             lines.append(f"  {self.extrapolation:.3g}x the largest compute behind the law")
@@ -122,6 +124,8 @@ class Plan:
                 f"  with inference: N {i['params']:.4g}, D {i['data']:.4g} at the same loss, total compute "
                 f"{i['saving']:.3g}x less"
             )
+        if self.next_runs:
+            lines += ["  to narrow the interval of the loss:", *self.next_runs.summary().splitlines()[1:]]
         lines += [f"  note: {w}" for w in self.warnings]
         return "\n".join(x for x in lines if x)
 
@@ -149,6 +153,7 @@ def plan(
     configure: bool = True,
     inference_images: float = 0.0,
     evaluations_per_image: float = 50.0,
+    spend: float | None = None,
 ) -> Plan:
     """Plan a training run.
 
@@ -169,11 +174,13 @@ def plan(
         image_size: pixels on a side, instead of the template's.
         aspect: width over depth. Default: 64.
         head_width: Default: 64.
-        params_kind: which parameters N means: "per_token" or "total". Default: "total" for one's own runs
-            whose column is the total count, else "per_token".
+        params_kind: which parameters N means: "per_token" or "total". Default: what the column of one's own runs
+            counts, "per_token" for published laws.
         configure: design an integer DiT. Default: True.
         inference_images: images that the model will generate in its life; 0 to leave inference out.
         evaluations_per_image: forward passes to sample one (twice the steps with guidance). Default: 50.
+        spend: FLOPs for the next runs that the plan suggests. Default: what the fitted runs cost, at most a tenth of
+            the budget.
 
     Returns:
         Plan.
@@ -192,6 +199,7 @@ def plan(
         ("flops-per-second", flops_per_second),
         ("batch", batch),
         ("evaluations-per-image", evaluations_per_image),
+        ("spend", spend),
     ):
         if value is not None and not (np.isfinite(value) and value > 0):
             raise InputError(f"{name}: expected a positive number, got {value!r}")
@@ -235,12 +243,13 @@ def plan(
     if machine and rate:
         total = compute / rate / 3600.0
         out.machine = {**machine, "gpu_hours": total, "hours": total / gpus}
-    _flatness(out, chosen)
-    _cost_of_being_wrong(out, chosen, best["params"])
+    flatness(out, chosen)
+    cost_of_being_wrong(out, chosen, best["params"])
     if inference_images:
         per_image = float(out.configuration["tokens_per_image"]) if out.configuration else 1.0
         units = evaluations_per_image * (per_image if chosen.data_unit == "tokens" else 1.0)
-        _inference(out, chosen, inference_images * units)
+        with_inference(out, chosen, inference_images * units)
+    out.next_runs = _next_runs(chosen, compute, spend)
     if out.extrapolation is not None and out.extrapolation > 1000:
         out.warnings.append(
             f"{out.extrapolation:.3g}x beyond the largest run behind this law: a guess, not a prediction"
@@ -268,25 +277,6 @@ def _machine(
     return peak_flops(gpu) * share, {"gpu": gpu, "gpus": gpus, "mfu": share, "mfu_source": source}
 
 
-def compute_for(law: Allocation, target: float) -> float:
-    """Least compute that reaches a loss."""
-
-    def gap(log_c: float) -> float:
-        best = law.optimum(float(np.exp(log_c)))
-        if "loss" not in best:
-            raise InputError(f"target-loss: law {law.name} predicts no loss; give --budget")
-        return best["loss"].value - target
-
-    low, high = np.log(1e3), np.log(1e40)
-    if gap(high) > 0:
-        raise InputError(
-            f"target-loss: expected a loss above the law's floor ({gap(high) + target:.4g}), got {target:g}"
-        )
-    if gap(low) < 0:
-        raise InputError(f"target-loss: expected a loss below what an untrained model has, got {target:g}")
-    return float(np.exp(optimize.brentq(gap, low, high, xtol=1e-12)))
-
-
 def _shape(
     out: Plan,
     law: Allocation,
@@ -310,19 +300,22 @@ def _shape(
         out.tokens = out.data * tokens_per_image
     elif out.data is not None:
         out.images = out.data / tokens_per_image
-    hyper = _hyper_law(hparams) if hparams is not None else law
-    run = (out.params, out.tokens, out.images, out.budget)
-    if hyper.batch_tokens and out.tokens:
-        out.batch_tokens = hyper.batch_tokens(*run)
-        batch = batch or max(1, round(out.batch_tokens / tokens_per_image))
-    if hyper.lr and out.tokens:
-        out.lr = hyper.lr(*run)
+    hyper = hyper_law(hparams) if hparams is not None else law
+    if out.tokens is not None and out.images is not None:
+        run = (out.params, out.tokens, out.images, out.budget)
+        if hyper.batch_tokens:
+            out.batch_tokens = hyper.batch_tokens(*run)
+            batch = batch or max(1, round(out.batch_tokens / tokens_per_image))
+        if hyper.lr:
+            out.lr = hyper.lr(*run)
+        if isinstance(hyper, HyperLaw):
+            out.intervals.update({name: ends(*run) for name, ends in hyper.intervals.items()})
     if not configure:
         return
     if not law.allocates:
         out.warnings.append("no configuration: this law's size is not a number of parameters")
         return
-    kind = params_kind or "per_token"
+    kind = params_kind or law.counts
     config = design_config(out.params, template=base, params_kind=kind, aspect=aspect, head_width=head_width)
     shape = describe(config, out.budget, batch)
     shape["params_kind"] = kind
@@ -332,96 +325,12 @@ def _shape(
         shape["loss"] = float(law.loss_at(float(n), float(shape["images"])))
 
 
-def _hyper_law(hparams: Any) -> Any:
-    from ditscale.scaling.hparams import hyper_law
-
-    return hyper_law(hparams)
-
-
-def _loss_along(law: Allocation, log_n: Any, budget: float) -> Any:
-    n = np.exp(np.asarray(log_n, dtype=float))
-    return law.loss_at(n, law.data_for(n, budget))  # type: ignore[misc]
-
-
-def _flatness(out: Plan, law: Allocation) -> None:
-    """How far N may leave the optimum, at the same compute, for 1 % more loss."""
-    if law.loss_at is None or law.data_for is None:
-        return
-    middle = np.log(out.params)
-    limit = float(_loss_along(law, middle, out.budget)) * (1.0 + _FLATNESS)
-    ends = {}
-    for name, side in (("smaller", -1.0), ("larger", 1.0)):
-        far = middle + side * np.log(_FAR)
-        if float(_loss_along(law, far, out.budget)) <= limit:
-            ends[name] = float(np.exp(far - middle))
-            continue
-        edge = optimize.brentq(lambda x: float(_loss_along(law, x, out.budget)) - limit, *sorted((middle, far)))
-        ends[name] = float(np.exp(edge - middle))
-    out.flatness = {**ends, "loss_increase": _FLATNESS}
-
-
-def _cost_of_being_wrong(out: Plan, law: Allocation, params: Estimate) -> None:
-    """Train at either end of N_opt's interval: what loss comes of it, and what compute would have reached it
-    at best.
-    """
-    if law.loss_at is None or law.data_for is None or params.interval is None:
-        return
-    base = float(_loss_along(law, np.log(params.value), out.budget))
-    rows = {}
-    for name, n in (("low", params.interval[0]), ("high", params.interval[1])):
-        if not (np.isfinite(n) and n > 0):
-            return
-        loss = float(_loss_along(law, np.log(n), out.budget))
-        if not np.isfinite(loss) or loss < base:
-            return
-        try:
-            reached = compute_for(law, loss)
-        except InputError:
-            return
-        rows[name] = {
-            "params": n,
-            "loss": loss,
-            "wasted_compute": float(max(0.0, 1.0 - reached / out.budget)),
-        }
-    out.wrong = rows
-
-
-def _inference(out: Plan, law: Allocation, forward_units: float) -> None:
-    """Least training plus inference compute at the plan's loss (Sardana et al., arXiv:2401.00448).
-
-    A forward pass costs a third of a training pass, so inference costs ``cost(N, 1) / 3`` for each unit of
-    data.
-    """
-    if law.loss_at is None or law.cost is None or out.loss is None or out.data is None:
-        out.warnings.append("inference left out: this law has no surface to trade size against data")
-        return
-    cost, loss_at, goal = law.cost, law.loss_at, float(law.loss_at(out.params, out.data))
-
-    def data_at(log_n: float) -> float:
-        n = float(np.exp(log_n))
-        low, high = np.log(out.data) - 25.0, np.log(out.data) + 60.0  # type: ignore[arg-type]
-        gap = lambda x: float(loss_at(n, np.exp(x))) - goal  # noqa: E731
-        if gap(high) > 0:
-            return float("inf")
-        return float(np.exp(optimize.brentq(gap, low, high, xtol=1e-12)))
-
-    def total(log_n: float) -> float:
-        d = data_at(log_n)
-        return (
-            float(cost(np.exp(log_n), d) + forward_units * cost(np.exp(log_n), 1.0) / 3.0) if np.isfinite(d) else np.inf
-        )
-
-    grid = np.log(out.params) + np.linspace(-np.log(300.0), np.log(1.5), 120)
-    values = np.array([total(x) for x in grid])
-    i = int(np.argmin(values))
-    low, high = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
-    found = optimize.minimize_scalar(total, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
-    n, d = float(np.exp(found.x)), data_at(float(found.x))
-    plain_total = float(cost(out.params, out.data) + forward_units * cost(out.params, 1.0) / 3.0)
-    out.inference = {
-        "params": n,
-        "data": d,
-        "train_flops": float(cost(n, d)),
-        "total_flops": float(found.fun),
-        "saving": plain_total / float(found.fun),
-    }
+def _next_runs(law: Allocation, budget: float, spend: float | None) -> NextRuns | None:
+    fit = law.surface
+    if fit is None or fit.cost is None or not fit.allocates:
+        return None
+    made = float(np.sum(fit.cost.flops(fit.fit.inputs["params"], fit.fit.inputs["data"])))
+    try:
+        return suggest_runs(fit, target=budget, spend=min(made, 0.1 * budget) if spend is None else spend)
+    except InputError:
+        return None

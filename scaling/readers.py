@@ -16,6 +16,8 @@ from ditscale.errors import InputError
 # A law is fitted to finished runs; a longer file is a log of steps and must be reduced to one row a run
 # first.
 MAX_ROWS = 200_000
+# A JSON document is read as a whole.
+MAX_JSON_BYTES = 128 * 2**20
 _SAMPLE = 65_536
 
 Columns = dict[str, list[Any]]
@@ -63,7 +65,7 @@ def _csv(path: Path) -> tuple[Columns, NDArray[np.int64]]:
             header = [name.strip() for name in next(row for row in reader if any(cell.strip() for cell in row))]
             _check_header(path, header, delimiter)
             cells: list[list[str]] = [[] for _ in header]
-            lines = []
+            lines: list[int] = []
             for row in reader:
                 if not row or (len(row) == 1 and not row[0].strip()):
                     continue
@@ -118,7 +120,8 @@ def _numbers(cells: list[str]) -> list[Any]:
 
 
 def _json_lines(path: Path) -> tuple[Columns, NDArray[np.int64]]:
-    records, lines = [], []
+    records: list[Mapping[str, Any]] = []
+    lines: list[int] = []
     with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -140,6 +143,11 @@ def _json_lines(path: Path) -> tuple[Columns, NDArray[np.int64]]:
 
 
 def _json(path: Path) -> tuple[Columns, NDArray[np.int64]]:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(
+            f"{path}: expected at most {MAX_JSON_BYTES // 2**20} MiB of JSON, one object a finished run, got "
+            f"{path.stat().st_size // 2**20} MiB; reduce a log of steps to its final losses first"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -213,7 +221,7 @@ def _study_records(folder: Path) -> list[Mapping[str, Any]]:
     files = sorted(folder.glob("runs/*/run.json")) or sorted(folder.glob("*/run.json"))
     if not files:
         raise InputError(f"{folder}: expected a study folder with runs/*/run.json, got none")
-    records = []
+    records: list[Mapping[str, Any]] = []
     for file in files:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))

@@ -13,15 +13,18 @@ from numpy.typing import NDArray
 
 from ditscale.errors import InputError
 from ditscale.scaling import engine, intervals
+from ditscale.scaling.components import Components, components
 from ditscale.scaling.engine import Array
-from ditscale.scaling.intervals import Components, Interval, Quantity
+from ditscale.scaling.intervals import Interval, Quantity
 from ditscale.scaling.jsonable import plain
-from ditscale.scaling.laws import Law
+from ditscale.scaling.laws import Law, TermLaw
 from ditscale.scaling.losses import Loss, robust_sigma
 from ditscale.scaling.more_laws import law_by_name
 
 # A saved fit carries its points up to this many, so that intervals can be made from the file alone.
 _SAVED_POINTS = 5000
+# How a warning begins that says so.
+NOT_IDENTIFIABLE = "not identifiable"
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,11 @@ class LawFit:
         """The law's parameters by name, at full precision."""
         return {k: float(v[0]) for k, v in self.law.export(self.theta[None, :], self.centre).items()}
 
+    @property
+    def identifiable(self) -> bool:
+        """Whether the runs determine every parameter: none at a bound, no direction in which nothing changes."""
+        return not self.at_bounds and not any(w.startswith(NOT_IDENTIFIABLE) for w in self.warnings)
+
     @cached_property
     def intervals(self) -> dict[str, list[float]]:
         """95 % intervals of the parameters by name."""
@@ -134,9 +142,7 @@ class LawFit:
 
     @cached_property
     def share_inside(self) -> float | None:
-        """Share of points within the loss's knee: near 0, a Huber fit is a least-absolute-deviation fit in
-        all but name.
-        """
+        """Share of points within the loss's knee: near 0, a Huber fit is a least-absolute-deviation fit but in name."""
         if self.loss.kind not in ("huber", "envelope") or self.asked_loss == "l1":
             return None
         return float(np.mean(np.abs(self.residuals) <= (self.loss.scale or 0.0)))
@@ -152,17 +158,14 @@ class LawFit:
 
     @cached_property
     def _errors(self) -> Array:
-        """psi(r) / mean psi': the errors that a robust fit averages (the residuals themselves for least
-        squares).
-        """
+        """psi(r) / mean psi': the errors that a robust fit averages (the residuals themselves for least squares)."""
         r = self.residuals
         if self.loss.kind == "mse":
             return r
         slope = self.loss.psi(r)
         bend = float(np.average(self.loss.curvature(r), weights=self.weights))
         if self.loss.kind in ("huber", "envelope"):
-            # With few points inside a sharp knee their share is a poor estimate of the density there: widen
-            # the window.
+            # With few points inside a sharp knee their share is a poor estimate of the density there: a wider window.
             knee = self.loss.scale or 0.0
             sigma = robust_sigma(r, free_parameters=len(self.theta))
             window = max(knee, sigma * (self.n ** (-1 / 5)))
@@ -175,18 +178,13 @@ class LawFit:
         return slope / bend * correction
 
     def components_for(self, method: str) -> Components:
-        """Variance components as an interval method sees them: with budgets for "components" and "case-t",
-        else runs alone.
-        """
+        """Variance components as a method sees them: with budgets for "components" and "case-t", else runs alone."""
         if method not in self._parts:
-            root = np.sqrt(self.weights / self.weights.mean())
-            free = [i for i, name in enumerate(self.law.names) if name not in self.at_bounds]
+            # A parameter at its bound keeps its error: the data would have it beyond, not exactly there.
             groups = self.groups if method in ("components", "case-t") else None
-            parts = intervals.components(self.jacobian[:, free] * root[:, None], self._errors * root, groups)
-            leverage = np.zeros((self.n, len(self.theta)))
-            leverage[:, free] = parts.leverage
-            run = max(parts.run, self.least_noise**2)
-            self._parts[method] = dataclasses.replace(parts, leverage=leverage, run=run)
+            self._parts[method] = components(
+                self.jacobian, self._errors, groups, weights=self.weights, least=self.least_noise**2
+            )
         return self._parts[method]
 
     @cached_property
@@ -241,20 +239,28 @@ class LawFit:
             return intervals.gradient_of(quantity, self.theta, self._se)
 
     def interval(self, name: str, *, method: str | None = None, level: float = 0.95) -> Interval:
-        """The interval of one parameter by its name; coefficients and other positive ones on their
-        logarithm.
+        """The interval of one parameter by its name.
+
+        A coefficient's is built on its logarithm, a floor's on the logarithm of how far it lies below the lowest fitted
+        value. It ends where the law's own bound stands: no floor and no exponent of a falling law lies below 0. A
+        parameter that no run determines has no end.
         """
         if name not in self.law.names:
             raise InputError(f"name: expected one of {', '.join(self.law.names)}, got {name!r}")
-        return self.interval_of(
-            lambda th: self.law.export(th, self.centre)[name],
-            log=name in self._log_names(),
-            method=method,
-            level=level,
-        )
+        terms = self.law.terms if isinstance(self.law, TermLaw) else ()
 
-    def _log_names(self) -> list[str]:
-        return [t.coefficient for t in getattr(self.law, "terms", ())]
+        def value(theta: Array) -> Array:
+            return self.law.export(theta, self.centre)[name]
+
+        if isinstance(self.law, TermLaw) and name == self.law.floor:
+            lowest = float(self._model.value(self.theta[None, :]).min())
+            gap = self.interval_of(lambda th: lowest - value(th), log=True, method=method, level=level)
+            got = dataclasses.replace(gap, value=self.params[name], low=lowest - gap.high, high=lowest - gap.low)
+        else:
+            log = name in [t.coefficient for t in terms]
+            got = self.interval_of(value, log=log, method=method, level=level)
+        least = 0.0 if name in self.law.not_negative else float("-inf")
+        return dataclasses.replace(got, low=max(got.low, least), high=max(got.high, least))
 
     def interval_of(
         self,
@@ -310,8 +316,7 @@ class LawFit:
             beyond=beyond,
         )
 
-    # --- replicates
-    # -----------------------------------------------------------------------------------------------
+    # Replicates
 
     @cached_property
     def _replicates(self) -> dict[Any, Array]:
@@ -355,9 +360,7 @@ class LawFit:
         return self._replicates[key]
 
     def jackknife(self) -> Array:
-        """Refit without one budget at a time (without one point at a time where there are no budgets) [G,
-        p].
-        """
+        """Refit without one budget at a time (one point at a time where there are no budgets) [G, p]."""
         if "jackknife" not in self._replicates:
             groups = np.arange(self.n) if self.groups is None else self.groups
             count = int(groups.max()) + 1
@@ -385,8 +388,7 @@ class LawFit:
         """Public parameters of replicates."""
         return self.law.export(theta, self.centre)
 
-    # --- output
-    # ---------------------------------------------------------------------------------------------------
+    # Output
 
     @np.errstate(all="ignore")  # what is not finite is written as null
     def to_json(self) -> dict[str, Any]:
@@ -411,6 +413,7 @@ class LawFit:
             "starts": self.starts,
             "starts_agreeing": self.starts_agreeing,
             "at_bounds": self.at_bounds,
+            "identifiable": self.identifiable,
             "warnings": self.warnings,
             "seconds": {"fit": self.seconds},
             "saved": self._saved(),
@@ -424,7 +427,7 @@ class LawFit:
             "theta": self.theta.tolist(),
             "loss": dataclasses.asdict(self.loss),
             "centre": self.centre,
-            "floor": self.law.floor if isinstance(getattr(self.law, "floor", None), float) else None,
+            "floor": self.law.floor if isinstance(self.law, TermLaw) and isinstance(self.law.floor, float) else None,
             "interval_method": self.interval_method,
             "least_noise": self.least_noise,
             "seed": self.seed,
@@ -465,7 +468,7 @@ class LawFit:
                 starts_agreeing=int(record["starts_agreeing"]),
                 at_bounds=list(record["at_bounds"]),
                 warnings=list(record["warnings"]),
-                seconds=float(record["seconds"]["fit"]),
+                seconds=float(record.get("seconds", {}).get("fit", 0.0)),  # a study leaves times out
                 seed=int(saved["seed"]),
                 interval_method=saved["interval_method"],
                 least_noise=float(saved["least_noise"]),

@@ -1,6 +1,4 @@
-"""The run table: one finished training run a row, columns with names and units, nothing pooled by
-accident.
-"""
+"""The run table: one finished training run a row, columns with names and units, nothing pooled by accident."""
 
 from __future__ import annotations
 
@@ -15,21 +13,10 @@ from numpy.typing import NDArray
 
 from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
-from ditscale.scaling.readers import read_columns
+from ditscale.scaling.readers import Columns, read_columns
+from ditscale.scaling.schema import POOL_COLUMNS, RUN_COLUMNS, STEP_COLUMNS
 from ditscale.scaling.where import evaluate
 
-# Columns that must agree before runs may share one law: a loss is a convention, not a quantity.
-POOL_COLUMNS = (
-    "loss_kind",
-    "loss_window",
-    "objective",
-    "lr_schedule",
-    "flop_convention",
-    "data",
-    "data_sha256",
-    "evaluation",
-    "feature_network",
-)
 _ROLES = ("params", "images", "tokens", "flops", "loss", "budget")
 
 
@@ -65,9 +52,12 @@ class RunTable:
         where: str | None = None,
         drop_highest: int = 0,
         tokens_from_6nd: bool = False,
+        last_step: bool = False,
         pool: bool = False,
     ) -> RunTable:
         """Read runs from CSV, JSONL, JSON, Parquet, a wandb or trackio export, or a study folder.
+
+        Rows that are equal in every column count once: they are one run, exported twice.
 
         Args:
             path: the file, or a study folder (its ``runs/*/run.json`` with role "fit" and status "finished").
@@ -82,13 +72,20 @@ class RunTable:
             drop_highest: leave out this many rows of highest loss. Default: 0.
             tokens_from_6nd: derive D = C / (6 N), a language model's convention that is wrong for DiTs.
                 Default: False.
-            pool: accept runs that differ in loss convention, schedule or data. Default: False.
+            last_step: of a tracker's step log, with a column of runs and one of steps, keep each run's last value of
+                every column. Default: False.
+            pool: accept runs that differ in loss convention, schedule or data, and a step log's rows as runs of their
+                own. Default: False.
 
         Raises:
             InputError: the file cannot be read; a column is missing or duplicated; a number is not one (names
-                row and column); runs of different conventions would be pooled.
+                row and column); runs of different conventions, or steps of one run, would be pooled.
         """
         columns, rows = read_columns(Path(path))
+        notes: list[str] = []
+        if last_step or not pool:
+            columns, rows = _one_row_a_run(columns, rows, str(path), notes, last_step=last_step)
+        columns, rows = _without_copies(columns, rows, notes)
         return cls.from_columns(
             columns,
             params=params,
@@ -103,6 +100,7 @@ class RunTable:
             pool=pool,
             source=str(path),
             rows=rows,
+            notes=tuple(notes),
         )
 
     @classmethod
@@ -123,6 +121,7 @@ class RunTable:
         pool: bool = False,
         source: str = "table",
         rows: NDArray[np.int64] | None = None,
+        notes: tuple[str, ...] = (),
         **roles: str | None,
     ) -> RunTable:
         """Build from arrays or lists by column name; the other arguments as in :meth:`read`."""
@@ -137,7 +136,7 @@ class RunTable:
             raise InputError(f"{source}: expected columns of one length, got lengths {sorted(sizes)}")
         named = _find_roles(data, roles, source)
         count = sizes.pop()
-        table = cls(data, named, source, np.arange(1, count + 1) if rows is None else rows)
+        table = cls(data, named, source, np.arange(1, count + 1) if rows is None else rows, notes)
         if where:
             table = table.where(where)
         for role, column in named.items():
@@ -276,6 +275,55 @@ class RunTable:
                 f"{label}: expected a positive number in row {self.rows[i]} of {self.source}, got {values[i]:g}"
             )
         return values
+
+
+def _one_row_a_run(
+    columns: Columns, rows: NDArray[np.int64], source: str, notes: list[str], *, last_step: bool
+) -> tuple[Columns, NDArray[np.int64]]:
+    """A step log reduced to each run's last values, or refused; any other table as it is."""
+    run = next((name for name in RUN_COLUMNS if name in columns), None)
+    step = next((name for name in STEP_COLUMNS if name in columns), None)
+    if run is None or step is None:
+        if last_step:
+            raise InputError(
+                f"last-step: expected a column of runs ({', '.join(RUN_COLUMNS)}) and one of steps "
+                f"({', '.join(STEP_COLUMNS)}) in {source}, got columns {', '.join(columns)}"
+            )
+        return columns, rows
+    names = [str(v) for v in columns[run]]
+    if len(set(names)) == len(names):
+        return columns, rows
+    if not last_step:
+        raise InputError(
+            f"{run}: expected one row a run, got {len(names)} rows of {len(set(names))} runs in {source}; keep the last "
+            "step of each with --last-step, or take every row as a run with --pool"
+        )
+    steps = [v if isinstance(v, (int, float)) and v == v else -1.0 for v in columns[step]]
+    members: dict[str, list[int]] = {}
+    for i in sorted(range(len(names)), key=steps.__getitem__):
+        members.setdefault(names[i], []).append(i)
+    # A tracker leaves a cell empty at the steps where a value was not logged.
+    kept = {
+        name: [next((v for i in reversed(m) if not _empty(v := cells[i])), None) for m in members.values()]
+        for name, cells in columns.items()
+    }
+    notes.append(f"kept the last step of each of {len(members)} runs, of {len(names)} rows")
+    return kept, rows[[m[-1] for m in members.values()]]
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value == "" or value != value
+
+
+def _without_copies(columns: Columns, rows: NDArray[np.int64], notes: list[str]) -> tuple[Columns, NDArray[np.int64]]:
+    seen: dict[tuple[str, ...], int] = {}
+    for i, record in enumerate(zip(*columns.values(), strict=True)):
+        seen.setdefault(tuple(map(repr, record)), i)
+    if len(seen) == len(rows):
+        return columns, rows
+    keep = list(seen.values())
+    notes.append(f"dropped {len(rows) - len(keep)} rows that copy another in every column: a run counts once")
+    return {name: [cells[i] for i in keep] for name, cells in columns.items()}, rows[keep]
 
 
 def cluster_budgets(flops: Array, *, tolerance: float = 0.25) -> Array:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling.engine import Array
@@ -18,11 +19,13 @@ from ditscale.scaling.jsonable import plain
 from ditscale.scaling.laws import Law, TermLaw
 from ditscale.scaling.losses import Loss
 from ditscale.scaling.more_laws import SURFACE_LAWS
-from ditscale.scaling.results import LawFit, Prediction
+from ditscale.scaling.results import NOT_IDENTIFIABLE, LawFit, Prediction
 from ditscale.scaling.runs import RunTable
 
 _MIN_LEVELS = 3
 _MAX_DRAWS = 100_000
+# Runs whose compute differs by less than this factor stand at one budget.
+_ONE_BUDGET = 1.3
 # A model gives every parameter set at every point; where set i at point i is wanted, this many at a time.
 _BLOCK = 32
 # The optimum of a law without a closed form is sought within this factor of the fitted sizes' middle, in log
@@ -87,6 +90,8 @@ class SurfaceFit:
         flops_range: least and greatest compute of the runs, or None.
         bootstrap_draws: how many case-bootstrap draws ``sd`` rests on (0: none asked).
         seconds: wall time of the parts.
+        notes: what was done to the table before.
+        size: the column that N came from.
     """
 
     fit: LawFit
@@ -97,6 +102,7 @@ class SurfaceFit:
     bootstrap_draws: int
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
+    size: str = "params"
 
     @property
     def params(self) -> dict[str, float]:
@@ -301,6 +307,7 @@ class SurfaceFit:
             "sd": self.sd,
             "bootstrap": self.bootstrap_draws,
             "data_unit": self.data_unit,
+            "size": self.size,
             "cost": self.cost.to_json() if self.cost else None,
             "flops_range": list(self.flops_range) if self.flops_range else None,
             "source_file": self.source,
@@ -328,8 +335,9 @@ class SurfaceFit:
             source=record["source_file"],
             flops_range=(span[0], span[1]) if span else None,
             bootstrap_draws=0,
-            seconds=dict(record["seconds"]),
+            seconds=dict(record.get("seconds", {})),
             notes=tuple(record.get("notes", ())),
+            size=record.get("size", "params"),
         )
 
     def summary(self) -> str:
@@ -338,6 +346,7 @@ class SurfaceFit:
         for name in ("a", "b") if self.allocates else ():
             low, high = self.interval(name).ends
             lines.append(f"  {name:14s}{self.params[name]:16.8g}   [{low:.6g}, {high:.6g}]")
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -399,12 +408,18 @@ def fit_surface(
                 f"{name}: expected at least {_MIN_LEVELS} different values to fit a surface, got {levels} "
                 f"in {len(runs)} runs"
             )
+    spends = runs.flops if runs.has("flops") else runs.column("budget") if runs.has("budget") else None
+    if spends is not None and spends.max() < _ONE_BUDGET * spends.min():
+        raise InputError(
+            f"budget: expected runs of at least 2 different budgets to fit a surface, got all at about {spends.max():.4g} FLOPs"
+        )
+    groups = _budget_groups(runs)
     fit = fit_law(
         form,
         {"params": n, "data": d, **_other_inputs(runs, form, inputs or {})},
         loss,
         weights=weights,
-        groups=_budget_groups(runs),
+        groups=groups,
         loss_fn=loss_fn,
         space=space,
         starts=starts,
@@ -415,10 +430,15 @@ def fit_surface(
         cost: CostLaw | None = CostLaw(6.0, 1.0, 0.0, "6ND")
     else:
         cost = CostLaw.measured(n, d, runs.flops) if runs.has("flops") else None
+    if groups is None and spends is not None and len(np.unique(runs.budgets)) == 2:
+        fit.warnings.append(
+            "2 budgets: an error that all runs of one share cannot be seen; intervals assume there is none"
+        )
+    _flat(fit)
     ray = abs(float(np.corrcoef(np.log(n), np.log(d))[0, 1]))
     if ray > 0.999:
         fit.warnings.append(
-            "not identifiable: all runs lie on one line of log N against log D; vary N at fixed compute"
+            f"{NOT_IDENTIFIABLE}: all runs lie on one line of log N against log D; vary N at fixed compute"
         )
     if cost and cost.rms > 0.1:
         fit.warnings.append(
@@ -433,6 +453,7 @@ def fit_surface(
         bootstrap_draws=int(bootstrap),
         seconds={"fit": time.perf_counter() - begun, "bootstrap": 0.0},
         notes=runs.notes,
+        size=runs.roles["params"],
     )
     if bootstrap:
         begun = time.perf_counter()
@@ -440,6 +461,15 @@ def fit_surface(
         fit.bootstrap("case")
         result.seconds["bootstrap"] = time.perf_counter() - begun
     return result
+
+
+def _flat(fit: LawFit) -> None:
+    """Say so where the surface explains no more of the losses than chance would."""
+    free, left = len(fit.theta) - 1, fit.n - len(fit.theta)
+    if left > 0 and 0 <= fit.r2 < 1 and stats.f.sf(fit.r2 / (1 - fit.r2) * left / free, free, left) > 0.05:
+        fit.warnings.append(
+            f"no scaling in this range: the surface explains {100 * fit.r2:.0f} % of the losses' spread"
+        )
 
 
 def _other_inputs(runs: RunTable, law: Law, columns: Mapping[str, str]) -> dict[str, Array]:

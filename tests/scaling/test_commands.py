@@ -130,7 +130,7 @@ BAD = [
     (("fit", "surface", "{file}", "--bootstrap", "-1"), "bootstrap"),
     (("fit", "surface", "{file}", "--starts", "0"), "starts"),
     (("fit", "surface", "{file}", "--intervals", "prayer"), "intervals"),
-    (("fit", "surface", "{file}", "--where", "budget == 1e17 and params < 2e7"), "expected at least"),
+    (("fit", "surface", "{file}", "--where", "budget == 1e17"), "at least 2 different budgets"),
     (
         ("fit", "isoflop", "{file}", "--where", "budget == 1e17"),
         "budget: expected at least 2 different budgets",

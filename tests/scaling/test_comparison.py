@@ -36,10 +36,10 @@ def test_a_change_of_exponent_is_seen() -> None:
 
 def test_differences_of_equals_hold_zero_as_often_as_they_say() -> None:
     clear = 0
-    for seed in range(30):
+    for seed in range(20):
         a, b = (study(noise=0.005, shock=0.003, seed=s) for s in (seed, 500 + seed))
         clear += compare(a, b, target=1e21).differences["log_loss"].clear
-    assert clear <= 5  # 5 % nominal
+    assert clear <= 3  # 5 % nominal: a chance of 1 in 60
 
 
 def test_unlike_conventions_do_not_compare() -> None:

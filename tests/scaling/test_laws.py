@@ -49,6 +49,8 @@ TRUTHS: dict[str, dict[str, float]] = {
         "b3": 0.3,
         "g": -0.2,
     },
+    "video": {"A": 4.0, "B": 9.0, "alpha": 0.2, "beta": 0.25, "E": 0.46},
+    "masked-reconstruction": {"a": 4.0, "alpha": 0.266, "c": 1.444},
     "power": {"coefficient": 2.3943, "exponent": -0.0273},
     "power-floor": {"coefficient": 30.0, "exponent": -0.266, "floor": 1.444},
     "hyper": {"coefficient": 1.7973, "params_exponent": -0.71292, "data_exponent": 0.30749},

@@ -12,7 +12,7 @@ from law_helpers import CHINCHILLA, optimum, study
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.flops import count
 from ditscale.errors import InputError
-from ditscale.scaling import fit_isoflop, fit_surface, plan
+from ditscale.scaling import RunTable, fit_isoflop, fit_surface, plan
 from ditscale.scaling.configurations import counted, design_config
 from ditscale.scaling.gpus import peak_flops
 
@@ -175,3 +175,41 @@ def test_wider_loss_interval_further_out() -> None:
     fit = fit_surface(study(noise=0.004))
     widths = [np.log(np.divide(*reversed(plan(fit, budget=b).intervals["loss"]))) for b in (1e19, 1e20, 1e22)]
     assert widths[0] < widths[1] < widths[2]
+
+
+def test_a_plan_says_what_to_run_next() -> None:
+    fit = fit_surface(study(noise=0.004, shock=0.002))
+    p = plan(fit, budget=1e21)
+    assert p.next_runs is not None and p.next_runs.target == 1e21
+    spent = sum(r["flops"] for r in p.next_runs.runs)
+    made = float((6 * fit.fit.inputs["params"] * fit.fit.inputs["data"]).sum())
+    assert spent <= made * (1 + 1e-6)
+    assert p.next_runs.runs[-1]["se_after"] < p.next_runs.se_before
+    less = plan(fit, budget=1e21, spend=1e18).next_runs
+    assert less is not None and less.runs[-1]["se_after"] > p.next_runs.runs[-1]["se_after"]
+    assert sum(r["flops"] for r in less.runs) <= 1e18 * (1 + 1e-6)
+    assert "to narrow the interval of the loss" in p.summary()
+    assert plan("liang2024", budget=1e20).next_runs is None
+    with pytest.raises(InputError, match="spend: expected a positive number"):
+        plan(fit, budget=1e21, spend=-1.0)
+
+
+def test_the_size_of_a_plan_is_what_the_runs_counted() -> None:
+    table = study(noise=0.004)
+    named = RunTable.from_columns({**table.columns, "params_per_token": table.params}, params="params_per_token")
+    kinds = {name: plan(fit_surface(t), budget=1e20) for name, t in (("total", table), ("per_token", named))}
+    for kind, p in kinds.items():
+        assert p.configuration is not None and p.configuration["params_kind"] == kind
+        count = p.configuration["params" if kind == "total" else "params_per_token"]
+        assert count == pytest.approx(p.params, rel=0.05)
+
+
+def test_a_studys_laws_hold_no_clock_and_plan_all_the_same(tmp_path: Path) -> None:
+    def without_times(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: without_times(v) for k, v in value.items() if k != "seconds"}
+        return [without_times(v) for v in value] if isinstance(value, list) else value
+
+    fit = fit_surface(study(noise=0.004))
+    (tmp_path / "laws.json").write_text(json.dumps(without_times({"surface": fit.to_json()})))
+    assert plan(str(tmp_path), budget=1e20).params == pytest.approx(plan(fit, budget=1e20).params, rel=1e-12)

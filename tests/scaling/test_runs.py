@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ditscale.errors import InputError
 from ditscale.scaling import RunTable
 from ditscale.scaling.readers import MAX_ROWS
 from ditscale.scaling.runs import cluster_budgets
+from ditscale.scaling.schema import COLUMNS
 
 ROWS = [
     {"params": 1e6 * (i + 1), "images": 1e5 / (i + 1), "flops": 6e11, "loss": 1.0 / (i + 1), "lr": 1e-3}
@@ -190,3 +192,75 @@ def test_drop_highest_is_noted() -> None:
     assert table.notes == ("dropped the 1 highest losses",)
     with pytest.raises(InputError, match="drop-highest: expected 0 to 3"):
         RunTable.from_records(ROWS, drop_highest=4)
+
+
+def _step_log(folder: Path, kind: str) -> Path:
+    """What trackers export: a row a step, a value only at the steps where it was logged."""
+    rows = []
+    for run in range(3):
+        for step in range(0, 400, 100):
+            record = {"run_name": f"run-{run}", "step": step, "params": 1e6 * (run + 1), "images": 1e5, "flops": 6e11}
+            rows.append({**record, "loss": 2.0 - run / 10 - step / 1e3, "val": None if step == 300 else step + 1.0})
+    if kind == "parquet":
+        path = folder / "project.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[::-1]), path)
+        return path
+    lines = [",".join(rows[0])] + [",".join("" if v is None else str(v) for v in r.values()) for r in rows]
+    return _csv(folder, "\n".join(lines))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_trackers_step_log_is_reduced_when_told_to_and_refused_otherwise(tmp_path: Path, kind: str) -> None:
+    path = _step_log(tmp_path, kind)
+    with pytest.raises(InputError, match="run_name: expected one row a run, got 12 rows of 3 runs"):
+        RunTable.read(path)
+    table = RunTable.read(path, last_step=True)
+    order = np.argsort(table.params)
+    assert table.params[order].tolist() == [1e6, 2e6, 3e6]
+    assert table.loss[order] == pytest.approx([1.7, 1.6, 1.5])  # of step 300
+    assert np.asarray(table.columns["val"])[order].tolist() == [201.0] * 3  # the last one that was logged
+    assert table.notes == ("kept the last step of each of 3 runs, of 12 rows",)
+    assert len(RunTable.read(path, pool=True)) == 12
+    with pytest.raises(InputError, match="last-step: expected a column of runs"):
+        RunTable.read(_csv(tmp_path, _as_csv()), last_step=True)
+
+
+def test_a_run_that_was_exported_twice_counts_once(tmp_path: Path) -> None:
+    text = _as_csv()
+    twice = RunTable.read(_csv(tmp_path, text + "\n".join(text.splitlines()[1:3]) + "\n"))
+    assert len(twice) == 4 and "2 rows that copy another" in twice.notes[0]
+    other = text.splitlines()[1].rsplit(",", 1)[0] + ",0.002\n"  # the same run but for its learning rate
+    assert len(RunTable.read(_csv(tmp_path, text + other))) == 5
+
+
+def test_every_column_of_a_study_has_a_meaning_and_a_unit() -> None:
+    known = {name for column in COLUMNS for name in (column.name, *column.also)}
+    assert {"params", "images", "tokens", "unique_images", "flops", "loss", "loss_kind", "loss_window"} <= known
+    assert {"seed", "lr", "batch", "lr_schedule", "architecture", "data", "flop_convention"} <= known
+    assert all(column.unit and column.meaning for column in COLUMNS)
+    assert len(known) == sum(1 + len(column.also) for column in COLUMNS)
+    for name in ("loss_kind", "schedule", "architecture", "dataset"):
+        with pytest.raises(InputError, match=f"{name}: expected one value over all runs"):
+            RunTable.from_records([{**r, name: "ab"[i % 2]} for i, r in enumerate(ROWS)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("csv", 10_000_000), ("parquet", 10_000_000), ("jsonl", 300_000), ("json", 6_000_000)]
+)
+def test_millions_of_rows_get_one_line_and_no_time(tmp_path: Path, kind: str, rows: int) -> None:
+    path = tmp_path / f"runs.{kind}"
+    if kind == "parquet":
+        zeros = np.zeros(rows, np.int8)
+        pyarrow.parquet.write_table(pyarrow.table({"params": zeros, "loss": zeros}), path)
+    else:
+        row = {"csv": "1,2,3\n", "jsonl": '{"params":1,"loss":2}\n', "json": '{"params":1,"loss":2},\n'}[kind]
+        with path.open("w") as stream:
+            stream.write({"csv": "params,images,loss\n", "jsonl": "", "json": "["}[kind])
+            for _ in range(rows // 100_000):
+                stream.write(row * 100_000)
+    begun = time.perf_counter()
+    with pytest.raises(InputError, match="expected at most") as caught:
+        RunTable.read(path)
+    path.unlink()
+    assert "\n" not in str(caught.value)
+    assert time.perf_counter() - begun < 10

@@ -143,3 +143,55 @@ def test_prediction_intervals_nest() -> None:
     assert many.interval[0][1] == pytest.approx(p.interval[0])
     with pytest.raises(InputError, match="this law counts tokens"):
         fit.predict(params=1e9, images=1e9)
+
+
+def test_what_the_runs_do_not_tell_has_no_end() -> None:
+    rng = np.random.default_rng(1)
+    n, d = 10 ** rng.uniform(7, 9, 40), 10 ** rng.uniform(9, 11, 40)
+    loss = 40.0 / n**0.2 * np.exp(0.01 * rng.standard_normal(40))  # data do not matter in this range
+    fit = fit_surface(RunTable.from_columns({"params": n, "tokens": d, "flops": 6 * n * d, "loss": loss}))
+    assert not fit.fit.identifiable and fit.to_json()["identifiable"] is False
+    assert fit.intervals["beta"] == [0.0, np.inf] and fit.intervals["a"] == [-np.inf, np.inf]
+    # A floor of 0 lies at its bound, and is not known exactly for that.
+    assert fit.params["E"] == 0 and 0.01 < fit.intervals["E"][1] < loss.min()
+    # Inside the data the loss is known all the same.
+    p = fit.predict(params=1e8, tokens=1e10)
+    assert np.log(p.interval[1] / p.interval[0]) < 0.02
+    low, high = fit.intervals["alpha"]
+    assert low < 0.2 < high and high - low < 0.05
+
+
+def test_a_ray_tells_its_own_losses_and_no_split() -> None:
+    n = np.geomspace(1e7, 1e9, 20)
+    loss = SURFACE.predict(CHINCHILLA, params=n, data=20 * n) * np.exp(
+        0.002 * np.random.default_rng(0).standard_normal(20)
+    )
+    fit = fit_surface(RunTable.from_columns({"params": n, "tokens": 20 * n, "flops": 120 * n**2, "loss": loss}))
+    assert not fit.fit.identifiable and any("one line of log N" in w for w in fit.warnings)
+    assert fit.optimum(1e18)["params"].high > 20 * fit.optimum(1e18)["params"].low
+    p = fit.predict(params=1e8, tokens=2e9)
+    assert np.log(p.interval[1] / p.interval[0]) < 0.01
+
+
+def test_one_budget_is_refused_and_two_are_doubted() -> None:
+    table = study(noise=0.004)
+    with pytest.raises(InputError, match="budget: expected runs of at least 2 different budgets"):
+        fit_surface(table.take(table.budgets == 1e17))
+    fit = fit_surface(table.take(np.isin(table.budgets, np.unique(table.budgets)[[0, 4]])))
+    assert any(w.startswith("2 budgets: an error that all runs of one share cannot be seen") for w in fit.warnings)
+
+
+def test_losses_that_do_not_scale_are_said_to_be_flat() -> None:
+    table = study()
+    rng = np.random.default_rng(3)
+    flat = 0.5 * np.exp(0.02 * rng.standard_normal(len(table)))
+    fit = fit_surface(RunTable.from_columns({**table.columns, "loss": flat}))
+    assert any("no scaling in this range" in w for w in fit.warnings)
+    assert not any("no scaling" in w for w in fit_surface(study(noise=0.01)).warnings)
+
+
+def test_a_floor_lies_below_the_losses_with_all_its_interval() -> None:
+    for seed in range(5):
+        fit = fit_surface(study({**CHINCHILLA, "E": 0.3}, noise=0.03, seed=seed))
+        low, high = fit.intervals["E"]
+        assert 0 <= low <= fit.params["E"] <= high < float(np.min(fit.fit.target)) * 1.1
