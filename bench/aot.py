@@ -330,31 +330,26 @@ def cuda_library() -> Path:
     return path
 
 
-def cuda_entries(*, instructions: bool = True) -> list[Entry]:
+def cuda_entries(known: dict[str, Entry] | None = None) -> list[Entry]:
     """The kernels of the built CUDA library, all architectures in it.
 
     Args:
-        instructions: take the code apart too, which takes some seconds; without, accesses and mix are empty.
+        known: entries by fingerprint, whose resources are taken over instead of taking their code apart again.
     """
-    print_ = cuda_fingerprint()
-    pairs = list(sass.read(cuda_library(), instructions=instructions))
-    names = _demangled(sorted({kernel.name for _, kernel in pairs}))
+    known = known or {}
+    path = cuda_library()
+    compiler = f"nvcc {nvcc_version() or 'unknown'}"
+    prints = {key: f"{digest} {compiler}" for key, digest in sass.fingerprints(path).items()}
+    names = _demangled(sorted({name for _, name in prints}))
+    new = sorted({name for (_, name), print_ in prints.items() if print_ not in known})
     entries = []
-    for arch, kernel in pairs:
+    for arch, kernel in sass.read(path, functions=new):
         unit, function, case = names[kernel.name]
-        number = re.sub(r"\D", "", arch)
-        entries.append(Entry(f"cuda-{unit}", case, function, number, print_, resources=_plain(kernel)))
+        print_ = prints[arch, kernel.name]
+        old = known.get(print_)
+        resources = old.resources if old else _plain(kernel)
+        entries.append(Entry(f"cuda-{unit}", case, function, re.sub(r"\D", "", arch), print_, resources=resources))
     return sorted(entries, key=lambda e: (e.family, e.kernel, e.case, int(e.arch)))
-
-
-def cuda_fingerprint() -> str:
-    """Of the CUDA sources, where they are, and the compiler's version: equal ones make equal libraries."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted([*root.glob("csrc/cuda/*"), *root.glob("csrc/common/*"), root / "tools/build/native_build.py"]):
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return f"{digest.hexdigest()[:16]} nvcc {nvcc_version() or 'unknown'}"
 
 
 def nvcc_version() -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ditscale.bench import aot, budget
+from ditscale.bench import aot, budget, traffic
 from ditscale.bench.aot import Entry
 from ditscale.bench.budget import Finding
 from ditscale.errors import BackendUnavailable, InputError
@@ -27,6 +27,7 @@ class Table:
         findings: where they are worse or better than the budget, and where the budget is stale.
         notes: what could not be looked at, with the reason.
         whole: families that were gathered without a filter, so that the budget can be replaced by what was found.
+        traffic: what launches read and write, counted (see :mod:`ditscale.bench.traffic`).
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Table:
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
+    traffic: list[dict[str, Any]] = field(default_factory=list)
 
     def of(self, level: str) -> list[Finding]:
         """Findings of a level."""
@@ -41,13 +43,19 @@ class Table:
 
     def write(self) -> list[str]:
         """Replace the budgets of the families that were gathered whole; returns the files."""
-        return [str(budget.save(name, [e for e in self.entries if e.family == name])) for name in self.whole]
+        paths = [budget.save(name, [e for e in self.entries if e.family == name]) for name in self.whole]
+        if self.traffic:
+            families = {row["family"] for row in self.traffic}
+            others = [row for row in budget.load_traffic().values() if row["family"] not in families]
+            paths.append(budget.save_traffic([*others, *self.traffic]))
+        return [str(path) for path in paths]
 
     def sentence(self) -> str:
         """The outcome in words."""
         compiled = sum(e.resources is not None for e in self.entries)
         parts = [f"{len(self.entries)} kernels by architecture, {compiled} with their resources"]
         parts += [f"{len(self.of(level))} {level}" for level in ("worse", "stale", "better")]
+        parts[0] += f", {len(self.traffic)} launches counted" if self.traffic else ""
         return ", ".join(parts) + "".join(f"; {note}" for note in self.notes)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -58,6 +66,7 @@ class Table:
         """Plain values."""
         return {
             "rows": self.rows(),
+            "traffic": self.traffic,
             "findings": [vars(f) for f in self.findings],
             "notes": self.notes,
             "summary": self.sentence(),
@@ -80,7 +89,8 @@ def gather(
         archs: compute capabilities. Default: all.
         only: parts of names; kernels that contain none of them are left out.
         fresh: compile also what the budget knows by its fingerprint.
-        quick: compare fingerprints, and compile one launch of each kernel for sm_90; the library's instructions are not read.
+        quick: compare fingerprints, and compile one launch of each kernel for sm_90. Of the CUDA library, what is new is looked
+            at in any case.
         say: takes a line for each kernel that is compiled.
 
     Raises:
@@ -96,9 +106,17 @@ def gather(
     table = Table()
     for name in families or names:
         if name == CUDA:
-            _cuda(table, archs, only, fresh=fresh, quick=quick)
+            _cuda(table, archs, only, fresh=fresh)
         else:
             _triton(table, name, archs or ARCHITECTURES, only, fresh=fresh, quick=quick, say=say, whole=not archs)
+    interpreted = [name for name in families or names if name != CUDA]
+    if interpreted and not only and not archs:
+        table.traffic = traffic.in_a_process(interpreted)
+        old = budget.load_traffic()
+        table.findings += budget.compare_traffic(table.traffic, old)
+        now = {row["launch"] for row in table.traffic}
+        left = [name for name, row in old.items() if row["family"] in interpreted and name not in now]
+        table.findings += [Finding(name, "has traffic in the budget and is there no more", "stale") for name in left]
     if only and not table.entries:
         raise InputError(f"--only: expected a part of a kernel's name, got {only[0]!r}")
     table.findings.sort(key=lambda f: ("worse", "stale", "better").index(f.level))
@@ -158,39 +176,30 @@ def _representatives(family: str) -> set[str]:
     return set(found.values())
 
 
-def _cuda(table: Table, archs: Sequence[int], only: Sequence[str], *, fresh: bool, quick: bool) -> None:
-    try:
-        plain = aot.cuda_entries(instructions=False)
-    except BackendUnavailable as error:
-        table.notes.append(str(error))
-        return
+def _cuda(table: Table, archs: Sequence[int], only: Sequence[str], *, fresh: bool) -> None:
     old = {
         key: entry
         for path in sorted(budget.FOLDER.glob("cuda-*.jsonl"))
         for key, entry in budget.load(path.stem).items()
     }
-    now, made = plain[0], budget.made_by(old)
-    comparable = not old or made == now.compiler
-    same = comparable and all(e.key in old and old[e.key].fingerprint == now.fingerprint for e in plain)
+    try:
+        found = aot.cuda_entries({} if fresh else budget.by_fingerprint(old))
+    except BackendUnavailable as error:
+        table.notes.append(str(error))
+        return
+    now, made = found[0].compiler, budget.made_by(old)
+    comparable = not old or made == now
+    whole = not archs and not only
     if not comparable:
-        table.notes.append(f"cuda: the budget is of {made} and is not compared with {now.compiler}")
-    if quick:
-        found = plain
-        if comparable and not same:
-            table.findings.append(Finding("libditscale_cuda", "is of other sources than the budget", "stale"))
-    elif same and not fresh:
-        found = [old[e.key] for e in plain]
+        table.notes.append(f"cuda: the budget is of {made} and is not compared with {now}")
     else:
-        found = aot.cuda_entries()
-    if comparable:
-        table.findings += budget.compare(plain if same else found, old)
+        table.findings += budget.compare(found, old) + (budget.gone(found, old) if whole else [])
     table.findings += budget.absolute(found)
-    chosen = [e for e in found if (not archs or int(e.arch) in archs) and (not only or any(t in e.key for t in only))]
-    if not archs and not only:
-        table.findings += budget.gone(found, old) if comparable else []
-        if not quick:
-            table.whole += sorted({e.family for e in found})
-    table.entries += chosen
+    if whole:
+        table.whole += sorted({e.family for e in found})
+    table.entries += [
+        e for e in found if (not archs or int(e.arch) in archs) and (not only or any(t in e.key for t in only))
+    ]
 
 
 def _row(entry: Entry, launch: Launch | None) -> dict[str, Any]:

@@ -3,13 +3,15 @@ which comes with Triton; no GPU, no torch."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +34,7 @@ _CLASSES = {
     "ATOM": "atomics",
     "RED": "atomics without a result",
 }
+_FEW = 8
 _BITS = re.compile(r"\.(256|128|64)\b|\.[US](16|8)\b")
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -85,31 +88,55 @@ def kernels_of(binary: bytes) -> list[Kernel]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        return [kernel for _, kernel in read(Path(file.name), instructions=True)]
+        return [kernel for _, kernel in read(Path(file.name))]
 
 
-def read(path: Path, *, instructions: bool) -> Iterator[tuple[str, Kernel]]:
+def read(path: Path, *, functions: Collection[str] | None = None) -> Iterator[tuple[str, Kernel]]:
     """(architecture, kernel) of every kernel of a cubin or of a library that holds several.
 
     Args:
         path: the file.
-        instructions: also count instructions, which takes seconds for a library.
+        functions: those whose instructions must be counted; others may be. Default: all.
     """
     usage = {}
-    for arch, text in _sections(_run("-res-usage", path)):
+    for arch, text in _sections(_run(["-res-usage"], path)):
         for name, *numbers in _USAGE.findall(text):
             usage[arch, name] = [int(n) for n in numbers]
     code: dict[tuple[str, str], str] = {}
-    if instructions:
-        for arch, text in _sections(_run("-sass", path)):
+    if functions is None or functions:
+        # By name each takes as long as twenty without.
+        chosen = ["-fun", ",".join(functions)] if functions and len(functions) < _FEW else []
+        for arch, text in _sections(_run(["-sass", *chosen], path)):
             for body in re.split(r"^\s*Function : ", text, flags=re.M)[1:]:
                 name, _, rest = body.partition("\n")
                 code[arch, name.strip()] = rest
     for (arch, name), (registers, stack, shared, local) in usage.items():
         kernel = Kernel(name, registers, stack + local, shared)
-        if instructions:
-            kernel = _count(kernel, code[arch, name])
-        yield arch, kernel
+        yield arch, _count(kernel, code[arch, name]) if (arch, name) in code else kernel
+
+
+def fingerprints(library: Path) -> dict[tuple[str, str], str]:
+    """(architecture, kernel) -> a hash of its machine code, for every kernel of a library: equal ones are equal kernels."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([tool(), "-xelf", "all", str(library.resolve())], cwd=folder, capture_output=True, check=True)
+        for cubin in Path(folder).glob("*.cubin"):
+            arch = cubin.name.split(".")[-2]
+            for name, text in _sections_of_elf(cubin.read_bytes()):
+                if name.startswith(".text."):
+                    found[arch, name.removeprefix(".text.")] = hashlib.sha256(text).hexdigest()[:16]
+    return found
+
+
+def _sections_of_elf(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every section of a 64-bit ELF file."""
+    (start,) = struct.unpack_from("<Q", data, 0x28)
+    size, number, names = struct.unpack_from("<HHH", data, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", data, start + size * i) for i in range(number)]
+    table = data[headers[names][4] :]
+    for header in headers:
+        name = table[header[0] : table.index(b"\0", header[0])].decode()
+        yield name, data[header[4] : header[4] + header[5]]
 
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:
@@ -120,10 +147,10 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
     yield from zip(parts[1::2], parts[2::2], strict=True)
 
 
-def _run(flag: str, path: Path) -> str:
-    done = subprocess.run([tool(), flag, str(path)], capture_output=True, text=True)
+def _run(flags: Sequence[str], path: Path) -> str:
+    done = subprocess.run([tool(), *flags, str(path)], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"cuobjdump {flag}: {done.stderr.strip()[-300:]}")
+        raise RuntimeError(f"cuobjdump {flags[0]}: {done.stderr.strip()[-300:]}")
     return done.stdout
 
 

@@ -18,8 +18,9 @@ def _launch(passes: str, dtype: str) -> Launch:
         from ditscale.kernels.gelu import triton_kernels as kernels
 
         kind = getattr(torch, dtype)
-        x, bias = torch.empty(dims["R"], dims["F"], dtype=kind), torch.empty(dims["F"], dtype=kind)
-        return kernels.bias_gelu_fwd(x, bias) if passes == "forward" else kernels.bias_gelu_bwd(x, x, bias)
+        x, dy = (torch.empty(dims["R"], dims["F"], dtype=kind) for _ in range(2))
+        bias = torch.empty(dims["F"], dtype=kind)
+        return kernels.bias_gelu_fwd(x, bias) if passes == "forward" else kernels.bias_gelu_bwd(dy, x, bias)
 
     def work(dims: Dims, dtype: str) -> Work:
         size = SIZE[dtype]

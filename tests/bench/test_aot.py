@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
-from ditscale.bench import aot, budget, sass
+from ditscale.bench import aot, budget, sass, traffic
 from ditscale.bench.aot import Entry
+from ditscale.errors import InputError
 
 SASS = """
         Function : a_kernel
@@ -128,3 +130,72 @@ def test_names_of_cuda_kernels() -> None:
         assert aot._demangled([name])[name] == ("norm", "forward_fast", "float, true")
     except aot.BackendUnavailable as error:
         pytest.skip(str(error))
+
+
+class _Memory:
+    """Takes the interpreter's place: loads give zeros."""
+
+    def load(self, addresses: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return np.zeros(addresses.shape, dtype)
+
+    def store(self, addresses: np.ndarray, value: np.ndarray, mask: np.ndarray) -> None:
+        return None
+
+
+def test_traffic_counts_each_byte_once_and_each_access_for_itself() -> None:
+    counter = traffic._Counter(_Memory())
+    row = np.uint64(4096) + 4 * np.arange(8, dtype=np.uint64)
+    everything = np.ones(8, bool)
+    counter.load(row, everything, None, np.float32)
+    counter.load(np.stack([row, row]), np.stack([everything, everything]), None, np.float32)  # a tile of one row
+    counter.load(row, np.arange(8) < 2, None, np.float32)
+    counter.store(row, np.zeros(8, np.float16), everything)
+    assert counter.asked == 32 + 32 + 8 + 16
+    assert counter.touched == 32 + 16
+
+
+TRAFFIC = {"launch": "an_op/forward", "asked": 140, "touched": 110, "bytes_moved": 100, "family": "adaln"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "level", "text"),
+    [
+        ({"asked": 150}, "worse", "bytes asked: 150, budget 140"),
+        ({"touched": 120}, "worse", "bytes touched: 120, budget 110"),
+        ({"asked": 130}, "better", "bytes asked: 130, better than the budget's 140"),
+        ({"bytes_moved": 80}, "worse", "touches 110 bytes, more than 1.3 times the 80 of cost.py"),
+        ({"bytes_moved": 111}, "worse", "touches 110 bytes, fewer than the 111 that cost.py says it must move"),
+    ],
+)
+def test_wider_traffic_is_found(changed: dict[str, int], level: str, text: str) -> None:
+    found = list(budget.compare_traffic([TRAFFIC | changed], {"an_op/forward": TRAFFIC}))
+    assert [(f.level, f.text) for f in found] == [(level, text)]
+
+
+def test_traffic_without_a_budget_is_stale() -> None:
+    assert [f.level for f in budget.compare_traffic([TRAFFIC], {})] == ["stale"]
+    assert list(budget.compare_traffic([TRAFFIC], {"an_op/forward": TRAFFIC})) == []
+
+
+def test_machine_code_is_told_apart_by_its_bytes() -> None:
+    try:
+        library = aot.cuda_library()
+        found = sass.fingerprints(library)
+    except aot.BackendUnavailable as error:
+        pytest.skip(str(error))
+    usage = {(arch, kernel.name) for arch, kernel in sass.read(library, functions=())}
+    assert set(found) == usage
+    assert len(set(found.values())) > len(found) / 2
+
+
+def test_launches_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in aot.families():
+        assert aot.launches(family)
+    import ditscale.kernels.gelu.aot as gelu
+
+    one = gelu.launches()[0]
+    monkeypatch.setattr(gelu, "launches", lambda: [one, one])
+    with pytest.raises(InputError, match="twice"):
+        aot.launches("gelu")
+    with pytest.raises(InputError, match="family: expected one of adaln"):
+        aot.launches("nothing")
