@@ -1,4 +1,4 @@
-"""This room's part of the command line: flops, train, sample, evaluate, export."""
+"""This room's part of the command line: flops and train; what is done with trained models is in image_commands.py."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from ditscale.dit.config import DiTConfig
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its weights.safetensors.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add this room's commands to ``app``."""
+    from ditscale.dit.image_commands import evaluate, export, sample
+
     for command in (flops, train, sample, evaluate, export):
         app.command()(command)
 
@@ -129,96 +130,6 @@ def train(
         raise typer.Exit(1)
 
 
-def sample(
-    run: RunPath,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")],
-    caption: Annotated[list[str] | None, typer.Option(help="A caption; give it again for more images.")] = None,
-    label: Annotated[list[int] | None, typer.Option(help="A class; give it again for more images.")] = None,
-    count: Annotated[int, typer.Option(help="Images, where no caption or label says how many.")] = 16,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 25,
-    sampler: Annotated[str, typer.Option(help="euler or heun.")] = "heun",
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Draw images from a trained model."""
-    import torch
-
-    from ditscale.dit.pictures import save_grid
-    from ditscale.dit.sampling import draw_samples
-    from ditscale.dit.weights import load_weights
-    from ditscale.errors import InputError
-
-    model, objective = load_weights(weights_path(run))
-    wanted = model.config.condition
-    given = {"caption": caption, "class": label}.get(wanted)
-    if (caption and wanted != "caption") or (label and wanted != "class"):
-        raise InputError(f"--caption, --label: expected what the model takes ({wanted}), got the other")
-    if wanted != "none" and not given:
-        raise InputError(f"--{'caption' if wanted == 'caption' else 'label'}: expected at least one, got none")
-    if not given and count < 1:
-        raise InputError(f"--count: expected at least 1, got {count}")
-    y = condition_tensor(model.config, given)
-    number = count if y is None else len(y)
-    generator = torch.Generator().manual_seed(seed)
-    side = model.config.input_side
-    noise = torch.randn(number, model.config.in_channels, side, side, generator=generator)
-    guidance = guidance if y is not None else 1.0
-    images = draw_samples(model, noise, y, objective=objective, steps=steps, sampler=sampler, guidance=guidance)
-    save_grid(out, images)
-    if as_json:
-        typer.echo(json.dumps({"out": str(out), "images": number, "steps": steps, "sampler": sampler, "seed": seed}))
-    else:
-        typer.echo(f"{number} images in {out}")
-
-
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    images: Annotated[int | None, typer.Option(help="Validation images. Default: as the run did.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of images and noise. Default: as the run did.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Evaluate a finished run's averaged weights on the fixed validation set."""
-    import math
-
-    from ditscale.dit.checkpoint import read_json
-    from ditscale.dit.training import TrainConfig, validation_set
-    from ditscale.dit.weights import load_weights
-
-    plan = TrainConfig.from_dict(read_json(run / "config.json"))
-    changes = {"evaluation_images": images, "evaluation_seed": seed}
-    plan = TrainConfig.from_dict(plan.to_dict() | {k: v for k, v in changes.items() if v is not None})
-    validation = validation_set(plan)
-    by_time = validation.loss(*load_weights(weights_path(run)))
-    loss = math.fsum(by_time) / len(by_time)
-    if as_json:
-        content = {"loss": loss, "loss_kind": "velocity_mse", "images": plan.evaluation_images}
-        typer.echo(json.dumps(content | {"timesteps": validation.times.tolist(), "loss_by_timestep": by_time}))
-    else:
-        typer.echo(f"velocity loss {loss:.5f} on {plan.evaluation_images} images at {len(by_time)} times")
-
-
-def export(
-    run: RunPath,
-    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    as_json: Json = False,
-) -> None:
-    """Write a model as one safetensors file under the released DiT's tensor names, positions included."""
-    import safetensors.torch
-
-    from ditscale.dit.checkpoint import write_atomically
-    from ditscale.dit.weights import load_weights
-
-    model, flow = load_weights(weights_path(run))
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    header = {"ditscale": json.dumps({"config": model.config.to_dict(), "flow": flow.to_dict()})}
-    write_atomically(out, safetensors.torch.save(tensors, metadata=header))
-    if as_json:
-        typer.echo(json.dumps({"out": str(out), "tensors": len(tensors)}))
-    else:
-        typer.echo(f"{len(tensors)} tensors in {out}")
-
-
 def resolve_model(text: str) -> DiTConfig:
     """A model from a preset's name or the path of a TOML file."""
     from ditscale.dit.config import DiTConfig
@@ -239,36 +150,6 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
     if len(sides) not in (1, 2):
         raise InputError(f"--image-size: expected pixels such as 256 or 480x832, got {text!r}")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def weights_path(run: Path) -> Path:
-    """The weights of a run's folder, or the path itself where it names a file."""
-    return run / "weights.safetensors" if run.is_dir() else run
-
-
-def condition_tensor(config: DiTConfig, given: list[Any] | None) -> Any:
-    """Captions or labels as the tensor that the model takes; None for a model without condition."""
-    import torch
-
-    from ditscale.errors import InputError
-
-    if config.condition == "none" or given is None:
-        return None
-    if config.condition == "class":
-        bad = [label for label in given if not 0 <= label < config.num_classes]
-        if bad:
-            raise InputError(f"--label: expected 0 to {config.num_classes - 1}, got {bad[0]}")
-        return torch.tensor(given)
-    from ditscale.dit.data import emoji_vocabulary
-    from ditscale.dit.data.scenes import CAPTION_LENGTH
-
-    vocabulary = emoji_vocabulary()
-    if len(vocabulary) != config.vocabulary_size:
-        message = (
-            f"expected the embedded vocabulary of {len(vocabulary)} words, got a model of {config.vocabulary_size}"
-        )
-        raise InputError(f"--caption: {message}")
-    return torch.from_numpy(vocabulary.encode(given, CAPTION_LENGTH))
 
 
 def use_threads(threads: int | None, *, processes: int = 1) -> None:

@@ -20,6 +20,7 @@ from ditscale.errors import InputError
 
 PREDICTIONS = ("velocity", "clean")
 TIMES = ("logit-normal", "uniform")
+NETWORKS = ("flow", "sit")
 # Where the velocity follows from a predicted image, times below this divide by it instead.
 _LEAST_TIME = 0.05
 
@@ -42,6 +43,8 @@ class RectifiedFlow(Objective):
             fills all dimensions of a patch and images do not, so a network that is narrow beside its patches can
             say the one and not the other (Li & He, arXiv:2511.13720). Default: "velocity".
         times: "logit-normal" or "uniform". Default: "logit-normal".
+        network: how the network is spoken to: "flow" (it is told 1000 t and says ``eps - x_0``), or "sit", as the released
+            SiT (Ma et al., arXiv:2401.08740: it is told ``1 - t`` and says ``x_0 - eps``). Default: "flow".
         shift: of training times, ``t' = shift t / (1 + (shift - 1) t)``: above 1 there is more noise, as larger images
             need (Esser et al., section 5.3.2). Default: 1.0.
 
@@ -56,12 +59,15 @@ class RectifiedFlow(Objective):
     prediction: str = "velocity"
     times: str = "logit-normal"
     shift: float = 1.0
+    network: str = "flow"
 
     def __post_init__(self) -> None:
-        for field, choices in (("prediction", PREDICTIONS), ("times", TIMES)):
+        for field, choices in (("prediction", PREDICTIONS), ("times", TIMES), ("network", NETWORKS)):
             value = getattr(self, field)
             if value not in choices:
                 raise InputError(f"{field}: expected one of {', '.join(choices)}, got {value!r}")
+        if self.network == "sit" and self.prediction != "velocity":
+            raise InputError(f"prediction: expected velocity where network is sit, got {self.prediction!r}")
         need_number("time_mean", self.time_mean)
         need_number("time_std", self.time_std, above=0)
         need_number("shift", self.shift, above=0)
@@ -78,6 +84,8 @@ class RectifiedFlow(Objective):
 
     def velocity(self, model: nn.Module, x_t: Tensor, t: Tensor, y: Any, *, drop: Tensor | None = None) -> Tensor:
         """The model's velocity at x_t [B, C, ...] and t [B]: [B, C, ...] float32."""
+        if self.network == "sit":
+            return -model(x_t, 1 - t, y, drop=drop)[:, : x_t.shape[1]].float()
         out = model(x_t, t * TIME_SCALE, y, drop=drop)[:, : x_t.shape[1]].float()
         if self.prediction == "velocity":
             return out

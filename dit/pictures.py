@@ -19,15 +19,19 @@ def save_grid(path: str | Path, images: Tensor, *, columns: int | None = None, g
 
     Args:
         path: the file.
-        images: [n, 3, S, S] float, -1 black to 1 white; values outside are clipped.
+        images: [n, 3, H, W] float, -1 black to 1 white; values outside are clipped. Videos, [n, 3, F, H, W], are a row of
+            frames each.
         columns: images in a row. Default: about as many columns as rows.
         gap: pixels between. Default: 2.
 
     Raises:
         InputError: another shape, values that are not finite, or a place that cannot be written.
     """
+    if images.ndim == 5:
+        columns = images.shape[2]
+        images = images.transpose(1, 2).flatten(0, 1)
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-        raise InputError(f"images: expected shape [n, 3, S, S] with n >= 1, got {list(images.shape)}")
+        raise InputError(f"images: expected shape [n, 3, H, W] with n >= 1, got {list(images.shape)}")
     if not bool(images.isfinite().all()):
         raise InputError("images: expected finite values, got NaN or infinity (did the model diverge?)")
     count, _, height, width = images.shape

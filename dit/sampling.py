@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditscale.dit.condition import each
 from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.objective import Objective, Prediction, need_number
 from ditscale.errors import InputError
@@ -151,7 +152,7 @@ class _Guided:
     ) -> None:
         self.model, self.objective, self.y, self.count = model, objective, y, count
         self.guidance, self.interval, self.channels = guidance, interval, channels
-        self.twice = None if guidance == 1.0 else doubled(y)
+        self.twice = None if guidance == 1.0 else each(y, lambda part: torch.cat([part, part]))
 
     def __call__(self, z: Tensor, u: Tensor) -> Prediction:
         count, objective = self.count, self.objective
@@ -166,11 +167,6 @@ class _Guided:
         if self.channels is not None:
             guided = torch.cat([guided[:, : self.channels], with_y[:, self.channels :]], 1)
         return Prediction(guided, None if both.variance is None else both.variance[:count])
-
-
-def doubled(y: Any) -> Any:
-    """A condition twice, one below the other: a tensor, or a tuple of tensors."""
-    return tuple(torch.cat([part, part]) for part in y) if isinstance(y, tuple) else torch.cat([y, y])
 
 
 def _churned(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ditscale.dit.condition import Condition, each
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.data import EmojiScenes, ImageBatch, ImageFolder, ImageStream, to_float
+from ditscale.dit.data.scenes import CAPTION_LENGTH
 from ditscale.dit.flow import ValidationSet
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.ranks import Ranks
@@ -33,11 +34,12 @@ def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> I
             f"got latent_factor {model.latent_factor}, in_channels {model.in_channels}"
         )
     seed = config.seed if split == "train" else config.evaluation_seed
+    words = CAPTION_LENGTH if model.context == "pooled" or not model.caption_tokens else model.caption_tokens
     stream: ImageStream
     if config.data == "emoji_scenes":
-        stream = EmojiScenes(split, model.image_size, seed)
+        stream = EmojiScenes(split, model.image_size, seed, caption_length=words)
     elif Path(config.data).is_dir():
-        stream = ImageFolder(config.data, model.image_size, seed=seed, split=split)
+        stream = ImageFolder(config.data, model.image_size, seed=seed, split=split, caption_length=words)
     else:
         raise InputError(f"data: expected 'emoji_scenes' or a folder of images, got {config.data!r}")
     if model.condition == "caption" and model.vocabulary_size != len(stream.vocabulary):

@@ -190,6 +190,8 @@ def test_a_run_is_named_after_its_objective():
         (lambda: EDM(sigma_data=0), "sigma_data"),
         (lambda: EDM(sigma_max=0.001), "sigma_max"),
         (lambda: RectifiedFlow(times="normal"), "times"),
+        (lambda: RectifiedFlow(network="dit"), "network"),
+        (lambda: RectifiedFlow(network="sit", prediction="clean"), "prediction"),
         (lambda: RectifiedFlow(time_std=0.0), "time_std"),
         (lambda: TrainConfig(model=MODEL, images=64, objective=DDPM(learn_sigma=False)), "learn_sigma"),
         (lambda: TrainConfig(model=MODEL, images=64, objective=EDM(), prediction="clean"), "prediction"),

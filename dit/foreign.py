@@ -1,0 +1,322 @@
+"""Checkpoints of other projects: the released DiT and SiT, and diffusers' ``DiTTransformer2DModel``, in and out.
+
+Only tensors are ever read: safetensors, or ``torch.load`` with ``weights_only``, where the one class that is let in besides
+tensors is ``argparse.Namespace``, which the released training scripts store and which runs no code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ditscale.dit.checkpoint import read_json, write_atomically, write_json
+from ditscale.dit.config import DiTConfig
+from ditscale.dit.diffusion import DDPM
+from ditscale.dit.flow import RectifiedFlow
+from ditscale.dit.model import DiT
+from ditscale.dit.objective import Objective
+from ditscale.dit.presets import preset_table
+from ditscale.errors import InputError
+
+Layout = Literal["dit", "sit", "diffusers"]
+LAYOUTS: tuple[Layout, ...] = ("dit", "sit", "diffusers")
+_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a ``.pt`` file, by name, on the CPU.
+
+    Of a training checkpoint ``{"model": ..., "ema": ..., "opt": ..., "args": ...}`` the averaged weights are taken where
+    there are some.
+
+    Raises:
+        InputError: no such file, or it is damaged, or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+    ) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: expected a file of tensors, got {said}") from error
+    if isinstance(content, Mapping):
+        for part in ("ema", "model"):
+            if isinstance(content.get(part), Mapping):
+                content = content[part]
+                break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path}: expected tensors by name, got {type(content).__name__}")
+    # Weights that went through torch.compile or DDP have a prefix.
+    return {re.sub(r"^(_orig_mod\.|module\.)+", "", str(name)): tensor for name, tensor in content.items()}
+
+
+def load_foreign(
+    path: str | Path,
+    layout: Layout,
+    *,
+    heads: int | None = None,
+    num_classes: int | None = None,
+    latent_factor: int | None = None,
+) -> tuple[DiT, Objective]:
+    """Build the model of another project's checkpoint, and the objective that it was trained with.
+
+    Args:
+        path: a file of the released DiT or SiT ("dit", "sit"), or a folder or file of diffusers ("diffusers").
+        layout: which of them.
+        heads: attention heads, which no tensor tells. Default: those of the published model of that width and depth, or
+            of diffusers' configuration.
+        num_classes: labels. Default: one less than the table's rows, the last being "no label"; give it for a model that
+            was trained without one, which then gets a last row of zeros.
+        latent_factor: pixels on a side of a latent cell. Default: 1 for 3 channels, else 8.
+
+    Returns:
+        (the model in float32, DDPM with learned variance or rectified flow).
+
+    Raises:
+        InputError: the file cannot be read, or its tensors are not those of such a model; names the first that is not.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    tensors: dict[str, Tensor]
+    if layout == "diffusers":
+        tensors, heads = _read_diffusers(Path(path), heads)
+    else:
+        tensors = read_tensors(path)
+    config = infer_config(tensors, heads=heads, num_classes=num_classes, latent_factor=latent_factor, source=str(path))
+    table = tensors["y_embedder.embedding_table.weight"]
+    if len(table) == config.num_classes:
+        tensors["y_embedder.embedding_table.weight"] = torch.cat([table, torch.zeros_like(table[:1])])
+    model = DiT(config)
+    model.load_state_dict(tensors)
+    objective: Objective = DDPM(learn_sigma=config.learn_sigma)
+    return model, RectifiedFlow(network="sit") if layout == "sit" else objective
+
+
+def infer_config(
+    tensors: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    num_classes: int | None = None,
+    latent_factor: int | None = None,
+    source: str = "tensors",
+) -> DiTConfig:
+    """The configuration of a released DiT or SiT from its tensors' names and shapes, every one of which must fit.
+
+    Arguments and errors as :func:`load_foreign`.
+    """
+    try:
+        width, in_channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+        tokens = tensors["pos_embed"].shape[1]
+        rows = len(tensors["y_embedder.embedding_table.weight"])
+        hidden = len(tensors["blocks.0.mlp.fc1.weight"])
+        frequencies = tensors["t_embedder.mlp.0.weight"].shape[1]
+        out = len(tensors["final_layer.linear.weight"])
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"{source}: expected the tensors of a released DiT, got none or another shape of {error}"
+        ) from error
+    depth = 1 + max(int(found.group(1)) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
+    if heads is None:
+        released = (fields for name, fields in preset_table().items() if name.startswith("DiT-"))
+        known = {(fields["width"], fields["depth"]): fields["heads"] for fields in released}
+        if (width, depth) not in known:
+            raise InputError(f"heads: expected the number for a model of width {width} and depth {depth}, got none")
+        heads = known[width, depth]
+    factor = latent_factor or (1 if in_channels == 3 else 8)
+    config = DiTConfig(
+        image_size=math.isqrt(tokens) * patch * factor,
+        latent_factor=factor,
+        in_channels=in_channels,
+        patch=patch,
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_hidden=None if hidden == 4 * width else hidden,
+        num_classes=num_classes or rows - 1,
+        learn_sigma=out == 2 * in_channels * patch**2,
+        frequency_width=frequencies,
+    )
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in DiT(config).state_dict().items()}
+    if rows == config.num_classes:
+        expected["y_embedder.embedding_table.weight"] = (rows, width)
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | got.keys()):
+        if expected.get(name) != got.get(name):
+            wanted = list(expected[name]) if name in expected else "no such tensor"
+            raise InputError(f"{source}: {name}: expected {wanted}, got {list(got[name]) if name in got else 'none'}")
+    return config
+
+
+def save_released(path: str | Path, model: DiT) -> None:
+    """Write a class-conditional adaLN-zero model as safetensors under the released DiT's names, positions included.
+
+    Raises:
+        InputError: the model is of another variant, or the file cannot be written.
+    """
+    write_atomically(Path(path), safetensors.torch.save(_released_state(model)))
+
+
+def save_diffusers(folder: str | Path, model: DiT) -> None:
+    """Write a class-conditional adaLN-zero model as a folder that ``DiTTransformer2DModel.from_pretrained`` reads.
+
+    Diffusers spreads the frequencies of the time over ``i / (half - 1)`` where the released model has ``i / half``, and has
+    no setting for it: set ``time_proj.downscale_freq_shift = 0`` in every block to get the released model's outputs.
+
+    Raises:
+        InputError: the model is of another variant, or the folder cannot be written.
+    """
+    state, config, folder = _released_state(model), model.config, Path(folder)
+    if config.frequency_width != 256 or config.image_width is not None:
+        raise InputError("model: expected 256 time features and square images for diffusers, got others")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name != "pos_embed":
+            tensors |= _to_diffusers(name, tensor, config.depth)
+    values = {
+        "_class_name": "DiTTransformer2DModel",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": config.width // config.heads,
+        "in_channels": config.in_channels,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "norm_type": "ada_norm_zero",
+        "num_attention_heads": config.heads,
+        "num_embeds_ada_norm": config.num_classes,
+        "num_layers": config.depth,
+        "out_channels": config.out_channels,
+        "patch_size": config.patch,
+        "sample_size": config.input_side,
+    }
+    if config.mlp_width != 4 * config.width:
+        raise InputError(f"mlp_ratio: expected 4 for diffusers, got {config.mlp_width / config.width:g}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: expected a folder to write to, got {error.strerror or error}") from error
+    write_atomically(folder / _DIFFUSERS_WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_json(folder / "config.json", values)
+
+
+# What a model must be for the released names to hold it.
+_RELEASED = {
+    "condition": "class", "modulation": "adaln-zero", "context": "pooled", "pooled_width": 0, "guidance_embed": False,
+    "mlp": "gelu", "norm": "layer", "qk_norm": "none", "positions": "sincos", "rope": False, "experts": 0, "image_width": None,
+    "frames": 1, "patch_frames": 1, "attention": "full",
+}  # fmt: skip
+
+
+def _released_state(model: DiT) -> dict[str, Tensor]:
+    """A model's tensors under the released names; InputError where those names cannot hold it."""
+    for field, value in _RELEASED.items():
+        if getattr(model.config, field) != value:
+            got = getattr(model.config, field)
+            raise InputError(f"{field}: expected {value!r} for the released DiT's layout, got {got!r}")
+    if model.config.key_heads != model.config.heads:
+        raise InputError(f"kv_heads: expected none for the released DiT's layout, got {model.config.key_heads}")
+    return {name: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
+
+
+# The released name's beginning -> diffusers'. What stands in every block there is told in _to_diffusers.
+_TOP = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.linear": "proj_out_2",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+}
+_EVERY_BLOCK = {
+    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
+}
+_IN_BLOCK = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+
+
+def _to_diffusers(name: str, tensor: Tensor, depth: int) -> dict[str, Tensor]:
+    """One released tensor under diffusers' names; each block there has the time and label embedders of its own."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP:
+        return {f"{_TOP[stem]}.{kind}": tensor}
+    if stem in _EVERY_BLOCK:
+        # Copies, since safetensors writes no tensor twice.
+        return {f"transformer_blocks.{i}.{_EVERY_BLOCK[stem]}.{kind}": tensor.clone() for i in range(depth)}
+    _, index, part = stem.split(".", 2)
+    block = f"transformer_blocks.{index}"
+    if part == "attn.qkv":
+        pieces = zip(_QKV, tensor.chunk(3), strict=True)
+        return {f"{block}.{piece}.{kind}": chunk.contiguous() for piece, chunk in pieces}
+    return {f"{block}.{_IN_BLOCK[part]}.{kind}": tensor}
+
+
+def _from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Diffusers' tensors under the released names, positions left out; a name that is not known stays as it is.
+
+    Raises:
+        InputError: the blocks' embedders of time and label differ, of which the released model has one.
+    """
+    top, once, inside = ({new: old for old, new in table.items()} for table in (_TOP, _EVERY_BLOCK, _IN_BLOCK))
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        match = re.match(r"transformer_blocks\.(\d+)\.(.*)", stem)
+        if match is None:
+            found[f"{top.get(stem, stem)}.{kind}"] = tensor
+        elif match.group(2) in once:
+            shared = f"{once[match.group(2)]}.{kind}"
+            if shared in found and not torch.equal(found[shared], tensor):
+                raise InputError(f"{name}: expected the values of the other blocks, got others: no released DiT")
+            found[shared] = tensor
+        elif match.group(2) in _QKV:
+            if match.group(2) == _QKV[0]:
+                parts = [tensors.get(f"transformer_blocks.{match.group(1)}.{part}.{kind}", tensor[:0]) for part in _QKV]
+                found[f"blocks.{match.group(1)}.attn.qkv.{kind}"] = torch.cat(parts)
+        else:
+            found[f"blocks.{match.group(1)}.{inside.get(match.group(2), match.group(2))}.{kind}"] = tensor
+    return found
+
+
+def _read_diffusers(path: Path, heads: int | None) -> tuple[dict[str, Tensor], int | None]:
+    """Tensors under the released names, with the positions that diffusers does not store, and the heads."""
+    from ditscale.dit.embed import position_table
+
+    folder = path if path.is_dir() else path.parent
+    found = folder / _DIFFUSERS_WEIGHTS if path.is_dir() else path
+    if path.is_dir() and not found.exists():
+        found = folder / "diffusion_pytorch_model.bin"
+    values: dict[str, Any] = read_json(folder / "config.json")
+    tensors = _from_diffusers(read_tensors(found))
+    try:
+        side = values["sample_size"] // values["patch_size"]
+        width = values["num_attention_heads"] * values["attention_head_dim"]
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / 'config.json'}: expected a DiTTransformer2DModel's, got none of {error}"
+        ) from error
+    tensors["pos_embed"] = position_table(width, (1, side, side)).unsqueeze(0)
+    return tensors, heads or values["num_attention_heads"]
