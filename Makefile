@@ -5,12 +5,13 @@ OUT ?= demo
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tools/build -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test test-slow test-installed lint clean
+.PHONY: help demo test test-slow test-installed bench lint clean
 help:
 	@echo "make demo    a scaling law on embedded images, and a prediction that is then tested (about 10 minutes)"
 	@echo "make test    the test suite"
 	@echo "make test-slow       the slow tests too"
 	@echo "make test-installed  the built wheel, in an environment of its own"
+	@echo "make bench   the kernels, blocks and steps beside PyTorch's, timed (10 minutes on a quiet machine)"
 	@echo "make lint    format, lint and type checks"
 	@echo "make clean   remove what the build leaves"
 
@@ -33,6 +34,10 @@ test-slow: $(VENV)/.ready
 # The wheel in an environment of its own, run from elsewhere: what a user gets, not what a checkout has.
 test-installed: $(VENV)/.ready
 	sh tools/test_installed.sh $(BIN)/python
+
+# BENCH="--allow-noise" measures on a machine that is busy, too; every row then says how busy.
+bench: $(VENV)/.ready
+	$(BIN)/ditscale bench all $(BENCH)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

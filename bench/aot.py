@@ -52,7 +52,7 @@ class Entry:
         kernel: the function.
         arch: "80" to "120".
         fingerprint: of everything that the compiler is given, and which compiler; equal fingerprints make equal kernels.
-        threads: of a block; 0 where the binary does not tell.
+        threads: of a block, of a CUDA kernel the most; 0 where the binary does not tell.
         grid: blocks of the launch; 0 where unknown.
         resources: registers, stack and shared bytes, accesses, mix (see :class:`sass.Kernel`); None while it is not compiled.
         stack_bytes: local memory that the launch is allowed.
@@ -339,7 +339,8 @@ def cuda_entries(known: dict[str, Entry] | None = None) -> list[Entry]:
     known = known or {}
     path = cuda_library()
     compiler = f"nvcc {nvcc_version() or 'unknown'}"
-    prints = {key: f"{digest} {compiler}" for key, digest in sass.fingerprints(path).items()}
+    identities = sass.identities(path)
+    prints = {key: f"{identity.digest} {compiler}" for key, identity in identities.items()}
     names = _demangled(sorted({name for _, name in prints}))
     new = sorted({name for (_, name), print_ in prints.items() if print_ not in known})
     entries = []
@@ -348,7 +349,8 @@ def cuda_entries(known: dict[str, Entry] | None = None) -> list[Entry]:
         print_ = prints[arch, kernel.name]
         old = known.get(print_)
         resources = old.resources if old else _plain(kernel)
-        entries.append(Entry(f"cuda-{unit}", case, function, re.sub(r"\D", "", arch), print_, resources=resources))
+        number, threads = re.sub(r"\D", "", arch), identities[arch, kernel.name].threads
+        entries.append(Entry(f"cuda-{unit}", case, function, number, print_, threads, resources=resources))
     return sorted(entries, key=lambda e: (e.family, e.kernel, e.case, int(e.arch)))
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ditscale.errors import BackendUnavailable
 
@@ -115,17 +116,46 @@ def read(path: Path, *, functions: Collection[str] | None = None) -> Iterator[tu
         yield arch, _count(kernel, code[arch, name]) if (arch, name) in code else kernel
 
 
-def fingerprints(library: Path) -> dict[tuple[str, str], str]:
-    """(architecture, kernel) -> a hash of its machine code, for every kernel of a library: equal ones are equal kernels."""
+class Identity(NamedTuple):
+    """What tells a kernel of a library from others without reading its instructions.
+
+    Attributes:
+        digest: of the machine code: equal ones are equal kernels.
+        threads: most threads of a block, from ``__launch_bounds__``; 0 where there are none.
+    """
+
+    digest: str
+    threads: int
+
+
+def identities(library: Path) -> dict[tuple[str, str], Identity]:
+    """(architecture, kernel) -> its identity, for every kernel of a library."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([tool(), "-xelf", "all", str(library.resolve())], cwd=folder, capture_output=True, check=True)
         for cubin in Path(folder).glob("*.cubin"):
             arch = cubin.name.split(".")[-2]
-            for name, text in _sections_of_elf(cubin.read_bytes()):
+            sections = dict(_sections_of_elf(cubin.read_bytes()))
+            for name, text in sections.items():
                 if name.startswith(".text."):
-                    found[arch, name.removeprefix(".text.")] = hashlib.sha256(text).hexdigest()[:16]
+                    kernel = name.removeprefix(".text.")
+                    threads = _most_threads(sections.get(f".nv.info.{kernel}", b""))
+                    found[arch, kernel] = Identity(hashlib.sha256(text).hexdigest()[:16], threads)
     return found
+
+
+_SIZED, _MAX_THREADS = 4, 5  # a format and an attribute of .nv.info: three numbers, the sizes of the largest block
+
+
+def _most_threads(info: bytes) -> int:
+    place = 0
+    while place + 4 <= len(info):
+        form, attribute, size = struct.unpack_from("<BBH", info, place)
+        if (form, attribute, size) == (_SIZED, _MAX_THREADS, 12):
+            x, y, z = struct.unpack_from("<III", info, place + 4)
+            return int(x * y * z)
+        place += 4 + (size if form == _SIZED else 0)
+    return 0
 
 
 def _sections_of_elf(data: bytes) -> Iterator[tuple[str, bytes]]:

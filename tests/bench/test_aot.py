@@ -180,12 +180,15 @@ def test_traffic_without_a_budget_is_stale() -> None:
 def test_machine_code_is_told_apart_by_its_bytes() -> None:
     try:
         library = aot.cuda_library()
-        found = sass.fingerprints(library)
+        found = sass.identities(library)
     except aot.BackendUnavailable as error:
         pytest.skip(str(error))
     usage = {(arch, kernel.name) for arch, kernel in sass.read(library, functions=())}
     assert set(found) == usage
-    assert len(set(found.values())) > len(found) / 2
+    assert len({identity.digest for identity in found.values()}) > len(found) / 2
+    assert all(
+        0 < identity.threads <= 1024 for identity in found.values()
+    )  # every kernel of ours says what it is launched with
 
 
 def test_launches_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ from bench_rows import case_rows
 from typer.testing import CliRunner
 
 from ditscale import cli
+from ditscale.bench import cases as cases_module
 from ditscale.bench import models, operators
 from ditscale.bench.rows import read_rows, write_rows
+from ditscale.bench.runner import Session
 from ditscale.errors import InputError
 
 
@@ -63,3 +68,50 @@ def test_mistakes_are_named() -> None:
         run("adaln", "--tiny", "--device", "cpu", "--only", "nothing like it")
     with pytest.raises(InputError, match="--seconds: expected a positive number, got -1"):
         run("adaln", "--device", "cpu", "--seconds", "-1")
+    with pytest.raises(InputError, match="--grid: expected adaln or attention, got step"):
+        run("step", "--tiny", "--device", "cpu", "--grid")
+    with pytest.raises(InputError, match="--aot: expected a suite with GPU kernels"):
+        run("step", "--aot")
+
+
+def test_all_suites_in_one_file_that_appears_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A row of each suite is enough here: the suites themselves are tested elsewhere.
+    whole = Session.suite
+    monkeypatch.setattr(Session, "suite", lambda self, name, **more: itertools.islice(whole(self, name, **more), 1))
+    monkeypatch.setattr(Session, "host_rows", lambda self: iter(()))
+    out = tmp_path / "rows.jsonl"
+    content = json.loads(run("all", "--tiny", "--device", "cpu", "--out", str(out), "--json"))
+    assert {row["suite"] for row in read_rows(out)} == {
+        "ceiling",
+        "fit",
+        "flops",
+        "step",
+        "block",
+        "attention",
+        "adaln",
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert len(content["rows"]) + len(content["ceilings"]) == len(read_rows(out))
+
+
+def test_what_does_not_fit_the_time_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "suite", lambda self, name, **_: self.case(cases_module.block_case(2, 16, 32, 2)))
+    out = tmp_path / "rows.jsonl"
+    text = run("all", "--tiny", "--device", "cpu", "--minutes", "0", "--out", str(out))
+    assert {row["status"] for row in read_rows(out) if row["suite"] != "ceiling"} == {"skipped"}
+    assert "the time was up" in text
+
+
+def test_pytest_benchmark_finds_its_entries() -> None:
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+    folder = Path(__file__).resolve().parents[2] / "bench"
+    if not (folder.parent / "pyproject.toml").is_file():
+        pytest.skip("this is an installed package")
+    quick = ["--benchmark-only", "--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off"]
+    chosen = ["-k", "gate_residual and forward_backward and float32 and eager and D384 and not layernorm"]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder), *quick, *chosen]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout

@@ -92,9 +92,10 @@ def test_a_wrong_operator_fails_its_stage_and_is_named(day: Day, monkeypatch: py
 def test_the_study_can_be_laid_out() -> None:
     from ditscale.scaling.study import design
 
-    config = gpu_stages.study_config(dry=False, training={"batch": 64})
+    config = gpu_stages.study_config(dry=False)
     runs = design(config)
     assert len(runs) == 25
+    assert min(run.steps for run in runs) >= 100
     assert min(run.flops for run in runs) > 0.9e14
     assert max(run.flops for run in runs) < 1.1e16
     assert config.target == 10**17
