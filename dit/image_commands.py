@@ -27,6 +27,10 @@ def sample(
     guidance_from: Annotated[float, typer.Option(help="Least share of noise at which to guide.")] = 0.0,
     guidance_to: Annotated[float, typer.Option(help="Greatest share of noise at which to guide.")] = 1.0,
     guided_channels: Annotated[int | None, typer.Option(help="Guide these first channels only. Default: all.")] = None,
+    clip: Annotated[
+        float | None,
+        typer.Option(help="Clamp the clean image to +-this at every step. Default: 1 for DDPM on pixels, else none."),
+    ] = None,
     shift: Annotated[float, typer.Option(help="Above 1: more steps at high noise.")] = 1.0,
     eta: Annotated[float, typer.Option(help="Noise of ddim, 0 to 1.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
@@ -70,6 +74,7 @@ def sample(
         guidance=guidance if y is not None else 1.0,
         guidance_interval=(guidance_from, guidance_to),
         guided_channels=guided_channels,
+        clip=1.0 if clip is None and objective.name == "ddpm" and config.latent_factor == 1 else clip,
         shift=shift,
         eta=eta,
         seed=seed,
@@ -180,10 +185,10 @@ def condition_tensor(config: DiTConfig, given: list[Any] | None, text_encoder: P
         if text_encoder is None:
             raise InputError("--text-encoder: expected the encoder whose features the model reads, got none")
         return TextEncoder.load(text_encoder).condition(given, config)
-    from ditscale.dit.data import emoji_vocabulary
+    from ditscale.dit.data import clip_vocabulary, emoji_vocabulary
     from ditscale.dit.data.scenes import CAPTION_LENGTH
 
-    vocabulary = emoji_vocabulary()
+    vocabulary = clip_vocabulary() if config.is_video else emoji_vocabulary()
     if len(vocabulary) != config.vocabulary_size:
         message = (
             f"expected the embedded vocabulary of {len(vocabulary)} words, got a model of {config.vocabulary_size}"

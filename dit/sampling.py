@@ -55,6 +55,7 @@ def draw_samples(
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guided_channels: int | None = None,
+    clip: float | None = None,
     shift: float = 1.0,
     eta: float = 0.0,
     churn: Churn | None = None,
@@ -76,6 +77,8 @@ def draw_samples(
             Default: 1.0.
         guidance_interval: least and greatest share of noise at which to guide (arXiv:2404.07724). Default: all.
         guided_channels: guide the first so many channels only; the released DiT guides 3 of 4. Default: all.
+        clip: clamp the estimated clean image to [-clip, clip] at every step: 1 for pixels, where a network that predicts
+            noise knows little of the image at first (Ho et al., arXiv:2006.11239, use it). Default: None.
         shift: > 1 spends more steps at high noise, ``t' = shift t / (1 + (shift - 1) t)``. Default: 1.0.
         eta: noise of "ddim", from 0 (deterministic) to 1 (as much as the posterior). Default: 0.0.
         churn: noise for "euler" and "heun". Default: None.
@@ -98,12 +101,14 @@ def draw_samples(
     if not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
         raise InputError(f"guidance_interval: expected 0 <= least <= greatest <= 1, got {guidance_interval}")
     need_number("shift", shift, above=0)
+    if clip is not None:
+        need_number("clip", clip, above=0)
     if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
         raise InputError(f"eta: expected 0 to 1 for ddim and 0 for other samplers, got {eta} for {sampler}")
     if churn is not None and sampler not in ("euler", "heun"):
         raise InputError(f"churn: expected none for sampler {sampler}, got some")
 
-    ask = _Guided(model, objective, y, len(noise), guidance, guidance_interval, guided_channels)
+    ask = _Guided(model, objective, y, len(noise), guidance, guidance_interval, guided_channels, clip)
     levels = objective.levels(steps, shift).to(noise.device)
     draw = _Noise(noise, seed)
     was_training = model.training
@@ -149,12 +154,21 @@ class _Guided:
         guidance: float,
         interval: tuple[float, float],
         channels: int | None,
+        clip: float | None,
     ) -> None:
         self.model, self.objective, self.y, self.count = model, objective, y, count
-        self.guidance, self.interval, self.channels = guidance, interval, channels
+        self.guidance, self.interval, self.channels, self.clip = guidance, interval, channels, clip
         self.twice = None if guidance == 1.0 else each(y, lambda part: torch.cat([part, part]))
 
     def __call__(self, z: Tensor, u: Tensor) -> Prediction:
+        said = self._guided(z, u)
+        if self.clip is None:
+            return said
+        # z - u slope is the clean image, on any linear path.
+        clean = (z - u * said.slope).clamp(-self.clip, self.clip)
+        return said._replace(slope=(z - clean) / u)
+
+    def _guided(self, z: Tensor, u: Tensor) -> Prediction:
         count, objective = self.count, self.objective
         u_B = u.expand(count)
         share = float(u / (objective.signal(u) + u))

@@ -6,6 +6,7 @@ images at the same indices for ever.
 
 from __future__ import annotations
 
+from ditscale.dit.data.clips import EmojiClips, clip_vocabulary
 from ditscale.dit.data.folder import ImageFolder
 from ditscale.dit.data.pack import Emoji, EmojiPack, load_pack
 from ditscale.dit.data.scenes import EmojiScenes, emoji_vocabulary
@@ -14,12 +15,14 @@ from ditscale.dit.data.words import Vocabulary
 
 __all__ = [
     "Emoji",
+    "EmojiClips",
     "EmojiPack",
     "EmojiScenes",
     "ImageBatch",
     "ImageFolder",
     "ImageStream",
     "Vocabulary",
+    "clip_vocabulary",
     "emoji_vocabulary",
     "load_pack",
     "to_float",

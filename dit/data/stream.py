@@ -15,7 +15,8 @@ from ditscale.dit.data.words import Vocabulary
 class ImageBatch:
     """`n` consecutive images of a stream.
 
-    images: uint8 [n, 3, size, size], sRGB; `to_float` makes the float32 in [-1, 1] that models take.
+    images: uint8 [n, 3, size, size], of clips [n, 3, frames, size, size], sRGB; `to_float` makes the float32 in
+        [-1, 1] that models take.
     captions: n strings.
     tokens: int64 [n, L], the captions in the stream's vocabulary; 0 pads, 1 is an unknown word.
     labels: int64 [n], index into the stream's `classes`; -1 where an image has no class.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditscale.dit.condition import Condition, each
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.data import EmojiScenes, ImageBatch, ImageFolder, ImageStream, to_float
+from ditscale.dit.data import EmojiClips, EmojiScenes, ImageBatch, ImageFolder, ImageStream, to_float
 from ditscale.dit.data.scenes import CAPTION_LENGTH
 from ditscale.dit.flow import ValidationSet
 from ditscale.dit.training.config import TrainConfig
@@ -36,12 +36,18 @@ def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> I
     seed = config.seed if split == "train" else config.evaluation_seed
     words = CAPTION_LENGTH if model.context == "pooled" or not model.caption_tokens else model.caption_tokens
     stream: ImageStream
+    if model.is_video != (config.data == "emoji_clips") or model.image_width not in (None, model.image_size):
+        raise InputError(f"data: expected emoji_clips for videos, and square images, got {config.data!r}")
     if config.data == "emoji_scenes":
         stream = EmojiScenes(split, model.image_size, seed, caption_length=words)
+    elif config.data == "emoji_clips":
+        stream = EmojiClips(split, model.image_size, seed, frames=model.frames, caption_length=words)
     elif Path(config.data).is_dir():
         stream = ImageFolder(config.data, model.image_size, seed=seed, split=split, caption_length=words)
     else:
-        raise InputError(f"data: expected 'emoji_scenes' or a folder of images, got {config.data!r}")
+        raise InputError(
+            f"data: expected 'emoji_scenes' or a folder of images, 'emoji_clips' for videos, got {config.data!r}"
+        )
     if model.condition == "caption" and model.vocabulary_size != len(stream.vocabulary):
         raise InputError(
             f"model.vocabulary_size: expected {len(stream.vocabulary)}, the words of {stream.name}, got {model.vocabulary_size}"

@@ -28,7 +28,8 @@ class TrainConfig:
 
     Args:
         model: the DiT.
-        data: the images: "emoji_scenes", the embedded endless captioned scenes, or the path of a folder of images.
+        data: the images: "emoji_scenes", the embedded endless captioned scenes; "emoji_clips", the same in motion, for video
+            models; or the path of a folder of images.
             Default: "emoji_scenes".
         prediction: what the network's output stands for, "velocity" or "clean"; see :class:`RectifiedFlow`. The loss is
             the velocity's either way. Default: "velocity".

@@ -238,6 +238,19 @@ def test_churn_of_nothing_is_nothing():
         assert torch.allclose(none, draw_samples(model, noise, objective=objective, steps=9, churn=Churn(0)), atol=2e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("sampler", ["euler", "heun", "ddim", "ddpm"])
+def test_clipped_samples_end_within_their_bounds(name, sampler):
+    objective, exact = CASES[name]
+    settings = {"objective": objective, "steps": 20, "sampler": sampler}
+    noise, model = normals(4, 1, 8, 8), exact(0.0, 1.0)
+    free = draw_samples(model, noise, **settings)
+    clipped = draw_samples(model, noise, clip=0.5, **settings)
+    # The last step ends at the estimate itself.
+    assert float(free.abs().max()) > 1.5 and float(clipped.abs().max()) <= 0.5 + 1e-5
+    assert torch.allclose(draw_samples(model, noise, clip=100.0, **settings), free, atol=1e-3)
+
+
 def test_training_mode_is_as_it_was():
     class Noticed(ExactFlow):
         def forward(self, *args, **kwargs):
@@ -257,6 +270,7 @@ def test_training_mode_is_as_it_was():
         ({"guidance": 2.0}, "guidance"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval"),
         ({"shift": 0.0}, "shift"),
+        ({"clip": 0.0}, "clip"),
         ({"eta": 0.5}, "eta"),
         ({"sampler": "ddim", "eta": 1.5}, "eta"),
         ({"sampler": "ddpm", "churn": Churn()}, "churn"),
