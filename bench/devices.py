@@ -51,11 +51,14 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> dict[str, Any]:
-    """The checkout's commit and whether files differ from it; of an installed package, its version and dirty None."""
+    """The checkout's commit and whether files differ from it; of an installed package, its version and dirty None.
+
+    ``DITSCALE_COMMIT`` stands in where git or its folder is not there, as on a machine that a checkout was copied to.
+    """
     here = Path(__file__).resolve().parent
     name = _first_line(["git", "-C", str(here), "rev-parse", "HEAD"])
     if name is None:
-        return {"commit": f"installed {ditscale.__version__}", "dirty": None}
+        return {"commit": os.environ.get("DITSCALE_COMMIT", f"installed {ditscale.__version__}"), "dirty": None}
     # Rows that are being written must not make the measured code count as changed.
     rest = [
         "--porcelain",
