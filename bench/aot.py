@@ -349,8 +349,8 @@ def cuda_entries(known: dict[str, Entry] | None = None) -> list[Entry]:
         print_ = prints[arch, kernel.name]
         old = known.get(print_)
         resources = old.resources if old else _plain(kernel)
-        number, threads = re.sub(r"\D", "", arch), identities[arch, kernel.name].threads
-        entries.append(Entry(f"cuda-{unit}", case, function, number, print_, threads, resources=resources))
+        threads = identities[arch, kernel.name].threads
+        entries.append(Entry(f"cuda-{unit}", case, function, arch, print_, threads, resources=resources))
     return sorted(entries, key=lambda e: (e.family, e.kernel, e.case, int(e.arch)))
 
 

@@ -111,16 +111,24 @@ def gather(
             _triton(table, name, archs or ARCHITECTURES, only, fresh=fresh, quick=quick, say=say, whole=not archs)
     interpreted = [name for name in families or names if name != CUDA]
     if interpreted and not only and not archs:
-        table.traffic = traffic.in_a_process(interpreted)
-        old = budget.load_traffic()
-        table.findings += budget.compare_traffic(table.traffic, old)
-        now = {row["launch"] for row in table.traffic}
-        left = [name for name, row in old.items() if row["family"] in interpreted and name not in now]
-        table.findings += [Finding(name, "has traffic in the budget and is there no more", "stale") for name in left]
+        _traffic(table, interpreted)
     if only and not table.entries:
         raise InputError(f"--only: expected a part of a kernel's name, got {only[0]!r}")
     table.findings.sort(key=lambda f: ("worse", "stale", "better").index(f.level))
     return table
+
+
+def _traffic(table: Table, families: Sequence[str]) -> None:
+    try:
+        table.traffic = traffic.in_a_process(families)
+    except RuntimeError as error:  # an interpreter that does not go with this numpy, say
+        table.notes.append(str(error))
+        return
+    old = budget.load_traffic()
+    table.findings += budget.compare_traffic(table.traffic, old)
+    now = {row["launch"] for row in table.traffic}
+    left = [name for name, row in old.items() if row["family"] in families and name not in now]
+    table.findings += [Finding(name, "has traffic in the budget and is there no more", "stale") for name in left]
 
 
 def _triton(

@@ -93,7 +93,7 @@ def kernels_of(binary: bytes) -> list[Kernel]:
 
 
 def read(path: Path, *, functions: Collection[str] | None = None) -> Iterator[tuple[str, Kernel]]:
-    """(architecture, kernel) of every kernel of a cubin or of a library that holds several.
+    """(architecture such as "90", kernel) of every kernel of a cubin or of a library that holds several.
 
     Args:
         path: the file.
@@ -134,7 +134,7 @@ def identities(library: Path) -> dict[tuple[str, str], Identity]:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([tool(), "-xelf", "all", str(library.resolve())], cwd=folder, capture_output=True, check=True)
         for cubin in Path(folder).glob("*.cubin"):
-            arch = cubin.name.split(".")[-2]
+            arch = _number(cubin.name.split(".")[-2])
             sections = dict(_sections_of_elf(cubin.read_bytes()))
             for name, text in sections.items():
                 if name.startswith(".text."):
@@ -174,7 +174,12 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
     parts = re.split(r"^arch = (\S+)$", text, flags=re.M)
     if len(parts) == 1:
         yield "", text
-    yield from zip(parts[1::2], parts[2::2], strict=True)
+    yield from zip(map(_number, parts[1::2]), parts[2::2], strict=True)
+
+
+def _number(arch: str) -> str:
+    """ "90" of sm_90 and sm_90a: tools of different ages call the same code by either."""
+    return re.sub(r"\D", "", arch)
 
 
 def _run(flags: Sequence[str], path: Path) -> str:

@@ -123,7 +123,7 @@ def in_a_process(names: Sequence[str]) -> list[dict[str, Any]]:
         command.insert(1, "-P")
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     if done.returncode:
-        raise RuntimeError(f"counting traffic: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(f"traffic was not counted: {done.stderr.strip().splitlines()[-1][-300:]}")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

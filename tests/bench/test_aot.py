@@ -45,6 +45,7 @@ def test_the_kernels_meet_their_budget() -> None:
     code, found = check("--check")
     assert [f"{f['level']}: {f['key']} {f['text']}" for f in found["findings"] if f["level"] != "better"] == []
     assert code == 0
+    assert {row["family"] for row in found["traffic"]} == set(aot.families()), found["notes"]
 
 
 @pytest.mark.slow
