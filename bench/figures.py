@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ditscale.bench.report import best_of_ours, figure_name, headline, ratio
+from ditscale.bench.report import best_of_ours, figure_name, headline, ratio, roofline_name, with_roof
 from ditscale.bench.rows import Row, measured
 from ditscale.errors import InputError
 
@@ -77,9 +77,9 @@ def draw_all(rows: Sequence[Row], out: str | Path) -> list[Path]:
     for device in dict.fromkeys(r["device"]["name"] for r in rows):
         mine = [r for r in rows if r["device"]["name"] == device]
         kind = mine[0]["device"]["type"]
-        for op in dict.fromkeys(r["op"] for r in mine if r.get("roof_share")):
+        for op in with_roof(mine):
             of_op = [r for r in mine if r["op"] == op and r.get("roof_share")]
-            paths.append(_roofline(of_op, op, Path(out) / f"roofline-{op}-{kind}.svg"))
+            paths.append(_roofline(of_op, op, Path(out) / roofline_name(op, kind)))
         paths.append(_speedups(mine, Path(out) / figure_name(kind)))
     return paths
 

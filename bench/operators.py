@@ -151,6 +151,7 @@ def peers(case: Case, device: str, leaves: Sequence[Tensor]) -> dict[str, Callab
             }
             found |= {name: (lambda b=b: _sdpa(b)) for name, b in names.items()}  # type: ignore[misc]
             found["flash_attn"] = _peer("flash_attn", lambda m: _token_major(m.flash_attn_func))
+            found["flash_attn_3"] = _peer("flash_attn_interface", lambda m: _token_major(m.flash_attn_func))
             found["xformers"] = _peer("xformers.ops", lambda m: _token_major(m.memory_efficient_attention))
         return found
     if case.op not in ("layernorm_modulate", "gate_residual_layernorm_modulate"):
@@ -171,8 +172,9 @@ def peers(case: Case, device: str, leaves: Sequence[Tensor]) -> dict[str, Callab
             lambda m: lambda x: m.fused_layer_norm(x, width, 1e-6),
         ),
         "quack": (
-            "quack",
-            lambda m: lambda x: m.layernorm(x.view(-1, width[0]), weight.float(), eps=1e-6).view_as(x),
+            "quack.rmsnorm",
+            # Its newest releases have the backward pass too.
+            lambda m: _rows_of(getattr(m, "layernorm", None) or m.layernorm_fwd, weight.float()),
         ),
     }
     return always | {
@@ -190,8 +192,18 @@ def _sdpa(backend: SDPBackend) -> Function:
 
 
 def _token_major(function: Function) -> Function:
-    """For libraries that take [B, T, H, K]."""
-    return lambda q, k, v: function(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    """For libraries that take [B, T, H, K]; some give statistics beside the output."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = function(*(t.transpose(1, 2) for t in (q, k, v)))
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+    return call
+
+
+def _rows_of(norm: Function, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """For norms that take [rows, D] and a float32 weight."""
+    return lambda x: norm(x.reshape(-1, x.shape[-1]), weight, eps=1e-6).view_as(x)
 
 
 def operator_subject(case: Case, device: str, most_sets: int = 512) -> Subject:

@@ -106,6 +106,8 @@ def full_table(rows: Iterable[Row]) -> str:
     for name in dict.fromkeys(r["device"]["name"] for r in rows):
         mine = [r for r in rows if r["device"]["name"] == name]
         parts += [_markdown(*table_cells(mine)), *_ceilings(mine), _provenance(mine)]
+        kind = mine[0]["device"]["type"]
+        parts += [f"![Roofline of {op}](images/{roofline_name(op, kind)})" for op in with_roof(mine)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -127,6 +129,16 @@ def readme_block(rows: Iterable[Row]) -> str:
 def figure_name(kind: str) -> str:
     """The speed-ups of a device's type as the README shows them, under ``docs/images``."""
     return f"speedups-{kind}.svg"
+
+
+def roofline_name(op: str, kind: str) -> str:
+    """An operator's distance from the roof on a device's type, under ``docs/images``."""
+    return f"roofline-{op}-{kind}.svg"
+
+
+def with_roof(rows: Iterable[Row]) -> list[str]:
+    """Operators of which there is something to draw."""
+    return list(dict.fromkeys(r["op"] for r in measured(rows) if r.get("roof_share")))
 
 
 def headline(rows: Iterable[Row]) -> list[dict[str, Row]]:

@@ -19,6 +19,8 @@ from ditscale.bench.report import (
     insert,
     lost,
     readme_block,
+    roofline_name,
+    with_roof,
 )
 from ditscale.bench.rows import committed, merge_rows, read_rows, write_rows
 from ditscale.errors import InputError
@@ -91,11 +93,14 @@ def test_the_guides_table_is_the_one_of_the_committed_rows() -> None:
     assert between(_page("docs/benchmarks.md"), "docs/benchmarks.md") == full_table(committed())
 
 
-def test_the_readmes_figure_is_of_the_committed_rows() -> None:
+def test_the_figures_are_of_the_committed_rows() -> None:
     rows = [r for r in committed() if r["status"] == "measured" and r["suite"] != "ceiling"]
     for kind in dict.fromkeys(r["device"]["type"] for r in rows):
         mine = [r for r in rows if r["device"]["type"] == kind]
         assert f"rows {digest(mine)}" in _page(f"docs/images/{figure_name(kind)}")
+        for op in with_roof(mine):
+            of_op = [r for r in mine if r["op"] == op and r.get("roof_share")]
+            assert f"rows {digest(of_op)}" in _page(f"docs/images/{roofline_name(op, kind)}"), op
 
 
 def test_the_readme_claims_no_gpu_speed_without_gpu_rows() -> None:
