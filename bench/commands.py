@@ -75,14 +75,19 @@ def _suite_command(name: str) -> Callable[..., None]:
         aot: Aot = False,
         as_json: Json = False,
     ) -> None:
+        from ditscale.bench.rows import merge_rows
+
         if aot:
             _ahead_of_time(name, only, as_json)
             return
         session = _session(device, threads, seconds, allow_noise, tiny, against, as_json, grid)
         chosen = _chosen(session, name, only)
         rows = session.start()
-        rows += _rows(session, name, chosen)
-        _finish(rows, session, out, as_json)
+        for row in _rows(session, name, chosen):
+            rows.append(row)
+            if out is not None:
+                merge_rows(out, rows)  # as they come: what is measured is not lost where the rest is stopped
+        _finish(rows, session, as_json)
 
     return command
 
@@ -125,7 +130,7 @@ def run_all(
             rows.append(row)
             _write_beside(out, rows)
     write_rows(out, rows)
-    _finish(rows, session, None, as_json)
+    _finish(rows, session, as_json)
     _partial(out).unlink(missing_ok=True)
     if not as_json:
         typer.echo(f"{time.monotonic() - begun:.0f} s; rows in {out}")
@@ -301,11 +306,7 @@ def _line(row: Row) -> str:
     return f"{row['case']}  {row['provider']}: {row['time_ms']:.4g} ms{share}  {over}"
 
 
-def _finish(rows: list[Row], session: Session, out: Path | None, as_json: bool) -> None:
-    from ditscale.bench.rows import merge_rows
-
-    if out is not None:
-        merge_rows(out, rows)
+def _finish(rows: list[Row], session: Session, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(_report(rows, session)))
         return

@@ -125,6 +125,21 @@ def test_noise_is_refused_unless_allowed_and_then_said(monkeypatch: pytest.Monke
     assert {row["noise"] for row in rows} == {0.4}
 
 
+def test_a_disturbed_case_is_tried_again_at_the_end(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def case(self: Session, case: Case) -> list[dict[str, str]]:
+        tried.append(case.op)
+        calm = case.op != "gate_residual" or tried.count(case.op) == 2
+        return [{"case": case.op, "status": "measured" if calm else "noisy"}]
+
+    monkeypatch.setattr(Session, "case", case)
+    some = [c for c in cases("adaln", "cpu", tiny=True) if c.passes == "forward"][:3]
+    rows = list(session.suite("adaln", only=some))
+    assert [r["case"] for r in rows] == [some[0].op, some[2].op, "gate_residual"]
+    assert {r["status"] for r in rows} == {"measured"}
+
+
 def test_the_plain_dit_has_the_released_models_names_and_size() -> None:
     config = DiTConfig.from_dict({**DiTConfig.preset("DiT-S/2").to_dict(), "learn_sigma": False})
     with torch.device("meta"):
