@@ -31,6 +31,7 @@ Grid = Annotated[
     bool, typer.Option("--grid", help="Every model, token count and batch of 1 to 256 (adaln, attention).")
 ]
 Aot = Annotated[bool, typer.Option("--aot", help="No times: the table of the compiled GPU kernels (adaln, attention).")]
+Patience = Annotated[float, typer.Option(help="Seconds to wait for a quiet machine before refusing.")]
 Files = Annotated[
     list[Path] | None, typer.Argument(help="Files of rows. Default: those committed under bench/results.")
 ]
@@ -69,6 +70,7 @@ def _suite_command(name: str) -> Callable[..., None]:
         threads: Threads = None,
         seconds: Seconds = 5.0,
         out: Out = None,
+        patience: Patience = 20.0,
         allow_noise: Noise = False,
         tiny: Tiny = False,
         grid: Grid = False,
@@ -80,7 +82,7 @@ def _suite_command(name: str) -> Callable[..., None]:
         if aot:
             _ahead_of_time(name, only, as_json)
             return
-        session = _session(device, threads, seconds, allow_noise, tiny, against, as_json, grid)
+        session = _session(device, threads, seconds, patience, allow_noise, tiny, against, as_json, grid)
         chosen = _chosen(session, name, only)
         rows = session.start()
         for row in _rows(session, name, chosen):
@@ -109,7 +111,8 @@ def run_all(
     minutes: Annotated[float, typer.Option(help="Leave out what does not fit into this time; the rows say so.")] = 9.5,
     device: Device = None,
     threads: Threads = None,
-    seconds: Seconds = 3.0,
+    seconds: Seconds = 2.0,
+    patience: Patience = 60.0,
     allow_noise: Noise = False,
     tiny: Tiny = False,
     as_json: Json = False,
@@ -118,7 +121,7 @@ def run_all(
     from ditscale.bench.devices import machine, slug
     from ditscale.bench.rows import RESULTS, write_rows
 
-    session = _session(device, threads, seconds, allow_noise, tiny, None, as_json)
+    session = _session(device, threads, seconds, patience, allow_noise, tiny, None, as_json)
     begun = time.monotonic()
     # A case is not cut short once it has begun; the longest, a compiled training step, is given the time to end.
     session.deadline = begun + 60 * minutes * 0.92
@@ -242,6 +245,7 @@ def _session(
     device: str | None,
     threads: int | None,
     seconds: float,
+    patience: float,
     allow_noise: bool,
     tiny: bool,
     against: list[str] | None,
@@ -255,6 +259,8 @@ def _session(
     from ditscale.bench.timing import TINY, Protocol
     from ditscale.errors import InputError
 
+    if not patience >= 0:
+        raise InputError(f"--patience: expected a number of at least 0, got {patience}")
     if not seconds > 0:
         raise InputError(f"--seconds: expected a positive number, got {seconds}")
     which = _device(device)
@@ -265,7 +271,7 @@ def _session(
 
     return Session(
         device=which,
-        protocol=TINY if tiny else Protocol(seconds=seconds),
+        protocol=TINY if tiny else Protocol(seconds=seconds, patience_seconds=patience),
         allow_noise=allow_noise,
         against=tuple(against or ()),
         tiny=tiny,

@@ -194,7 +194,7 @@ def _rounds(samplers: dict[str, Callable[[], Sample]], protocol: Protocol) -> tu
             seconds = time.perf_counter() - started
             if kept >= protocol.least_rounds and seconds > protocol.seconds:
                 break
-            if dropped and seconds > 2 * protocol.seconds + protocol.patience_seconds:
+            if dropped and seconds > 4 * protocol.seconds + protocol.patience_seconds / 4:
                 break
             first = (kept + dropped) % len(names)
             found = {}
