@@ -25,7 +25,9 @@ from ditscale.bench.timing import (
 )
 
 # Samples of one call, so that the order of calls is the order of samples.
-SINGLE = Protocol(rounds=4, least_rounds=4, sample_ms=0.0, warm_up_ms=0.0, seconds=0.0, refuse=False, attempts=1)
+SINGLE = Protocol(
+    rounds=4, least_rounds=4, sample_ms=0.0, warm_up_passes=1, warm_up_ms=0.0, seconds=0.0, refuse=False, attempts=1
+)
 
 
 def test_rounds_interleave_and_take_turns_at_being_first() -> None:
