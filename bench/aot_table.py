@@ -89,7 +89,7 @@ def gather(
         archs: compute capabilities. Default: all.
         only: parts of names; kernels that contain none of them are left out.
         fresh: compile also what the budget knows by its fingerprint.
-        quick: compare fingerprints, and compile one launch of each kernel for sm_90. Of the CUDA library, what is new is looked
+        quick: compare fingerprints, and compile one launch of each family for sm_90. Of the CUDA library, what is new is looked
             at in any case.
         say: takes a line for each kernel that is compiled.
 
@@ -157,9 +157,9 @@ def _triton(
         table.notes.append(f"{family}: the budget is of {budget.made_by(old)} and is not compared with {compiler}")
     looked_at = found
     if quick:
-        some = _representatives(family)
+        chosen = _representative(family).id
         looked_at = list(
-            aot.triton_entries(family, archs=(90,), wanted=lambda launch, arch: launch.id in some, say=say)
+            aot.triton_entries(family, archs=(90,), wanted=lambda launch, arch: launch.id == chosen, say=say)
         )
         if comparable:
             table.findings += budget.compare([_bare(e) for e in found], old)
@@ -176,12 +176,17 @@ def _bare(entry: Entry) -> Entry:
     return Entry(**{**vars(entry), "resources": None})
 
 
-def _representatives(family: str) -> set[str]:
-    """One launch of each operator and pass."""
-    found: dict[tuple[str, str], str] = {}
-    for launch in sorted(aot.launches(family), key=lambda launch: launch.dtype != "bfloat16"):
-        found.setdefault((launch.op, launch.passes), launch.id)
-    return set(found.values())
+def _representative(family: str) -> Launch:
+    """The launch with the most work among the backward ones in bfloat16, as far as there are such."""
+    return max(
+        aot.launches(family),
+        key=lambda launch: (
+            launch.passes == "backward",
+            launch.dtype == "bfloat16",
+            not launch.variant,
+            launch.work(launch.shape, launch.dtype).bytes_moved,
+        ),
+    )
 
 
 def _cuda(table: Table, archs: Sequence[int], only: Sequence[str], *, fresh: bool) -> None:
