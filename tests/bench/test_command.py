@@ -74,6 +74,33 @@ def test_mistakes_are_named() -> None:
         run("step", "--aot")
 
 
+def test_the_ahead_of_time_table_of_a_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ditscale.bench import aot_table
+    from ditscale.bench.aot import Entry
+
+    asked: list[tuple[list[str], list[str]]] = []
+    kernel = {
+        "registers": 40,
+        "stack": 0,
+        "shared": 0,
+        "loads": {128: 4},
+        "stores": {},
+        "local": 0,
+        "bulk": 0,
+        "mix": {},
+    }
+
+    def gather(families: list[str], *, only: list[str], **_: object) -> aot_table.Table:
+        asked.append((families, only))
+        return aot_table.Table([Entry("adaln", "a case", "a_kernel", "90", "0 triton 3", 128, 7, kernel)])
+
+    monkeypatch.setattr(aot_table, "gather", gather)
+    (row,) = json.loads(run("adaln", "--aot", "--only", "forward", "--json"))["rows"]
+    assert (row["kernel"], row["arch"], row["registers"], row["blocks_per_sm"]) == ("a_kernel", "sm_90", 40, 12)
+    assert asked == [(["adaln", "gelu", "cuda"], ["forward"])]
+    assert "a_kernel" in run("adaln", "--aot")
+
+
 def test_all_suites_in_one_file_that_appears_when_it_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
