@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -190,7 +190,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, attribution: ModuleAttribution, table: dict[Any, Formula], *, everything: bool) -> None:
         super().__init__()
         self.uncounted: Counter[str] = Counter()
-        self.flops: dict[str, Counter[str]] = {}
+        self.flops: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._attribution = attribution
         self._everything = everything
         # An operator of ours that the table leaves out is one that nobody decided on yet.
@@ -214,8 +214,9 @@ class Watch(TorchDispatchMode):
                 if not getattr(func, "is_view", False) and str(packet) not in self.uncounted:
                     self.uncounted[str(packet)] += 1
             elif cost:
+                operation = str(packet)
                 for name in self._attribution.parents:
-                    self.flops.setdefault(name, Counter())[str(packet)] += cost
+                    self.flops[name][operation] += cost
         return out
 
     def _known_light(self, func: Any) -> bool:

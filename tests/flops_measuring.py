@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from flops_variants import Inputs, Variant
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ditscale.dit import DiTConfig
 from ditscale.dit.attribution import EVERYTHING, ModuleAttribution
@@ -36,67 +40,104 @@ class Measured:
 
 
 class QuickWatch(Watch):
-    """Torch's own meta kernels of some operations are slow Python; an empty tensor of the right shape is all
-    they give.
-
-    It stands in for them after everything that counts has seen the operation.
+    """Stands before torch's counter and spares it what it would only pass on: products (whatever it has a formula for, or
+    takes apart) go to it, the rest is run without it, by shape alone where torch's own meta kernels are slow Python.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        aten = torch.ops.aten
-        self.table = {
-            aten.add.Tensor: self.broadcast,
-            aten.mul.Tensor: self.broadcast,
-            aten.addmm.default: lambda bias, a, b: empty(a, (a.shape[0], b.shape[1])),
-            aten.gelu.default: lambda x, **_: empty(x, x.shape),
-            aten.gelu_backward.default: lambda dy, x, **_: empty(x, x.shape),
-            aten._softmax_backward_data.default: lambda dy, y, *_: empty(y, y.shape),
-            aten.native_layer_norm.default: self.layer_norm,
-            aten.native_layer_norm_backward.default: self.layer_norm_backward,
-            aten.sum.dim_IntList: self.sum,
-        }
+        self.is_for_the_counter = functools.cache(
+            lambda func: func not in SHAPES and (func._overloadpacket in flop_registry or func._can_decompose())
+        )
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        quick = self.table.get(func)
-        out = None if quick is None else quick(*args, **kwargs)
-        return func(*args, **kwargs) if out is None else out
+        if self.is_for_the_counter(func):
+            return func(*args, **kwargs)
+        with torch._C._DisableTorchDispatch():
+            return run_by_shape(func, args, kwargs)
 
-    @staticmethod
-    def broadcast(a: Tensor, b: Any) -> Tensor | None:
-        if not isinstance(b, Tensor):
-            return empty(a, a.shape)
-        if a.dtype != b.dtype:
-            return None
-        return empty(a, a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape))
 
-    @staticmethod
-    def layer_norm(x: Tensor, *_: object) -> tuple[Tensor, ...]:
-        row = (*x.shape[:-1], 1)
-        return empty(x, x.shape), empty(x, row), empty(x, row)
+class QuickProducts(TorchDispatchMode):
+    """Runs by shape what torch's counter has counted."""
 
-    @staticmethod
-    def layer_norm_backward(
-        dy: Tensor,
-        x: Tensor,
-        shape: object,
-        mean: object,
-        rstd: object,
-        w: Tensor | None,
-        b: Tensor | None,
-        mask: list[bool],
-    ) -> tuple[Tensor | None, ...]:
-        return tuple(None if t is None or not m else empty(t, t.shape) for t, m in zip((x, w, b), mask, strict=True))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run_by_shape(func, args, kwargs or {})
 
-    @staticmethod
-    def sum(x: Tensor, dims: list[int], keepdim: bool = False, **_: object) -> Tensor:
-        gone = {d % x.dim() for d in dims} if x.dim() else set()
-        shape = [1 if i in gone else n for i, n in enumerate(x.shape) if keepdim or i not in gone]
-        return empty(x, shape)
+
+def run_by_shape(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    quick = SHAPES.get(func) or PRODUCT_SHAPES.get(func)
+    out = None if quick is None else quick(*args, **kwargs)
+    return func(*args, **kwargs) if out is None else out
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
+def same(x: Tensor, *_: object, **__: object) -> Tensor:
+    return empty(x, x.shape)
+
+
+def second(_: Tensor, x: Tensor, *__: object, **___: object) -> Tensor:
+    return empty(x, x.shape)
+
+
+def broadcast(a: Tensor, b: Any) -> Tensor | None:
+    if not isinstance(b, Tensor) or a.shape == b.shape:
+        return empty(a, a.shape) if not isinstance(b, Tensor) or a.dtype == b.dtype else None
+    if a.dtype != b.dtype:
+        return None
+    sides = zip_longest(reversed(a.shape), reversed(b.shape), fillvalue=1)
+    return empty(a, [n if m == 1 else m for n, m in sides][::-1])
+
+
+def reduced(x: Tensor, dims: list[int], keepdim: bool = False, **_: object) -> Tensor:
+    gone = {d % x.dim() for d in dims} if x.dim() else set()
+    return empty(x, [1 if i in gone else n for i, n in enumerate(x.shape) if keepdim or i not in gone])
+
+
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return empty(parts[0], shape)
+
+
+def normalised(x: Tensor, *_: object) -> tuple[Tensor, ...]:
+    row = (*x.shape[:-1], 1)
+    return empty(x, x.shape), empty(x, row), empty(x, row)
+
+
+def normalised_backward(
+    dy: Tensor,
+    x: Tensor,
+    shape: object,
+    mean: object,
+    rstd: object,
+    w: Tensor | None,
+    b: Tensor | None,
+    mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None or not m else empty(t, t.shape) for t, m in zip((x, w, b), mask, strict=True))
+
+
+aten = torch.ops.aten
+SHAPES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((aten.add.Tensor, aten.mul.Tensor), broadcast),
+    **dict.fromkeys((aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar), same),
+    **dict.fromkeys((aten.rsqrt.default, aten.gelu.default, aten.silu.default), same),
+    **dict.fromkeys(
+        (aten.gelu_backward.default, aten.silu_backward.default, aten._softmax_backward_data.default), second
+    ),
+    **dict.fromkeys((aten.sum.dim_IntList, aten.mean.dim), reduced),
+    aten.cat.default: joined,
+    aten.native_layer_norm.default: normalised,
+    aten.native_layer_norm_backward.default: normalised_backward,
+}
+PRODUCT_SHAPES: dict[Any, Callable[..., Any]] = {
+    aten.addmm.default: lambda bias, a, b: empty(a, (a.shape[0], b.shape[1])),
+    aten.mm.default: lambda a, b: empty(a, (a.shape[0], b.shape[1])),
+    aten.bmm.default: lambda a, b: empty(a, (*a.shape[:2], b.shape[2])),
+}
 
 
 def inputs_of(config: DiTConfig, batch: int, lengths: list[int] | None, contexts: list[int] | None) -> Inputs:
@@ -124,7 +165,9 @@ def measure(
     counter = FlopCounterMode(display=False, custom_mapping=custom)
     counter.mod_tracker = attribution
     watch = (QuickWatch if quick else Watch)(attribution, FORMULAS, everything=True)
-    with watch, counter:
+    with contextlib.ExitStack() as modes:
+        for mode in (QuickProducts(), counter, watch) if quick else (watch, counter):
+            modes.enter_context(mode)
         out = model(inputs)
         forward, all_forward = flatten(counter.get_flop_counts()), dict(watch.flops[EVERYTHING])
         out.backward(torch.empty_like(out))
