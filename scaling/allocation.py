@@ -1,6 +1,4 @@
-"""One face for every law that can spend a budget: published, a fitted surface, isoFLOP lines, or a file of
-one of them.
-"""
+"""One face for every law that can spend a budget: published, a fitted surface, isoFLOP lines, or a file of these."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Law forms that compete to extrapolate: each can be fitted to runs and gives a predictive distribution for
-a new one.
-"""
+"""Law forms that compete to extrapolate: each fits runs, and gives a predictive distribution for a new one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""From a number of parameters to a DiT that exists: whole layers, whole heads, counted by the exact
-ledger.
-"""
+"""From a number of parameters to a DiT that exists: whole layers, whole heads, counted by the exact ledger."""
 
 from __future__ import annotations
 

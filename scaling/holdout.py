@@ -53,9 +53,7 @@ class Trial:
 
     @property
     def log_score(self) -> float:
-        """Logarithm of the predictive density at what was measured: rewards being right and knowing how
-        right.
-        """
+        """Logarithm of the predictive density at what was measured: rewards being right and knowing how right."""
         return float(stats.t.logpdf(self.log_error / self.scale, self.dof) - np.log(self.scale))
 
     @property
@@ -100,9 +98,7 @@ class Backtest:
         return next((row["law"] for row in self.scoreboard if row["trials"]), None)
 
     def weights(self) -> dict[str, float]:
-        """Weights for averaging: proportional to the product of held-out predictive densities, one factor a
-        split.
-        """
+        """Weights for averaging: proportional to the product of held-out predictive densities, one factor a split."""
         rows = [r for r in self.scoreboard if r["trials"]]
         if not rows:
             return {}
@@ -260,9 +256,7 @@ def _goals(runs: RunTable, axis: str, place: Array, first: float) -> list[tuple[
 
 
 def _paired_tests(board: list[dict[str, Any]], trials: list[Trial]) -> None:
-    """A one-sided paired t test of every law's absolute errors against the best law's, on the same held-out
-    points.
-    """
+    """A one-sided paired t test of every law's absolute errors against the best law's, on the same held-out points."""
     scored = [r for r in board if r["trials"]]
     if not scored:
         return
@@ -339,9 +333,7 @@ def _row(name: str, trials: list[Trial], skipped: str | None, slope: float) -> d
 
 
 def _slope(runs: RunTable) -> float:
-    """Fall of log loss per log compute along each budget's best run: it turns an error of loss into one of
-    compute.
-    """
+    """Fall of log loss per log compute along each budget's best run: it turns an error of loss into one of compute."""
     budgets = runs.budgets
     levels = np.unique(budgets)
     if len(levels) < 2:

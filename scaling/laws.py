@@ -207,9 +207,7 @@ class TermLaw(Law):
         count: int,
         centre: Mapping[str, float],
     ) -> Array:
-        """Variable projection: a grid over exponents, coefficients and floor by non-negative least
-        squares.
-        """
+        """Variable projection: a grid over exponents, coefficients and floor by non-negative least squares."""
         return projected_starts(self, logs, target, weights, count)
 
 

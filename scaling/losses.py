@@ -96,8 +96,7 @@ class Loss:
         if self.kind == "l1":
             return np.zeros_like(r)
         if self.kind == "student-t":
-            # The true one turns negative in the tails; the ratio psi/r majorises and keeps the step a
-            # descent.
+            # The true one turns negative in the tails; the ratio psi/r majorises and keeps the step a descent.
             return (self.shape + 1.0) / (self.shape + (r / self._scale) ** 2)
         inside = (np.abs(r) <= self._scale).astype(r.dtype)
         return inside * np.where(r > 0, self.shape, 1.0) if self.kind == "envelope" else inside

@@ -1,6 +1,4 @@
-"""Plans: from a budget, a target loss or a deadline to what to train, for how long, and how good it will
-be.
-"""
+"""Plans: from a budget, a target loss or a deadline to what to train, for how long, and how good it will be."""
 
 from __future__ import annotations
 

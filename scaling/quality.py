@@ -1,6 +1,4 @@
-"""Quality laws such as FID(C): a power law that names its features and never claims less noise than a change
-of seed makes.
-"""
+"""Quality laws such as FID(C): a power law that names its features and claims no less noise than seeds make."""
 
 from __future__ import annotations
 

@@ -78,9 +78,7 @@ def projected_starts(law: TermLaw, logs: Mapping[str, Array], target: Array, wei
 
 
 def _non_negative(columns: Array, goal: Array, weights: Array) -> tuple[Array, Array]:
-    """Weighted least squares with coefficients >= 0 for S small designs [S, K, n]: the best feasible support
-    wins.
-    """
+    """Weighted least squares with coefficients >= 0 for S small designs [S, K, n]: the best feasible support wins."""
     s, k, _ = columns.shape
     weighted = columns * weights
     gram = np.matmul(weighted, columns.transpose(0, 2, 1))

@@ -56,9 +56,7 @@ class TermModel:
             self.lower[self._outer], self.upper[self._outer] = _OUTER_BOUNDS
 
     def bound_coefficients(self, target: Array) -> None:
-        """Keep every term within a vast but finite range of the data, so that a vanishing one is seen at its
-        bound.
-        """
+        """Keep every term within a vast but finite range of the data, so that a vanishing one is seen at its bound."""
         middle = float(np.median(np.log(target)))
         for columns in self._columns:
             self.lower[columns[0][0]] = middle - _LOG_COEFFICIENT_SPAN

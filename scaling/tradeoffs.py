@@ -59,9 +59,7 @@ def flatness(out: Plan, law: Allocation) -> None:
 
 
 def cost_of_being_wrong(out: Plan, law: Allocation, params: Estimate) -> None:
-    """Train at either end of N_opt's interval: what loss comes of it, and what compute would have reached it
-    at best.
-    """
+    """Train at either end of N_opt's interval: what loss comes of it, and what compute reaches that at best."""
     if law.loss_at is None or law.data_for is None or params.interval is None:
         return
     base = float(_loss_along(law, np.log(params.value), out.budget))
