@@ -152,6 +152,11 @@ def power(
     x: Annotated[str, typer.Option(help="Column of x, such as compute.")] = "flops",
     y: Annotated[str, typer.Option(help="Column of y, such as a loss or FID.")] = "loss",
     floor: Annotated[str, typer.Option(help="none, free, or a number.")] = "none",
+    feature_network: Annotated[
+        str | None, typer.Option(help="y is a quality metric such as FID on these features: inception-v3, ...")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Of a quality metric: generated images a value.")] = None,
+    seed_noise: Annotated[float, typer.Option(help="Of a quality metric: spread between seeds, as a share.")] = 0.01,
     where: Where = None,
     last_step: LastStep = False,
     pool: Pool = False,
@@ -163,8 +168,21 @@ def power(
 ) -> None:
     """Fit y = floor + coefficient * x ** exponent."""
     from ditscale.scaling.power import fit_power
+    from ditscale.scaling.quality import fit_quality
 
     table = _table(file, where=where, last_step=last_step, pool=pool)
+    if feature_network is not None:
+        quality = fit_quality(
+            table.column(x),
+            table.column(y),
+            metric=y,
+            feature_network=feature_network,
+            samples=samples,
+            floor=floor,
+            seed_noise=seed_noise,
+        )
+        _print(quality, as_json)
+        return
     result = fit_power(
         table.column(x),
         table.column(y),

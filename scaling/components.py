@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
 from ditscale.scaling.engine import Array
 
@@ -24,6 +24,8 @@ _SCALE = 2.0
 _RATIOS = np.geomspace(0.02, 2000.0, 72)
 # Below this many degrees of freedom within budgets, a shock cannot be told from run noise.
 _MIN_WITHIN_DOF = 3
+# Least share of a shock, of what the most visible direction shows, that the residuals must show.
+_VISIBLE = 0.1
 # Points times budgets up to which the shared part is worked out; beyond it runs count as independent.
 _MOST_NUMBERS = 20_000_000
 
@@ -84,7 +86,7 @@ class Components:
         ratios: squared ratios of shock to run noise that were weighed [m]; one 0 where no shock can be seen.
         weights: how likely each is [m].
         noise: variance of one run around its budget, given each ratio [m].
-        dof: degrees of freedom of the residuals, n - p.
+        dof: degrees of freedom of the residuals that ``noise`` rests on, n - p or a little less.
         leverage: [n, p], the linear map from errors to internal parameters, transposed.
         design: [n, G], how a unit shock of each budget acts on the errors, or None without budgets.
         blind: [k, p], directions of the parameters in which no point moves, such as a vanished term's exponent.
@@ -188,6 +190,9 @@ def components(
     eigenvalues, turn = np.linalg.eigh(qz @ qz.T)
     along = (turn.T @ (q.T @ left)) ** 2
     within = max(float(left @ left) - float(along.sum()), 0.0)
+    # A direction of shocks that the parameters all but absorb tells of the law's form more than of shocks; it is left out.
+    seen = eigenvalues > _VISIBLE * eigenvalues.max()
+    eigenvalues, along, dof = eigenvalues[seen], along[seen], dof - float((~seen).sum())
     ratios = np.concatenate([[0.0], _RATIOS**2])
     density = _RATIOS / (1.0 + (_RATIOS / _SCALE) ** 2)  # half-Cauchy on equal steps of the logarithm
     prior = np.concatenate([[_NO_SHOCK], (1.0 - _NO_SHOCK) * density / density.sum()])
@@ -195,4 +200,35 @@ def components(
     squares = within + (along / grown).sum(1)
     log_weight = np.log(prior) - 0.5 * np.log(grown).sum(1) - 0.5 * dof * np.log(np.maximum(squares, 1e-300))
     weights = np.exp(log_weight - log_weight.max())
-    return Components(ratios, weights / weights.sum(), np.maximum(squares / dof, least), dof, leverage, z, blind, size)
+    return Components(
+        ratios=ratios,
+        weights=weights / weights.sum(),
+        noise=np.maximum(squares / dof, least),
+        dof=dof,
+        leverage=leverage,
+        design=z,
+        blind=blind,
+        size=size,
+    )
+
+
+def evenness(residuals: Array, groups: NDArray[np.int64]) -> tuple[Array, float]:
+    """Spread of each budget's residuals around their median, and the p-value that all budgets have one spread.
+
+    Two tests, of Fligner and Killeen (1976) against any difference and of a trend with the budgets' order, the lesser
+    p-value doubled. Both compare ranks of the deviations' sizes, so that one wild run does not pass for a noisy budget.
+    """
+    members = [residuals[groups == k] for k in range(int(groups.max()) + 1)]
+    sizes = np.concatenate([np.abs(r - np.median(r)) for r in members])
+    counts = np.array([len(r) for r in members])
+    place = np.repeat(np.arange(len(members)), counts)
+    spread = np.sqrt(np.bincount(place, sizes**2) / np.maximum(counts - 1, 1))
+    scores = special.ndtri(0.5 + stats.rankdata(sizes) / (2.0 * (len(sizes) + 1.0)))
+    scores -= scores.mean()
+    variance, along = float(scores.var(ddof=1)), place - place.mean()
+    if not variance > 0:
+        return spread, 1.0
+    anyhow = float((np.bincount(place, scores) ** 2 / counts).sum()) / variance
+    trend = float(along @ scores) ** 2 / variance / float(along @ along)
+    least = min(special.chdtrc(len(counts) - 1, anyhow), special.chdtrc(1, trend))
+    return spread, min(1.0, 2.0 * float(least))

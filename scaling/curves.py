@@ -60,9 +60,7 @@ class Vertex:
         return np.exp(value) if self.space == "log" else value
 
     def intervals(self) -> dict[str, list[float]]:
-        """95 % intervals of params, data and loss from the scatter of runs around the curves; empty without
-        any.
-        """
+        """95 % intervals of params, data and loss from the scatter of runs around the curves; empty without any."""
         if self.dof < 1 or not np.isfinite(self.se_log_params):
             return {}
         t = float(stats.t.ppf(0.975, self.dof))
@@ -124,8 +122,7 @@ class Curve:
                 return -c[:, 1] / (2 * c[:, 0]), 2 * c[:, 0]
             # Of a cubic's two stationary points the minimum has slope of the derivative +sqrt(disc).
             disc = np.sqrt(c[:, 1] ** 2 - 3 * c[:, 0] * c[:, 2])
-            # The form without cancellation, which turns into the parabola's vertex as the cubic term
-            # vanishes.
+            # The form without cancellation, which turns into the parabola's vertex as the cubic term vanishes.
             return -c[:, 2] / (c[:, 1] + disc), 2 * disc
 
     def data_at(self, place: Array) -> Array:

@@ -16,8 +16,7 @@ from ditscale.scaling.losses import Loss, parse_loss, robust_sigma
 from ditscale.scaling.results import NOT_IDENTIFIABLE, LawFit
 
 SPACES = ("log", "raw")
-# Residuals this small against the data are rounding: the points lie on the law, and a robust knee has no
-# meaning.
+# Residuals this small against the data are rounding: the points lie on the law, and a robust knee has no meaning.
 _NOISE_FREE = 1e-9
 
 

@@ -1,6 +1,4 @@
-"""The loss of a run that has not been made: which law to trust is settled on held-out compute, before the
-prediction.
-"""
+"""The loss of a run that has not been made: which law to trust is settled beforehand, on held-out compute."""
 
 from __future__ import annotations
 
@@ -15,11 +13,12 @@ from scipy import optimize, stats
 
 from ditscale.errors import InputError
 from ditscale.scaling.candidates import Fitted, eligible, fit_candidate
+from ditscale.scaling.cost import CostLaw
 from ditscale.scaling.holdout import Backtest, backtest
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.losses import Loss
 from ditscale.scaling.runs import RunTable
-from ditscale.scaling.surface import CostLaw, as_table, fit_surface
+from ditscale.scaling.surface import as_table, fit_surface
 
 # Laws below this weight do not move an average by anything that a reader could see.
 _LEAST_WEIGHT = 1e-3

@@ -3,12 +3,14 @@
 The default ("auto") follows what the runs can tell:
 
 - under 100 runs in 3 or more budgets, "components": run noise and budget shock (see ``components.py``);
+- the same, where the noise of 4 or more budgets differs beyond chance (``components.evenness``, 5 %), "jackknife": leave
+  one budget out at a time, t with G - 1 degrees, which assumes no common noise;
 - under 100 runs without budgets, "delta": run noise alone, t with n - p degrees of freedom;
 - 100 runs and more, "case-t": the spread of the case bootstrap, plus the budget shock where there are budgets.
 
-Beside them stand the delete-one-budget "jackknife" with t(G-1), the bootstraps "case" (runs), "cluster" (budgets; too
-narrow under about 10 of them) and "wild" (residuals), and the "profile" likelihood. ``docs/coverage.md`` holds the
-coverage of every method, and the command that measures it.
+Beside them stand the bootstraps "case" (runs), "cluster" (budgets; too narrow under about 10 of them) and "wild"
+(residuals), and the "profile" likelihood. ``docs/coverage.md`` holds the coverage of every method, and the command that
+measures it.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ if TYPE_CHECKING:
 
 Quantity = Callable[[Array], Array]
 METHODS = ("auto", "components", "delta", "case-t", "jackknife", "case", "cluster", "wild", "profile")
-# From this many runs on, resampling them shows unequal noise and uneven density better than one common
-# variance.
+# From this many runs on, resampling them shows unequal noise and uneven density better than one common variance.
 MANY_RUNS = 100
+UNEVEN = 0.05
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,7 @@ class Interval:
 
 
 def gradient_of(quantity: Quantity, theta: Array, scale: Array) -> Array:
-    """Numerical gradient of a quantity by central differences, steps in each parameter's own standard
-    error.
-    """
+    """Numerical gradient of a quantity by central differences, steps in each parameter's own standard error."""
     p = len(theta)
     h = np.where(scale > 0, 1e-4 * np.minimum(scale, 1e3), 1e-6)
     h = np.maximum(h, 1e-9 * np.maximum(np.abs(theta), 1e-3))
@@ -126,7 +126,7 @@ def interval_of(
     with np.errstate(all="ignore"):
         value = float(quantity(fit.theta[None, :])[0])
     if method == "auto":
-        method = "case-t" if fit.n >= MANY_RUNS else "components"
+        method = "case-t" if fit.n >= MANY_RUNS else "jackknife" if fit.uneven else "components"
     parts = fit.components_for(method)
     share = float(new_run)
     run_noise = share * parts.run + parts.budget if share else 0.0

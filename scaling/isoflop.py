@@ -27,9 +27,8 @@ from ditscale.scaling.runs import RunTable
 from ditscale.scaling.surface import SurfaceFit, as_table, fit_surface
 
 VERTICES = ("parabola", "cubic")
-# A grid wider than this factor on either side of its centre moves the vertex by more than a few percent on
-# surfaces with unequal exponents; one further off centre than this shifts it alike (arXiv:2603.22339, table
-# 1).
+# A grid wider than this factor on either side of its centre moves the vertex by more than a few percent on surfaces
+# with unequal exponents; one further off centre than this shifts it alike (arXiv:2603.22339, table 1).
 _WIDE = 12.0
 _OFF_CENTRE = 2.0
 _DRIFT = 0.08
@@ -279,9 +278,7 @@ def _laws(rows: Array) -> tuple[PowerFit, PowerFit, PowerFit]:
 def _bootstrap(
     curves: list[Curve], levels: Array, used: list[int], sigma: float, space: str, draws: int, seed: int
 ) -> dict[str, Array]:
-    """Resample the curves' residuals (pooled, scaled for the parameters they cost), refit curves and
-    lines.
-    """
+    """Resample the curves' residuals (pooled, scaled for the parameters they cost), refit curves and lines."""
     if draws <= 0 or not np.isfinite(sigma) or len(used) < 2:
         return {}
     rng = np.random.default_rng(seed)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ditscale.errors import InputError
+from ditscale.scaling.cost import CostLaw
 from ditscale.scaling.forecast import Forecaster
 from ditscale.scaling.isoflop import fit_isoflop
 from ditscale.scaling.power import PowerFit
@@ -109,8 +110,6 @@ def _target_size(study: Study, n_law: PowerFit) -> tuple[float, float, float]:
     runs = study_table(study)
     flops = float(study.config.target)
     params = float(n_law.predict(flops).value)
-    from ditscale.scaling.surface import CostLaw
-
     return params, float(CostLaw.measured(runs.params, runs.data, runs.flops).data(flops, params)), flops
 
 

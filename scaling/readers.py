@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from ditscale.errors import InputError
 
-# A law is fitted to finished runs; a longer file is a log of steps and must be reduced to one row a run
-# first.
-MAX_ROWS = 200_000
+# A law is fitted to finished runs; a longer file is a log of steps and must be reduced to one row a run first.
+MAX_ROWS = 50_000
 # A JSON document is read as a whole.
 MAX_JSON_BYTES = 128 * 2**20
 _SAMPLE = 65_536
@@ -198,9 +197,7 @@ def _from_records(records: list[Mapping[str, Any]], source: str, *, first: int) 
 
 
 def _flatten(record: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[str, Any]:
-    """Nested values as ``outer.inner``; a tracker's ``config``, ``summary`` and ``metrics`` lose their
-    prefix.
-    """
+    """Nested values as ``outer.inner``; a tracker's ``config``, ``summary`` and ``metrics`` lose their prefix."""
     out: dict[str, Any] = {}
     for key, value in record.items():
         name = f"{prefix}{key}"

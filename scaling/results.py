@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditscale.errors import InputError
-from ditscale.scaling import engine, intervals
-from ditscale.scaling.components import Components, components
+from ditscale.scaling import engine, intervals, resampling
+from ditscale.scaling.components import Components, components, evenness
 from ditscale.scaling.engine import Array
 from ditscale.scaling.intervals import Interval, Quantity
 from ditscale.scaling.jsonable import plain
@@ -73,7 +73,7 @@ class LawFit:
         at_bounds: names of parameters at a bound.
         warnings: what a reader must know, one sentence each.
         seconds: wall time of the fit.
-        seed, draws: of bootstraps.
+        seed, draws: of bootstraps; None for as many as the points allow, 1000 up to 40,000 of them.
         interval_method: see ``intervals.py``.
         least_noise: spread of one observation below which no interval of a new one is drawn, in the fit's
             residuals.
@@ -98,7 +98,7 @@ class LawFit:
     warnings: list[str]
     seconds: float
     seed: int = 0
-    draws: int = 1000
+    draws: int | None = None
     interval_method: str = "auto"
     least_noise: float = 0.0
 
@@ -127,10 +127,14 @@ class LawFit:
         return self.law.model({k: np.log(v) for k, v in self.inputs.items()}, self.centre)
 
     @cached_property
+    def fitted(self) -> Array:
+        """The law's values at the points [n]."""
+        return self._model.value(self.theta[None, :])[0]
+
+    @cached_property
     def residuals(self) -> Array:
         """Residuals [n] in the fit's space."""
-        f = self._model.value(self.theta[None, :])[0]
-        return np.log(f) - np.log(self.target) if self.space == "log" else f - self.target
+        return np.log(self.fitted) - np.log(self.target) if self.space == "log" else self.fitted - self.target
 
     @cached_property
     def r2(self) -> float:
@@ -201,10 +205,21 @@ class LawFit:
         """Run noise and budget shock (see ``intervals.py``)."""
         return self.components_for("components")
 
+    @cached_property
+    def budget_spreads(self) -> tuple[Array, float] | None:
+        """Spread of the (weighted) residuals budget by budget, and the p-value that all are one; None without budgets."""
+        return None if self.groups is None else evenness(self.residuals * np.sqrt(self.weights), self.groups)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the noise of runs differs between 4 or more budgets, beyond chance."""
+        found = self.budget_spreads
+        return found is not None and len(found[0]) >= 4 and found[1] < intervals.UNEVEN
+
     @property
     def bounds(self) -> tuple[Array, Array]:
         """Bounds of the internal parameters."""
-        model = self._bounded()
+        model = self.bounded_model()
         return model.lower, model.upper
 
     @cached_property
@@ -253,7 +268,7 @@ class LawFit:
             return self.law.export(theta, self.centre)[name]
 
         if isinstance(self.law, TermLaw) and name == self.law.floor:
-            lowest = float(self._model.value(self.theta[None, :]).min())
+            lowest = float(self.fitted.min())
             gap = self.interval_of(lambda th: lowest - value(th), log=True, method=method, level=level)
             got = dataclasses.replace(gap, value=self.params[name], low=lowest - gap.high, high=lowest - gap.low)
         else:
@@ -328,61 +343,28 @@ class LawFit:
         Args:
             kind: "case" resamples runs, "cluster" whole budgets, "wild" flips the signs of residuals at
                 random.
-            draws: how many. Default: the fit's, 1000.
+            draws: how many. Default: the fit's, else 1000 (fewer above 40,000 points).
             seed: of the generator. Default: the fit's.
         """
         seed = self.seed if seed is None else seed
-        draws = self.draws if draws is None else draws
+        draws = draws or self.draws or resampling.default_draws(self.n)
         key = (kind, draws, seed)
         if key not in self._replicates:
-            rng = np.random.default_rng(seed)
-            target: Array = self.target
-            weights = np.broadcast_to(self.weights, (draws, self.n))
-            if kind == "case":
-                weights = rng.multinomial(self.n, np.full(self.n, 1 / self.n), size=draws) * self.weights
-            elif kind == "cluster":
-                groups = self._need_groups("cluster bootstrap")
-                count = int(groups.max()) + 1
-                weights = rng.multinomial(count, np.full(count, 1 / count), size=draws)[:, groups] * self.weights
-            elif kind == "wild":
-                signs = rng.choice([-1.0, 1.0], size=(draws, self.n))
-                grow = np.sqrt(self.n / max(self.n - len(self.theta), 1))
-                shifted = (
-                    np.log(self._model.value(self.theta[None, :]))
-                    if self.space == "log"
-                    else self._model.value(self.theta[None, :])
-                )
-                values = shifted + signs * self.residuals * grow
-                target = np.exp(values) if self.space == "log" else np.maximum(values, 1e-300)
-            else:
-                raise InputError(f"bootstrap: expected case, cluster or wild, got {kind!r}")
-            self._replicates[key] = self._refit(weights, target, draws)
+            self._replicates[key] = resampling.bootstrap(self, kind, draws, seed)
         return self._replicates[key]
 
     def jackknife(self) -> Array:
         """Refit without one budget at a time (one point at a time where there are no budgets) [G, p]."""
         if "jackknife" not in self._replicates:
-            groups = np.arange(self.n) if self.groups is None else self.groups
-            count = int(groups.max()) + 1
-            weights = (groups[None, :] != np.arange(count)[:, None]) * self.weights
-            self._replicates["jackknife"] = self._refit(weights, self.target, count)
+            self._replicates["jackknife"] = resampling.jackknife(self)
         return self._replicates["jackknife"]
 
-    def _refit(self, weights: Array, target: Array, count: int) -> Array:
-        start = np.repeat(self.theta[None, :], count, axis=0)
-        solution = engine.minimise(self._bounded(), target, self.loss, start, weights=weights, space=self.space)
-        return solution.theta
-
-    def _bounded(self) -> engine.Model:
+    def bounded_model(self) -> engine.Model:
+        """The law at the points, its terms kept within a finite range of the data."""
         model = self._model
         if hasattr(model, "bound_coefficients"):
             model.bound_coefficients(self.target)
         return model
-
-    def _need_groups(self, what: str) -> NDArray[np.int64]:
-        if self.groups is None:
-            raise InputError(f"budget: expected a column of budgets for a {what}, got none")
-        return self.groups
 
     def export_replicates(self, theta: Array) -> dict[str, Array]:
         """Public parameters of replicates."""

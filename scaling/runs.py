@@ -230,9 +230,7 @@ class RunTable:
         return self.take(keep, f"dropped the {count} highest losses")
 
     def with_tokens_from_6nd(self) -> RunTable:
-        """Add D = C / (6 N) in tokens. Over-counts an adaLN DiT by about 1.4; here for language-model
-        tables.
-        """
+        """Add D = C / (6 N) in tokens. Over-counts an adaLN DiT by about 1.4; here for language-model tables."""
         column = self.flops / (6.0 * self.params)
         roles = {k: v for k, v in self.roles.items() if k not in ("images", "tokens")}
         return dataclasses.replace(

@@ -56,3 +56,12 @@ COMPARED_COLUMNS = ("architecture", "data", "dataset", "data_set", "data_sha256"
 # A tracker's step log has several rows a run; a law takes one.
 RUN_COLUMNS = ("run_name", "run_id", "run", "name", "Name")
 STEP_COLUMNS = ("step", "_step", "global_step", "Step")
+
+
+def markdown() -> str:
+    """The columns as the rows of a table, those that must agree marked with a star (docs/fitting.md holds it)."""
+    rows = []
+    for column in COLUMNS:
+        names = ", ".join(f"`{name}`" for name in (column.name, *column.also))
+        rows.append(f"| {names}{' *' if column.alike else ''} | {column.unit} | {column.meaning} |")
+    return "\n".join(rows)

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from ditscale.errors import InputError
+from ditscale.scaling.cost import CostLaw
 from ditscale.scaling.engine import Array
 from ditscale.scaling.fit import fit_law
 from ditscale.scaling.intervals import MANY_RUNS, Interval, Quantity
@@ -28,54 +29,8 @@ _MAX_DRAWS = 100_000
 _ONE_BUDGET = 1.3
 # A model gives every parameter set at every point; where set i at point i is wanted, this many at a time.
 _BLOCK = 32
-# The optimum of a law without a closed form is sought within this factor of the fitted sizes' middle, in log
-# N.
+# The optimum of a law without a closed form is sought within this factor of the fitted sizes' middle, in log N.
 _SEARCH = np.log(1e9)
-
-
-@dataclass(frozen=True)
-class CostLaw:
-    """What a run costs: ``C = coefficient * N^exponent * D``, as the ledger measured it.
-
-    Attributes:
-        coefficient: FLOPs of one unit of data at N = 1.
-        exponent: 1 for 6ND; below 1 where a share of the compute does not grow with N.
-        rms: root mean square relative error of this form on the runs.
-        source: "measured", or the convention it stands for.
-    """
-
-    coefficient: float
-    exponent: float
-    rms: float
-    source: str
-
-    @classmethod
-    def measured(cls, params: Array, data: Array, flops: Array) -> CostLaw:
-        """Least squares of log(C/D) on log N."""
-        x, y = np.log(params), np.log(flops / data)
-        centre = x.mean()
-        spread = float(((x - centre) ** 2).sum())
-        slope = float(((x - centre) * y).sum() / spread) if spread > 1e-12 else 1.0
-        intercept = float(y.mean() - slope * centre)
-        left = y - intercept - slope * x
-        return cls(float(np.exp(intercept)), slope, float(np.sqrt((left**2).mean())), "measured")
-
-    def data(self, flops: Any, params: Any) -> Any:
-        """How much data a budget pays at a model size."""
-        return flops / (self.coefficient * params**self.exponent)
-
-    def flops(self, params: Any, data: Any) -> Any:
-        """What a run costs."""
-        return self.coefficient * params**self.exponent * data
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "coefficient": self.coefficient,
-            "exponent": self.exponent,
-            "rms_relative_error": self.rms,
-            "source": self.source,
-        }
 
 
 @dataclass
@@ -279,9 +234,7 @@ class SurfaceFit:
         return out
 
     def _search(self, theta: Array, c: float, p: float) -> Array:
-        """Golden-section search for the best log N along ``p log N + log D = c``, for all parameter sets at
-        once.
-        """
+        """Golden-section search for the best log N along ``p log N + log D = c``, for all parameter sets at once."""
         middle = self.fit.centre["params"]
         grid = np.linspace(middle - _SEARCH, middle + _SEARCH, 241)
         values = np.stack([self._log_loss(theta, np.full(len(theta), g), np.full(len(theta), c - p * g)) for g in grid])
@@ -371,27 +324,24 @@ def fit_surface(
 
     Args:
         table: runs, or a file or study folder to read (``columns`` then go to :meth:`RunTable.read`).
-        law: "surface" (E + A/N^alpha + B/D^beta), "surface-tied", "surface-floorless", "skaling", "kaplan",
-            "farseer", or
-            one with more inputs: "moe", "moe-density", "repetition".
-        inputs: columns of the law's other inputs by name, such as ``{"unique": "unique_images"}``. Default: a
-            column of the input's own name.
-        loss_fn: "huber:1e-3" with ``space="log"`` is Chinchilla's; the default's knee is 1.345 robust
-            spreads.
+        law: "surface" (E + A/N^alpha + B/D^beta), "surface-tied", "surface-floorless", "skaling", "kaplan", "farseer",
+            "video", or one with more inputs: "moe", "moe-density", "repetition".
+        loss_fn: "huber:1e-3" with ``space="log"`` is Chinchilla's; the default's knee is 1.345 robust spreads.
         space: "log" or "raw" residuals.
         starts: starts of the variable-projection grid that are polished. Default: 8.
-        bootstrap: case-bootstrap draws for ``sd``; with 100 runs or more their percentiles are then the
-            intervals.
+        bootstrap: case-bootstrap draws for ``sd``; with 100 runs or more their percentiles are then the intervals.
             Default: 0.
         seed: of the bootstrap.
         interval_method: see :mod:`ditscale.scaling.intervals`.
         weights: of the runs. Default: equal.
+        inputs: columns of the law's other inputs by name, such as ``{"unique": "unique_images"}``. Default: a column
+            of the input's own name.
 
     Returns:
         SurfaceFit.
 
     Raises:
-        InputError: fewer than 3 sizes or 3 amounts of data, or fewer runs than parameters.
+        InputError: fewer than 3 sizes or 3 amounts of data, runs at one budget only, or fewer runs than parameters.
     """
     begun = time.perf_counter()
     runs = as_table(table, columns)
@@ -435,6 +385,13 @@ def fit_surface(
             "2 budgets: an error that all runs of one share cannot be seen; intervals assume there is none"
         )
     _flat(fit)
+    if fit.uneven and fit.budget_spreads is not None and interval_method == "auto" and fit.n < MANY_RUNS:
+        spreads = fit.budget_spreads[0]
+        each = ", ".join(f"{100 * s:.2g} %" if space == "log" else f"{s:.3g}" for s in spreads)
+        fit.warnings.append(
+            f"the noise of runs differs between budgets ({each}, rising budgets): intervals are the jackknife's; weights "
+            "of 1/variance would narrow them"
+        )
     ray = abs(float(np.corrcoef(np.log(n), np.log(d))[0, 1]))
     if ray > 0.999:
         fit.warnings.append(

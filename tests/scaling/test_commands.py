@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from law_helpers import cells as _cells
 from law_helpers import lawdata, study
 
 from ditscale import cli
@@ -102,6 +103,8 @@ def test_the_other_commands_answer(run, file: Path, tmp_path: Path) -> None:  # 
         ("predict", file, "--flops", 1e20, "--params", 8e8),
         ("suggest", file, "--target", 1e21, "--spend", 1e20),
         ("laws",),
+        ("fit", "power", file, "--y", "loss", "--feature-network", "inception-v3", "--samples", 50000),
+        ("fit", "hparams", _write(_cells(noise=0.001), tmp_path / "cells.csv"), "--bootstrap", 100),
     ):
         code, out, err = run(*arguments, "--json")
         assert (code, err) == (0, ""), arguments
@@ -114,6 +117,16 @@ def test_summaries_are_readable(run, file: Path) -> None:  # type: ignore[no-unt
     for arguments in (("fit", "surface", file), ("fit", "isoflop", file), ("fit", "power", file)):
         code, out, _ = run(*arguments)
         assert code == 0 and "exponent" in out or "alpha" in out
+
+
+def test_figures_of_a_saved_fit(run, file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    saved = tmp_path / "fit.json"
+    saved.write_text(run("fit", "isoflop", file, "--bootstrap", 50, "--json")[1])
+    code, out, err = run("draw", saved, "--out", tmp_path / "figures", "--json")
+    assert (code, err) == (0, "")
+    assert {Path(p).name for p in json.loads(out)["figures"]} == {p.name for p in (tmp_path / "figures").iterdir()}
+    code, out, _ = run("fit", "power", file, "--feature-network", "clip-vit-l/14", "--json")
+    assert json.loads(out)["feature_network"] == "clip-vit-l/14" and json.loads(out)["seed_noise"] == 0.01
 
 
 BAD = [
@@ -143,6 +156,9 @@ BAD = [
     (("backtest", "{file}", "--by", "luck"), "by"),
     (("predict", "{file}", "--flops", "1e20"), "two of params"),
     (("coverage", "--draws", "1"), "draws"),
+    (("draw", "{file}", "--out", "/dev/null/x"), "expected JSON"),
+    (("fit", "surface", "{file}", "--last-step"), "last-step"),
+    (("fit", "power", "{file}", "--feature-network", "x", "--seed-noise", "-1"), "seed-noise"),
 ]
 
 

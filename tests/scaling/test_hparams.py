@@ -7,41 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from law_helpers import CELL_DATA as DATA
+from law_helpers import CELL_SIZES as SIZES
+from law_helpers import cells as _cells
 
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable, fit_hparams, plan
 from ditscale.scaling.cells import NEAR_OPTIMAL
 from ditscale.scaling.laws import SURFACE
-
-SIZES, DATA = (1e7, 3e7, 1e8, 3e8), (1e8, 4e8, 1.6e9)
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-
-
-def _cells(
-    *, noise: float = 0.0, wander: float = 0.0, seed: int = 0, shift: float = 1.2, batches: bool = True
-) -> RunTable:
-    """Cells whose truth is lr = 1.8 N^-0.71 D^0.31 and batch = 0.58 D^0.57; ``wander`` moves a cell's own
-    optimum.
-    """
-    rng = np.random.default_rng(seed)
-    records = []
-    for n in SIZES:
-        for d in DATA:
-            lr = 1.8 * n**-0.71 * d**0.31 * np.exp(wander * rng.standard_normal())
-            batch = 0.58 * d**0.57
-            for x in np.log(FACTORS) + np.log(shift):
-                for y in np.log(FACTORS) if batches else (0.0,):
-                    loss = 0.5 * np.exp(0.004 * x**2 + 0.003 * y**2 + 0.002 * x * y + noise * rng.standard_normal())
-                    records.append(
-                        {
-                            "params": n,
-                            "images": d,
-                            "lr": lr * np.exp(x),
-                            "batch": batch * np.exp(y),
-                            "loss": loss,
-                        }
-                    )
-    return RunTable.from_records(records)
 
 
 def test_exact_recovery() -> None:

@@ -8,7 +8,7 @@ from law_helpers import study
 from scipy import stats
 
 from ditscale.errors import InputError
-from ditscale.scaling import fit_law, fit_power, fit_surface
+from ditscale.scaling import RunTable, fit_law, fit_power, fit_surface, resampling
 from ditscale.scaling.components import Spread, components
 from ditscale.scaling.coverage import SCENARIOS, coverage_table
 from ditscale.scaling.laws import POWER
@@ -18,7 +18,7 @@ from ditscale.scaling.laws import POWER
 def test_nominal_95_covers_92_to_98(scenario) -> None:  # type: ignore[no-untyped-def]
     # 35 runs in 5 budgets, targets at 100x. One standard error of a perfect 95 % is 1.3 % with 300 studies, and the
     # bounds are not widened for it; docs/coverage.md holds the same with thousands of studies and every method.
-    table = coverage_table(draws=300, seed=10_000, scenarios=(scenario,), methods=("components",))
+    table = coverage_table(draws=300, seed=10_000, scenarios=(scenario,), methods=("default",))
     row = table.rows[0]
     for quantity in ("a", "N_opt", "loss", "new run"):
         assert 0.92 <= row[quantity] <= 0.98, (quantity, row[quantity])
@@ -30,9 +30,7 @@ def test_ignoring_the_shock_would_fail_that_test() -> None:
 
 
 def test_coverage_table_is_written_down() -> None:
-    table = coverage_table(
-        draws=10, scenarios=(SCENARIOS[0],), methods=("components", "isoflop cubic", "forecast auto")
-    )
+    table = coverage_table(draws=10, scenarios=(SCENARIOS[0],), methods=("default", "isoflop cubic", "forecast auto"))
     text = table.to_markdown()
     assert "ditscale coverage --draws 10" in text and text.count("\n| 35 runs") == 3
     with pytest.raises(InputError, match="draws: expected at least 10"):
@@ -122,6 +120,60 @@ def test_weights_stand_for_the_noise_of_runs() -> None:
         held.append(low <= -0.4 <= high)
     assert 0.92 <= np.mean(held) <= 0.98
     assert high - low < 0.02
+
+
+def test_a_form_that_does_not_fit_is_no_shock() -> None:
+    # One direction of shocks is all but absorbed by the parameters: a bend of the law itself shows there, and would pass
+    # for shocks of many times their size.
+    groups = np.repeat(np.arange(5), 6)
+    place = np.repeat(np.linspace(-1, 1, 5), 6)
+    rng = np.random.default_rng(5)
+    size = rng.uniform(-1, 1, 30)
+    bend = place**2 - np.mean(place**2)
+    absorbed = bend + 0.1 * size  # a parameter that moves budgets as a bend does, nearly
+    design = np.column_stack([np.ones(30), place, size, absorbed])
+    budgets = []
+    for _ in range(50):
+        errors = 0.01 * rng.standard_normal(30) + 0.06 * size
+        errors += 0.05 * (rng.uniform(-1, 1, 30) * bend)
+        budgets.append(np.sqrt(components(design, errors, groups).budget))
+    assert np.median(budgets) < 0.05
+
+
+def test_noise_that_differs_between_budgets_calls_for_the_jackknife() -> None:
+    rng = np.random.default_rng(2)
+    table = study()
+    place = np.log(table.budgets / 1e18) / np.log(10)
+    uneven = table.loss * np.exp(0.01 * 4.0**-place * rng.standard_normal(len(table)))
+    fit = fit_surface(RunTable.from_columns({**table.columns, "loss": uneven}))
+    assert fit.fit.uneven and fit.interval("a").method == "jackknife"
+    assert any(w.startswith("the noise of runs differs between budgets (") for w in fit.warnings)
+    assert fit.interval("a", method="components").method == "components"
+    # Weights of 1/variance make the noise even, and the intervals narrow.
+    weighed = fit_surface(RunTable.from_columns({**table.columns, "loss": uneven}), weights=16.0**place)
+    assert not weighed.fit.uneven and weighed.interval("a").method == "components"
+    assert np.ptp(weighed.interval("a").ends) < 0.6 * np.ptp(fit.interval("a").ends)
+    # Even noise is rarely called uneven, and one wild run does not make a budget noisy.
+    calm = sum(fit_surface(study(noise=0.005, seed=s)).fit.uneven for s in range(40))
+    assert calm <= 5
+    wild = study(noise=0.005, seed=1)
+    loss = np.array(wild.loss)
+    loss[3] *= 1.1
+    assert not fit_surface(RunTable.from_columns({**wild.columns, "loss": loss})).fit.uneven
+
+
+def test_resampling_does_not_depend_on_how_many_draws_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = fit_surface(study(noise=0.005, seed=3)).fit
+    for kind in resampling.KINDS:
+        whole = resampling.bootstrap(fit, kind, 23, 5)
+        with monkeypatch.context() as patch:
+            patch.setattr(resampling, "_AT_ONCE", 4 * fit.n)
+            assert np.allclose(resampling.bootstrap(fit, kind, 23, 5), whole, rtol=1e-6, atol=1e-9)
+    assert [resampling.default_draws(n) for n in (35, 40_000, 80_000, 10**7)] == [1000, 1000, 500, 100]
+    x = np.geomspace(1, 1e3, 2500)
+    power = fit_power(x, 2.0 * x**-0.4 * np.exp(0.1 * np.random.default_rng(0).standard_normal(2500)))
+    with pytest.raises(InputError, match="expected at most 2,000 runs for a jackknife"):
+        power.interval("exponent", method="jackknife")
 
 
 def test_delta_is_the_text_book_interval() -> None:

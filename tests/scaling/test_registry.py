@@ -49,6 +49,8 @@ def test_every_law_names_its_source_and_can_be_written_down() -> None:
     for law in PUBLISHED.values():
         assert law.source and law.reading and (law.laws or law.surface)
         assert law.to_json()["name"] == law.name
+        assert all(1 <= power.digits <= 10 for power in law.laws.values())
+        assert law.surface is None or 2 <= law.surface.digits <= 7
 
 
 def test_an_unknown_law_gets_the_nearest() -> None:
