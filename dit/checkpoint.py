@@ -127,15 +127,16 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
         write_atomically(directory / _FILE, data)
         end_checkpoint(folder, step, {_FILE: hashlib.sha256(data).hexdigest()}, state)
     except InputError:
-        _remove(folder, step)
+        with contextlib.suppress(OSError):
+            _remove(folder, step)
         raise
 
 
 def begin_checkpoint(folder: Path, step: int) -> Path:
     """An empty directory for the tensors of a checkpoint, which is none until :func:`end_checkpoint`."""
-    _remove(folder, step)
     directory = folder / _name(step)
     try:
+        _remove(folder, step)
         directory.mkdir()
     except OSError as error:
         raise InputError(f"{directory}: expected a place to write, got {error.strerror or error}") from error
@@ -145,8 +146,9 @@ def begin_checkpoint(folder: Path, step: int) -> Path:
 def end_checkpoint(folder: Path, step: int, sha256: Mapping[str, str], state: Mapping[str, Any]) -> None:
     """Make a checkpoint of what lies in its directory, whose files have these checksums; drop the ones before the last."""
     write_json(folder / f"{_name(step)}.json", {"step": step, "files": dict(sha256), "state": dict(state)})
-    for old in _steps(folder)[_KEPT:]:
-        _remove(folder, old)
+    with contextlib.suppress(OSError):
+        for old in _steps(folder)[_KEPT:]:
+            _remove(folder, old)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -12,6 +12,7 @@ from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.execution import Execution
 from ditscale.dit.training.loop import Stopped, train
 from ditscale.dit.training.record import RunRecord, check_record, versions
+from ditscale.dit.training.replay import replay_step
 
 __all__ = [
     "Execution",
@@ -22,6 +23,7 @@ __all__ = [
     "check_record",
     "open_stream",
     "reconstruct",
+    "replay_step",
     "train",
     "validation_set",
     "versions",

@@ -174,19 +174,18 @@ class _Run:
 
     def train(self) -> RunRecord:
         """Train to the end, and judge."""
-        if self.ranks.first:
-            self.log = MetricsLog(self.folder / "metrics.jsonl", keep_to_step=self.state.step, say=self.listeners.say)
-            plain = self.config.to_dict()
-            self.sinks = [open_sink(n, self.folder, self.config.run_id, plain) for n in self.execution.sinks]
-        self.saved_at = self.clock = time.perf_counter()
-        try:
-            status = self._loop()
-            return self._judge(status)
-        finally:
-            if self.log is not None:
-                self.log.close()
-            for sink in self.sinks:
-                sink.close()
+        with contextlib.ExitStack() as stack:
+            self.ranks.on_first(lambda: self._open_logs(stack))
+            self.saved_at = self.clock = time.perf_counter()
+            return self._judge(self._loop())
+
+    def _open_logs(self, stack: contextlib.ExitStack) -> None:
+        self.log = MetricsLog(self.folder / "metrics.jsonl", keep_to_step=self.state.step, say=self.listeners.say)
+        stack.callback(self.log.close)
+        for name in self.execution.sinks:
+            sink = open_sink(name, self.folder, self.config, self.state.step)
+            stack.callback(sink.close)
+            self.sinks.append(sink)
 
     def _loop(self) -> str:
         config, state = self.config, self.state

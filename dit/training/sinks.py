@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ditscale.dit.training.config import TrainConfig
 from ditscale.errors import InputError
 
 
@@ -26,13 +27,13 @@ class Sink(Protocol):
         """Nothing more comes."""
 
 
-def open_sink(name: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> Sink:
-    """The adapter called ``name``.
+def open_sink(name: str, folder: Path, config: TrainConfig, step: int) -> Sink:
+    """The adapter called ``name``, for a run that begins or goes on after ``step`` steps.
 
     Raises:
         InputError: its package is not installed.
     """
-    adapters: dict[str, tuple[str, Callable[[Any, Path, str, Mapping[str, Any]], Sink]]] = {
+    adapters: dict[str, tuple[str, Callable[[Any, Path, TrainConfig, int], Sink]]] = {
         "tensorboard": ("torch.utils.tensorboard", Tensorboard),
         "wandb": ("wandb", Wandb),
         "trackio": ("trackio", Trackio),
@@ -42,14 +43,16 @@ def open_sink(name: str, folder: Path, run_id: str, config: Mapping[str, Any]) -
         module = importlib.import_module(package)
     except ImportError as error:
         raise InputError(f"execution.sinks: expected the package {name} to be installed, got none ({error})") from error
-    return adapter(module, folder, run_id, config)
+    return adapter(module, folder, config, step)
 
 
 class Tensorboard:
     """Event files in the run's folder, under ``tensorboard/``."""
 
-    def __init__(self, module: Any, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
-        self._writer = module.SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, module: Any, folder: Path, config: TrainConfig, step: int) -> None:
+        # What an interrupted session wrote beyond its last checkpoint is withdrawn.
+        purge = step + 1 if step else None
+        self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -85,13 +88,14 @@ class _Service:
 class Wandb(_Service):
     """A run of Weights & Biases; project and mode by its own environment variables."""
 
-    def __init__(self, module: Any, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
-        run = module.init(id=run_id, name=folder.name, dir=str(folder), config=dict(config), resume="allow")
-        super().__init__(module, run)
+    def __init__(self, module: Any, folder: Path, config: TrainConfig, step: int) -> None:
+        settings = {"id": config.run_id, "name": folder.name, "dir": str(folder), "resume": "allow"}
+        super().__init__(module, module.init(config=config.to_dict(), **settings))
 
 
 class Trackio(_Service):
     """A run of trackio, in the project "ditscale"."""
 
-    def __init__(self, module: Any, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
-        super().__init__(module, module.init(project="ditscale", name=run_id, config=dict(config), resume="allow"))
+    def __init__(self, module: Any, folder: Path, config: TrainConfig, step: int) -> None:
+        settings = {"project": "ditscale", "name": config.run_id, "resume": "allow"}
+        super().__init__(module, module.init(config=config.to_dict(), **settings))

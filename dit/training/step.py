@@ -48,10 +48,14 @@ class Stepper:
         self.balance_weight = balance_weight
         self._parameters = list(model.parameters())
 
+    def losses(self, inputs: StepInputs) -> Tensor:
+        """The loss of each image, [n] float32."""
+        with self._autocast():
+            return self.flow.loss(self.called, *inputs)
+
     def loss(self, inputs: StepInputs) -> Tensor:
         """The mean loss of a batch, float32."""
-        with self._autocast():
-            return self.flow.loss(self.called, *inputs).mean()
+        return self.losses(inputs).mean()
 
     def gradients(self, inputs: StepInputs) -> tuple[float, Tensor]:
         """Leave the gradient of the batch's mean loss in the parameters.

@@ -3,47 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from training_cases import metrics, result, stop_after, tiny, weights_of
 
-from ditscale.dit import DiTConfig
 from ditscale.dit.checkpoint import newest_checkpoint, read_metrics
-from ditscale.dit.data import emoji_vocabulary
 from ditscale.dit.flops import count
-from ditscale.dit.training import Stopped, TrainConfig, check_record, train
+from ditscale.dit.training import Stopped, check_record, train, validation_set
 from ditscale.dit.weights import load_weights
 from ditscale.errors import InputError
-
-
-def tiny(**changes):
-    model = DiTConfig(
-        image_size=16, latent_factor=1, in_channels=3, patch=4, width=16, depth=1, heads=2, frequency_width=16,
-        condition="caption", vocabulary_size=len(emoji_vocabulary()), caption_width=8, learn_sigma=False,
-        mup_base_width=16,
-    )  # fmt: skip
-    return TrainConfig(**{"model": model, "batch": 4, "images": 48, "evaluation_images": 8, "lr": 1e-2, **changes})
-
-
-def result(record):
-    """What must not depend on how often a run was stopped."""
-    return {k: v for k, v in record.items() if "second" not in k and not k.endswith("_at")}
-
-
-def metrics(folder):
-    """The metrics without what a clock measured, and as the file has them."""
-    return [
-        {k: v for k, v in row.items() if k not in ("seconds", "mfu")} for row in read_metrics(folder / "metrics.jsonl")
-    ]
-
-
-def weights_of(folder):
-    return (folder / "weights.safetensors").read_bytes()
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +34,9 @@ def test_the_loss_falls_and_the_record_is_true(tmp_path):
         p.numel() for p in load_weights(tmp_path / "run/weights.safetensors")[0].parameters()
     )
     assert record["loss"] == pytest.approx(sum(record["loss_by_timestep"]) / 8)
+    # What is kept is what was judged: the averaged weights.
+    model, flow = load_weights(tmp_path / "run/weights.safetensors")
+    assert validation_set(config).loss(model, flow) == record["loss_by_timestep"]
     assert check_record(tmp_path / "run/run.json", config) == json.loads(json.dumps(record))
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert rows[-1]["images"] == 800 and rows[-1]["flops"] == record["flops"]
@@ -77,11 +49,6 @@ def test_a_flop_budget_buys_whole_batches(tmp_path):
     assert config.steps == 2
     with pytest.raises(InputError, match="flops: expected enough for one batch"):
         tiny(images=None, flops=3 * per_image)
-
-
-def stop_after(steps):
-    seen = []
-    return lambda: seen.append(1) or len(seen) == steps
 
 
 def test_stopping_and_going_on_changes_no_bit(tmp_path):
@@ -115,36 +82,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     said = []
     assert result(train(config, tmp_path / "run", say=said.append)) == result(whole)
     assert any("falling back" in sentence for sentence in said)
-
-
-def test_kill_at_any_moment_loses_nothing(tmp_path):
-    config = tiny(images=400)
-    whole = train(config, tmp_path / "whole")
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    program = (
-        "import json, sys, torch; torch.set_num_threads(1)\n"
-        "from ditscale.dit.training import Execution, TrainConfig, train\n"
-        "config = TrainConfig.from_dict(json.load(open(sys.argv[1])))\n"
-        "print('ready', flush=True)\n"
-        "train(config, sys.argv[2], execution=Execution(checkpoint_seconds=0.02))\n"
-    )
-    run = tmp_path / "run"
-    for delay in (0.05, 0.15, 0.3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path / "config.json"), str(run)], stdout=subprocess.PIPE, text=True
-        )
-        process.stdout.readline()
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    # What a kill in the middle of a line and of a file leaves behind.
-    run.mkdir(exist_ok=True)
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9')
-    (run / ".checkpoint-000000009.safetensors.1.tmp").write_bytes(b"half")
-    assert result(train(config, run)) == result(whole)
-    assert metrics(run) == metrics(tmp_path / "whole")
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

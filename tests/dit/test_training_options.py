@@ -1,0 +1,245 @@
+"""What a run can be asked for: precision, recomputation, compilation, averages, validation and pictures on the way, sinks."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from PIL import Image
+from training_cases import metrics, result, stop_after, tiny, weights_of
+
+from ditscale.dit.average import Profile, WeightAverage
+from ditscale.dit.checkpoint import read_json, read_metrics
+from ditscale.dit.training import Execution, Stopped, TrainConfig, reconstruct, replay_step, train
+from ditscale.dit.training.batches import Feeder
+from ditscale.dit.update import Updater
+from ditscale.dit.weights import load_weights
+from ditscale.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_bfloat16_multiplies_in_bfloat16_and_keeps_its_weights_in_float32(tmp_path):
+    seen = set()
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.add(output.dtype) if isinstance(module, torch.nn.Linear) else None
+    )
+    try:
+        low = train(tiny(images=400, precision="bfloat16"), tmp_path / "low")
+    finally:
+        hook.remove()
+    high = train(tiny(images=400), tmp_path / "high")
+    assert torch.bfloat16 in seen
+    assert low["precision"] == "bfloat16" and low["run_id"] != high["run_id"]
+    assert low["loss"] == pytest.approx(high["loss"], rel=0.02) and low["loss"] != high["loss"]
+    assert {p.dtype for p in load_weights(tmp_path / "low/weights.safetensors")[0].parameters()} == {torch.float32}
+
+
+def test_recomputed_blocks_change_no_bit_and_are_charged(tmp_path):
+    plain = train(tiny(), tmp_path / "plain")
+    again = train(tiny(), tmp_path / "again", execution=Execution(recompute="block"))
+    assert weights_of(tmp_path / "plain") == weights_of(tmp_path / "again")
+    assert again["recompute"] == "block" and again["flops"] == plain["flops"]
+    assert plain["flops_hardware"] < again["flops_hardware"] < 2 * plain["flops_hardware"]
+
+
+@pytest.mark.slow  # the compiler takes half a minute
+def test_compiled_blocks_train_alike(tmp_path):
+    plain = train(tiny(), tmp_path / "plain")
+    compiled = train(tiny(), tmp_path / "compiled", execution=Execution(compile=True))
+    assert compiled["compiled"] and compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
+def test_power_averages_are_kept_and_give_any_width(tmp_path, monkeypatch):
+    """The average put together from a run's folder is one that was tracked beside the training."""
+    tracked = []
+    apply = Updater.apply
+
+    def watched(self, norm, rate):
+        if not tracked:
+            tracked.append(WeightAverage(self._parts, Profile("power", 0.08)))
+        apply(self, norm, rate)
+        tracked[0].update(list(self._parts.values()), self.updates)
+
+    monkeypatch.setattr(Updater, "apply", watched)
+    record = train(tiny(images=800, ema="power"), tmp_path)
+    assert record["ema"] == "power" and len(list((tmp_path / "averages").iterdir())) == 2 * 16
+    made = reconstruct(tmp_path, 0.08)
+    direct = tracked[0].weights
+    assert made.keys() == direct.keys()
+    for name, tensor in direct.items():
+        assert (made[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-7, name
+    kept = reconstruct(tmp_path, 0.05)
+    model, _ = load_weights(tmp_path / "weights.safetensors")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(kept[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="kept averages"):
+        reconstruct(tmp_path / "averages", 0.08)
+
+
+def test_a_fixed_decay_is_an_average_of_its_own(tmp_path):
+    kept = train(tiny(ema="fixed", ema_decay=0.0), tmp_path / "none")
+    slow = train(tiny(ema="fixed", ema_decay=0.999), tmp_path / "slow")
+    assert kept["train_loss"] == slow["train_loss"] and kept["loss"] < slow["loss"]
+
+
+def poisoned(monkeypatch, *steps):
+    """Make an image of these steps NaN."""
+    feed = Feeder.__call__
+
+    def poison(self, step):
+        inputs = feed(self, step)
+        if step in steps:
+            inputs.x_0[1, 0, 0, 0] = float("nan")
+        return inputs
+
+    monkeypatch.setattr(Feeder, "__call__", poison)
+
+
+def test_a_run_that_meets_nan_stops_before_the_update_and_can_be_replayed(tmp_path, monkeypatch):
+    poisoned(monkeypatch, 5)
+    said = []
+    record = train(tiny(), tmp_path, say=said.append)
+    assert record["status"] == "diverged" and record["loss"] is None and record["steps"] == 5
+    assert "step 5, images 20 to 23, seed 0" in said[0] and "stopped before its update" in said[0]
+    assert record["nonfinite"] == [
+        {"step": 5, "first_image": 20, "images": 4, "seed": 0, "loss": "nan", "gradient_norm": "nan"}
+    ]
+    assert read_json(tmp_path / "run.json")["nonfinite_steps"] == 1
+    shown = replay_step(tmp_path)
+    assert shown["step"] == 5 and shown["first_image"] == 20 and shown["largest_weight"] < 100
+    assert [loss != loss for loss in shown["losses"]] == [False, True, False, False]
+    assert train(tiny(), tmp_path)["status"] == "diverged"  # a diverged run is done, too
+
+
+def test_skipping_goes_on_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    poisoned(monkeypatch, 2, 7)
+    said = []
+    config = tiny(on_nonfinite="skip")
+    whole = train(config, tmp_path / "whole", say=said.append)
+    assert whole["status"] == "finished" and whole["steps"] == 12 and whole["nonfinite_steps"] == 2
+    assert "step 2" in said[0] and "skipped" in said[0]
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "parts", should_stop=stop_after(5), say=said.append)
+    assert result(train(config, tmp_path / "parts", say=said.append)) == result(whole)
+    assert weights_of(tmp_path / "parts") == weights_of(tmp_path / "whole")
+
+
+def test_a_run_that_is_lost_is_given_up(tmp_path, monkeypatch):
+    poisoned(monkeypatch, *range(3, 100))
+    record = train(tiny(images=400, on_nonfinite="skip"), tmp_path, say=lambda sentence: None)
+    assert record["status"] == "diverged" and record["steps"] == 23
+
+
+def test_validation_on_the_way_changes_nothing_and_is_in_the_metrics(tmp_path):
+    plain = train(tiny(), tmp_path / "plain")
+    record = train(tiny(), tmp_path / "watched", execution=Execution(validate_every=5))
+    assert weights_of(tmp_path / "plain") == weights_of(tmp_path / "watched")
+    assert record["loss"] == plain["loss"]
+    rows = {row["step"]: row for row in read_metrics(tmp_path / "watched/metrics.jsonl")}
+    assert [step for step, row in rows.items() if "loss" in row] == [5, 10]
+    assert len(rows[5]["loss_by_timestep"]) == 8 and rows[10]["loss"] > record["loss"] > 0
+    assert rows[10]["loss"] == pytest.approx(sum(rows[10]["loss_by_timestep"]) / 8)
+
+
+def test_pictures_are_drawn_on_the_way(tmp_path):
+    train(tiny(evaluation_images=4), tmp_path, execution=Execution(sample_every=6))
+    pictures = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in pictures] == ["step-000000006.png", "step-000000012.png"]
+    with Image.open(pictures[0]) as first, Image.open(pictures[1]) as second:
+        assert first.size == (34, 34) and first.tobytes() != second.tobytes()
+
+
+class Recorder(types.ModuleType):
+    """Stands for a service's package and keeps what it is told."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.started, self.rows, self.finished = None, [], False
+
+    def init(self, **settings):
+        self.started = settings
+        return self
+
+    def log(self, values, step):
+        self.rows.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+    def Image(self, path):
+        return ("image", path)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_services_are_told_what_the_metrics_hold(tmp_path, monkeypatch, name):
+    service = Recorder(name)
+    monkeypatch.setitem(sys.modules, name, service)
+    record = train(
+        tiny(evaluation_images=4), tmp_path, execution=Execution(sinks=(name,), sample_every=6, validate_every=5)
+    )
+    assert record["run_id"] in (service.started.get("id"), service.started["name"])
+    assert service.started["config"]["lr"] == 1e-2 and service.started["resume"] == "allow" and service.finished
+    told = [(step, values["train_loss"]) for step, values in service.rows if "train_loss" in values]
+    assert told == [(row["step"], row["train_loss"]) for row in metrics(tmp_path)]
+    assert [step for step, values in service.rows if "loss" in values] == [5, 10]
+    assert [(s, v["samples"][0]) for s, v in service.rows if "samples" in v] == [(6, "image"), (12, "image")]
+
+
+def test_tensorboard_holds_what_the_metrics_hold(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    execution = Execution(sinks=("tensorboard",), sample_every=6)
+    with pytest.raises(Stopped):
+        train(tiny(evaluation_images=4), tmp_path, execution=execution, should_stop=stop_after(4))
+    train(tiny(evaluation_images=4), tmp_path, execution=execution)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    points = [(event.step, event.value) for event in events.Scalars("train_loss")]
+    expected = [(row["step"], row["train_loss"]) for row in metrics(tmp_path)]
+    assert [step for step, _ in points] == [step for step, _ in expected]
+    assert [v for _, v in points] == pytest.approx([v for _, v in expected])
+    assert [event.step for event in events.Images("samples")] == [6, 12]
+
+
+def test_a_sink_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(InputError, match="trackio to be installed"):
+        train(tiny(), tmp_path, execution=Execution(sinks=("trackio",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"device": "tpu"}, "execution.device"),
+        ({"parallel": "tp"}, "execution.parallel"),
+        ({"recompute": "attention"}, "execution.recompute"),
+        ({"compile": "yes"}, "execution.compile"),
+        ({"microbatch": 0}, "execution.microbatch"),
+        ({"validate_every": -1}, "execution.validate_every"),
+        ({"checkpoint_seconds": -1.0}, "execution.checkpoint_seconds"),
+        ({"sinks": ("mlflow",)}, "execution.sinks"),
+        ({"threads": 2}, "execution.threads: no such field"),
+    ],
+)
+def test_bad_executions_are_named(change, named):
+    with pytest.raises(InputError, match=named):
+        Execution.from_dict(change)
+
+
+def test_new_fields_leave_run_ids_alone():
+    """A run's name is a hash of what differs from the defaults: pinned, so that folders of earlier runs go on."""
+    assert tiny().run_id == TrainConfig.from_dict(tiny().to_dict()).run_id
+    assert tiny().run_id == tiny(precision="float32", ema_widths=[0.05, 0.1], clip=1.0).run_id
+    changed = [{"clip": 2.0}, {"seed": 1}, {"ema": "power"}, {"model": tiny().model.replace(depth=2)}, {"images": 52}]
+    assert len({tiny(**change).run_id for change in ({}, *changed)}) == 1 + len(changed)
+    assert tiny(images=None, flops=1e8).run_id == tiny(images=None, flops=10**8).run_id

@@ -1,0 +1,123 @@
+"""Clipping, AdamW, Muon and averages against a float64 restatement in plain loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ditscale.dit.average import Profile
+from ditscale.dit.muon import orthogonal
+from ditscale.dit.update import Updater, UpdateRule
+from ditscale.errors import InputError
+
+
+class Small(nn.Module):
+    """Two kinds of matrices, a bank of three, and vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 5), nn.Linear(5, 7)])
+        self.blocks[0].bank = nn.Parameter(torch.randn(3, 4, 6))
+        self.head = nn.Linear(5, 3)
+
+
+def orthogonal_twin(g):
+    """The quintic iteration of the published method, for one matrix [rows <= columns] or its transpose, in float64."""
+    if g.shape[0] > g.shape[1]:
+        return orthogonal_twin(g.T).T
+    x = g / max(np.sqrt((g**2).sum()), 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def twin(weights, gradients, rates, decays, rule, profile):
+    """Every step of a run: dictionaries of float64 arrays in, the weights and their average out."""
+    first = {n: np.zeros_like(w) for n, w in weights.items()}
+    second = {n: np.zeros_like(w) for n, w in weights.items()}
+    average = {n: w.copy() for n, w in weights.items()}
+    weights = {n: w.copy() for n, w in weights.items()}
+    for step, grads in enumerate(gradients, 1):
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        scale = min(1.0, rule.clip / (norm + 1e-6))
+        for name, w in weights.items():
+            g = grads[name] * scale
+            if rule.muon and name.startswith("blocks.") and w.ndim >= 2:
+                first[name] = rule.muon_momentum * first[name] + g
+                ahead = g + rule.muon_momentum * first[name]
+                each = ahead.reshape(-1, *ahead.shape[-2:])
+                update = np.stack([orthogonal_twin(m) for m in each]).reshape(ahead.shape)
+                update = update * np.sqrt(max(1.0, w.shape[-2] / w.shape[-1]))
+                w[...] = w * (1 - rule.muon_lr * decays[name]) - rule.muon_lr * update
+            else:
+                first[name] = rule.beta1 * first[name] + (1 - rule.beta1) * g
+                second[name] = rule.beta2 * second[name] + (1 - rule.beta2) * g**2
+                m, v = first[name] / (1 - rule.beta1**step), second[name] / (1 - rule.beta2**step)
+                w[...] = w * (1 - rates[name] * decays[name]) - rates[name] * m / (np.sqrt(v) + rule.eps)
+            average[name] += (1 - profile.decay(step)) * (w - average[name])
+    return weights, average
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+@pytest.mark.parametrize("clip", [0.3, 1e9], ids=["clipped", "free"])
+def test_steps_are_those_of_the_restatement(muon, clip):
+    model, profile = Small(), Profile("share", 0.3)
+    rule = UpdateRule(clip=clip, muon=muon, muon_lr=0.05, averages=(profile,))
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [
+        {"params": matrices, "lr": 0.02, "weight_decay": 0.1},
+        {"params": vectors, "lr": 0.01, "weight_decay": 0.0},
+    ]
+    rates = {n: 0.02 if p.ndim > 1 else 0.01 for n, p in model.named_parameters()}
+    decays = {n: 0.1 if p.ndim > 1 else 0.0 for n, p in model.named_parameters()}
+    start = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
+    updater = Updater(model, groups, rule)
+    gradients = []
+    for _ in range(6):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        gradients.append({n: p.grad.double().numpy().copy() for n, p in model.named_parameters()})
+        updater.apply(updater.gradient_norm(), 1.0)
+    weights, average = twin(start, gradients, rates, decays, rule, profile)
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(parameter.detach().numpy(), weights[name], rtol=2e-5, atol=2e-6, err_msg=name)
+        found = updater.averages[0].weights[name].numpy()
+        np.testing.assert_allclose(found, average[name], rtol=2e-5, atol=2e-6, err_msg=name)
+    assert updater.updates == 6
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (3, 8, 20)])
+def test_orthogonal_keeps_directions_and_evens_out_lengths(shape):
+    matrix = torch.randn(shape)
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    kept = torch.diagonal(u.mT @ orthogonal(matrix).double() @ v.mT, dim1=-2, dim2=-1)
+    # The published coefficients leave singular values that were not tiny between about 0.7 and 1.2.
+    assert kept[s > 0.1 * s.amax()].min() > 0.6 and kept.max() < 1.25
+    low = orthogonal(matrix, dtype=torch.bfloat16)
+    assert low.dtype == torch.float32 and (low - orthogonal(matrix)).abs().max() < 0.05
+
+
+def test_averages_stand_in_for_the_weights_and_give_way():
+    model = Small()
+    updater = Updater(model, [{"params": list(model.parameters()), "lr": 0.1, "weight_decay": 0.0}], UpdateRule())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    updater.apply(updater.gradient_norm(), 1.0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(ZeroDivisionError), updater.averaged():
+        inside = {n: p.detach().clone() for n, p in model.named_parameters()}
+        raise ZeroDivisionError
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and not torch.equal(inside[name], before[name])
+        assert torch.equal(inside[name], updater.averages[0].weights[name])
+
+
+def test_a_parameter_that_learns_nothing_is_named():
+    model = Small()
+    updater = Updater(model, [{"params": list(model.parameters()), "lr": 0.1, "weight_decay": 0.0}], UpdateRule())
+    with pytest.raises(InputError, match="blocks.0.weight"):
+        updater.gradient_norm()
