@@ -95,9 +95,8 @@ class DiTConfig:
         attention: over all tokens ("full"); "space-time" (each block attends within frames, then along time,
             with its own weights); "alternating" (odd blocks along time, the others within frames; Latte,
             arXiv:2401.03048). Default: "full".
-        token_keep: the share of the image's tokens that each block works on, one number a block (masking and
-        routing);
-            ``max(1, int(share * T))`` tokens. Default: (), all.
+        token_keep: the share of the image's tokens that each block works on in training, one number a block (masking
+            and routing): ``max(1, int(share * T))`` tokens; the others pass it by. Default: (), all.
         name: a label for people, not part of the model. Default: "".
 
     Raises:
@@ -246,8 +245,6 @@ class DiTConfig:
 
     def need_trainable(self) -> None:
         """Raise InputError where a field asks for what can be counted but not built and trained here."""
-        if self.token_keep:
-            raise InputError("token_keep: expected none for a model to be built, got some")
         if self.pooled_width and self.condition != "caption":
             raise InputError(
                 f"pooled_width: expected 0 for a model of condition {self.condition}, got {self.pooled_width}"

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ditscale.dit.block import Around, DiTBlock, FinalLayer
 from ditscale.dit.condition import CaptionEmbed, LabelEmbed
 from ditscale.dit.config import DiTConfig
+from ditscale.dit.counting import kept
 from ditscale.dit.embed import PatchEmbed, ScalarEmbed, VectorEmbed, position_table, unpatchify
 from ditscale.dit.flops import condition_tokens
 from ditscale.dit.initial import initialise
 from ditscale.dit.joint import JointBlock, SingleBlock
 from ditscale.dit.layers import Modulation, Pending, Turns, settle
+from ditscale.dit.routing import kept_tokens, put_back, taken
 from ditscale.errors import InputError
 from ditscale.kernels.rotary.tables import rotary_table
 
@@ -163,12 +165,12 @@ class DiT(nn.Module):
         if config.context == "joint" and context is not None:
             h_BTD, pending = self._joint(h_BTD, context, lengths, F.silu(c_BD))
         else:
-            h_BTD, pending = self._one_stream(h_BTD, context, lengths, c_silu_BD)
+            h_BTD, pending = self._one_stream(h_BTD, context, lengths, c_silu_BD, t)
         out_BTF = self.final_layer(h_BTD, pending, c_BD, c_silu_BD)
         return unpatchify(out_BTF, config.out_channels, self.patch, self.grid[-len(self.patch) :])
 
     def _one_stream(
-        self, h: Tensor, context: Tensor | None, lengths: Tensor | None, c_silu: Tensor | None
+        self, h: Tensor, context: Tensor | None, lengths: Tensor | None, c_silu: Tensor | None, t: Tensor
     ) -> tuple[Tensor, Pending | None]:
         config, tokens = self.config, h.shape[1]
         joined = config.context == "in-context"
@@ -180,12 +182,44 @@ class DiT(nn.Module):
         c = c_silu
         if config.modulation == "adaln-single":
             c = torch.stack(self.t_block(c_silu), dim=1)
-        pending = None
-        for block in self.blocks:
-            h, pending = block(h, pending, c, around)
-        if self.training and pending is not None and pending.balance is not None:
-            self.balance_loss = pending.balance / len(range(0, config.depth, config.moe_every))
+        if config.token_keep and self.training:
+            h, pending, balance = self._routed(h, c, around, t, tokens)
+        else:
+            pending = None
+            for block in self.blocks:
+                h, pending = block(h, pending, c, around)
+            balance = None if pending is None else pending.balance
+        if self.training and balance is not None:
+            self.balance_loss = balance / len(range(0, config.depth, config.moe_every))
         return first_tokens(h, pending, tokens) if joined else (h, pending)
+
+    def _routed(
+        self, h: Tensor, c: Tensor | None, around: Around, t: Tensor, tokens: int
+    ) -> tuple[Tensor, Pending | None, Tensor | None]:
+        """The blocks, each on its share of the image's tokens; the condition's tokens are in every share."""
+        others = torch.arange(tokens, h.shape[1], device=h.device).expand(len(h), -1)
+        whole, index, share, here = h, None, 1.0, around
+        pending: Pending | None = None
+        balances: list[Tensor] = []
+        for i, (block, wanted) in enumerate(zip(self.blocks, self.config.token_keep, strict=True)):
+            if wanted != share:
+                whole = h = whole_again(whole, index, h, pending)
+                if pending is not None and pending.balance is not None:
+                    balances.append(pending.balance)
+                pending, index, share, here = None, None, wanted, around
+                if wanted < 1:
+                    count = kept(tokens, wanted)
+                    index = torch.cat([kept_tokens(t, tokens, count, salt=i), others], dim=1)
+                    h = taken(whole, index)
+                    if around.turns is not None:
+                        here = here._replace(turns=Turns(*(table[index] for table in around.turns)))
+                    if around.lengths is not None:
+                        here = here._replace(lengths=around.lengths - tokens + count)
+            h, pending = block(h, pending, c, here)
+        if pending is not None and pending.balance is not None:
+            balances.append(pending.balance)
+        balance = torch.stack(balances).sum() if balances else None
+        return (h, pending, balance) if index is None else (whole_again(whole, index, h, pending), None, balance)
 
     def _joint(
         self, h: Tensor, context: Tensor, lengths: Tensor | None, c_silu: Tensor
@@ -234,6 +268,12 @@ class DiT(nn.Module):
             expected = ", ".join("K" if n is None else str(n) for n in shape)
             raise InputError(f"y: expected shape [{expected}], got {list(y.shape)}")
         return y, pooled
+
+
+def whole_again(whole_BTD: Tensor, index_BK: Tensor | None, h_BKD: Tensor, pending: Pending | None) -> Tensor:
+    """The stream of all tokens, with what was done to those that were taken out of it."""
+    h_BKD = settle(h_BKD, pending)
+    return h_BKD if index_BK is None else put_back(whole_BTD, index_BK, h_BKD)
 
 
 def first_tokens(h_BTD: Tensor, pending: Pending | None, tokens: int) -> tuple[Tensor, Pending | None]:

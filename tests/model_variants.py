@@ -59,6 +59,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixture with room": {"experts": 4, "expert_capacity": 2.0, "moe_every": 2},
     "mixture without room": {"experts": 4, "experts_per_token": 3, "expert_capacity": 0.4, "mlp": "swiglu"},
     "mixture in context": {"experts": 3, "modulation": "adaln", "context": "in-context"},
+    # Masking and routing: in training a block sees a share of the image's tokens.
+    "routed": {"token_keep": [0.5, 1.0], "rope": True},
+    "routed, to the end": {"token_keep": [1.0, 0.3, 0.3], "depth": 3, "experts": 2, "experts_per_token": 1},
+    "routed, in context": {
+        "token_keep": [0.6, 0.2], "rope": True, "modulation": "none", "context": "in-context", **WORDS,
+    },
     # Video.
     "video": {"frames": 4, "patch_frames": 2, "image_size": 4, "rope": True},
     "video, space-time": {

@@ -17,14 +17,16 @@ from torch import Tensor
 class Restated:
     """``Restated(state, config)(x, t, y)``: state on the CPU; its tensors may require gradients in float64."""
 
-    def __init__(self, state: dict[str, Tensor], config: Any) -> None:
+    def __init__(self, state: dict[str, Tensor], config: Any, routes: dict[int, Tensor] | None = None) -> None:
         self.w = {name: tensor if tensor.dtype == torch.float64 else tensor.double() for name, tensor in state.items()}
         self.c = config
         width = config.image_size if config.image_width is None else config.image_width
         cell = config.latent_factor * config.patch
         self.grid = (config.frames // config.patch_frames, config.image_size // cell, width // cell)
         self.balances: list[Tensor] = []
-        self.mixed: dict[int, list[list[Tensor]]] = {}
+        # Which image tokens a block works on, by block: [B, tokens]; all where a block is not named.
+        self.routes = routes or {}
+        self.now: list[int] = []
 
     # -- small parts
 
@@ -112,6 +114,7 @@ class Restated:
     def self_attention(self, name: str, x: Tensor, places: list[tuple[int, ...]]) -> Tensor:
         q, k, v = self.heads(name, *self.qkv(f"{name}.qkv", x))
         if self.c.rope:
+            places = [places[i] for i in self.now] if self.now else places
             q, k = [self.rotated(part, places) for part in q], [self.rotated(part, places) for part in k]
         return self.linear(f"{name}.proj", self.attend(q, k, v))
 
@@ -250,7 +253,8 @@ class Restated:
             c.attention
         ]
         before, all_vectors = [], []
-        for x, cond, context in zip(xs, conds, contexts, strict=True):
+        for b, (x, cond, context) in enumerate(zip(xs, conds, contexts, strict=True)):
+            self.now = self.routes[i][b].tolist() if i in self.routes else []
             vectors = self.vectors(name, len(along) + 1, cond)
             for n, way in enumerate(along):
                 shift, scale, gate = vectors[n]
@@ -354,7 +358,14 @@ class Restated:
             if c.context == "in-context":
                 xs = [torch.cat(pair) for pair in zip(xs, contexts, strict=True)]
             for i in range(c.depth):
-                xs = self.block(i, xs, conds, contexts)
+                if i not in self.routes:
+                    xs = self.block(i, xs, conds, contexts)
+                    continue
+                rows = [[*self.routes[i][b].tolist(), *range(tokens, len(x))] for b, x in enumerate(xs)]
+                parts = self.block(i, [x[row] for x, row in zip(xs, rows, strict=True)], conds, contexts)
+                for b, (row, part) in enumerate(zip(rows, parts, strict=True)):
+                    places = {token: part[n] for n, token in enumerate(row)}
+                    xs[b] = torch.stack([places.get(token, xs[b][token]) for token in range(len(xs[b]))])
         return torch.stack([self.image(h[:tokens], cond) for h, cond in zip(xs, conds, strict=True)])
 
     def image(self, h: Tensor, cond: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditscale.dit import DiT, DiTConfig
 from ditscale.dit.flops import condition_tokens, count
+from ditscale.dit.routing import kept_tokens
 from ditscale.errors import InputError
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -25,7 +26,7 @@ def test_forward_and_gradients_are_the_papers(name):
     weights = {key: value.detach().double() for key, value in model.state_dict().items()}
     for key, _ in model.named_parameters():
         weights[key].requires_grad_()
-    exact, out = Restated(weights, config)(x, t, y), model(x, t, y)
+    exact, out = Restated(weights, config, routes_of(config, t))(x, t, y), model(x, t, y)
     assert (out.detach().double() - exact.detach()).abs().max() < 2e-6 * exact.detach().abs().max()
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     (out * direction).mean().backward()
@@ -34,6 +35,17 @@ def test_forward_and_gradients_are_the_papers(name):
         truth = torch.zeros_like(weights[key]) if weights[key].grad is None else weights[key].grad
         # Float32 sums over a few hundred terms, and waves of a time of 1,000, which float32 knows to 6e-5.
         assert (parameter.grad.double() - truth).abs().max() < 2e-5 * truth.abs().max() + 1e-9, key
+
+
+def routes_of(config: DiTConfig, t: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The tokens that each block keeps of each sample; blocks of one share that follow each other keep the same."""
+    routes: dict[int, torch.Tensor] = {}
+    for i, share in enumerate(config.token_keep):
+        if share < 1:
+            again = i > 0 and config.token_keep[i - 1] == share
+            count = max(1, int(share * config.tokens))
+            routes[i] = routes[i - 1] if again else kept_tokens(t, config.tokens, count, salt=i)
+    return routes
 
 
 def measured(config: DiTConfig, batch: int) -> tuple[int, int, int]:
@@ -59,7 +71,8 @@ def counted(config: DiTConfig, batch: int) -> tuple[int, int, int]:
 
 @every_variant
 def test_the_ledger_counts_the_model_that_is_built(name):
-    for changes in ({}, {"mlp_hidden": 7, "depth": 3}):
+    deeper = {} if "token_keep" in VARIANTS[name] else {"depth": 3}
+    for changes in ({}, {"mlp_hidden": 7, **deeper}):
         config = config_of(name, **changes)
         assert measured(config, 3) == counted(config, 3)
 
@@ -84,6 +97,7 @@ def drawn(number: int) -> DiTConfig:
             "experts_per_token": pick((1, 2, 3)), "expert_capacity": pick((None, 0.5, 1.5)),
             "shared_experts": pick((0, 1)), "moe_every": pick((1, 2)),
         }  # fmt: skip
+        fields["token_keep"] = pick(((), (), [pick((0.2, 0.5, 1.0)) for _ in range(fields["depth"])]))
         try:
             config = DiTConfig(**fields)
             config.need_trainable()
@@ -206,12 +220,35 @@ def test_bad_input_is_named(name, change, named):
         DiT(config)(*change(*inputs_of(config)))
 
 
-@pytest.mark.parametrize(("field", "value"), [("token_keep", (0.5, 1.0)), ("pooled_width", 3)])
-def test_what_is_only_counted_is_refused(field, value):
-    config = DiTConfig(**TINY, **{field: value})
+def test_what_is_only_counted_is_refused():
+    config = DiTConfig(**TINY, pooled_width=3)
     assert count(config).train > 0
-    with pytest.raises(InputError, match=field):
+    with pytest.raises(InputError, match="pooled_width"):
         DiT(config)
+
+
+def test_kept_tokens_are_even_and_each_sample_s_own():
+    t = torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 1000
+    kept = kept_tokens(t, 16, 5, salt=1)
+    assert bool((kept.diff(dim=1) > 0).all()) and int(kept.min()) >= 0 and int(kept.max()) < 16
+    shares = torch.bincount(kept.flatten(), minlength=16) / (4000 * 5 / 16)
+    assert float((shares - 1).abs().max()) < 0.15
+    together = (kept.unsqueeze(-1) == torch.arange(16)).any(1).float()
+    pairs = together.T @ together / 4000  # 5 / 16 on the diagonal, 5 * 4 / (16 * 15) beside it
+    assert float((pairs - torch.eye(16) * (5 / 16 - 1 / 12) - 1 / 12).abs().max()) < 0.025
+    assert torch.equal(kept[7:9], kept_tokens(t[7:9], 16, 5, salt=1))
+    assert (kept_tokens(t, 16, 5, salt=2) != kept).any(1).float().mean() > 0.95
+    near = kept_tokens(torch.tensor([500.0, 500.00003]), 16, 5, salt=1)
+    assert not torch.equal(near[0], near[1])
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith("routed")])
+def test_all_tokens_work_outside_training(name):
+    config = config_of(name)
+    model, (x, t, y) = randomised(config), inputs_of(config)
+    exact = Restated(model.state_dict(), config)(x, t, y)
+    assert (model.eval()(x, t, y).double() - exact).abs().max() < 2e-6 * exact.abs().max()
+    assert not torch.allclose(model.train()(x, t, y).double(), exact, atol=1e-3)
 
 
 @torch.no_grad()
