@@ -147,7 +147,8 @@ class Attention(Heads):
         """[B, T, D]; a sample attends to its first ``lengths`` tokens where that is given."""
         qkv = self.qkv(x_BTD)
         if self.heads == self.key_heads and self.qk_norm == "none" and turns is None:
-            return self.proj(attention_qkv(qkv.unflatten(2, (3, self.heads, self.head_width)), lengths=lengths_B))
+            b, t, _ = x_BTD.shape
+            return self.proj(attention_qkv(qkv.view(b, t, 3, self.heads, self.head_width), lengths=lengths_B))
         return self.proj(merged(attention(*self.split(qkv, turns), lengths=lengths_B)))
 
 

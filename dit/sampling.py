@@ -109,26 +109,29 @@ def draw_samples(
         raise InputError(f"churn: expected none for sampler {sampler}, got some")
 
     ask = _Guided(model, objective, y, len(noise), guidance, guidance_interval, guided_channels, clip)
-    levels = objective.levels(steps, shift).to(noise.device)
+    # Levels stay on the CPU: a device need not be waited for to know where a step stands.
+    levels = objective.levels(steps, shift)
     draw = _Noise(noise, seed)
     was_training = model.training
     model.eval()
-    z = noise.float() * levels[0]
-    for i in range(steps):
-        u, u_next = levels[i], levels[i + 1]
-        if sampler in ("euler", "heun"):
-            if churn is not None:
-                z, u = _churned(objective, churn, steps, z, u, draw)
-            slope = ask(z, u).slope
-            ahead = z + (u_next - u) * slope
-            if sampler == "heun" and i + 1 < steps:
-                ahead = z + (u_next - u) * 0.5 * (slope + ask(ahead, u_next).slope)
-            z = ahead
-        else:
-            z = _ancestral(objective, ask(z, u), z, u, u_next, eta if sampler == "ddim" else None, draw)
-        if progress is not None:
-            progress(i + 1, steps)
-    model.train(was_training)
+    try:
+        z = noise.float() * levels[0]
+        for i in range(steps):
+            u, u_next = levels[i], levels[i + 1]
+            if sampler in ("euler", "heun"):
+                if churn is not None:
+                    z, u = _churned(objective, churn, steps, z, u, draw)
+                slope = ask(z, u).slope
+                ahead = z + (u_next - u) * slope
+                if sampler == "heun" and i + 1 < steps:
+                    ahead = z + (u_next - u) * 0.5 * (slope + ask(ahead, u_next).slope)
+                z = ahead
+            else:
+                z = _ancestral(objective, ask(z, u), z, u, u_next, eta if sampler == "ddim" else None, draw)
+            if progress is not None:
+                progress(i + 1, steps)
+    finally:
+        model.train(was_training)
     return z
 
 
@@ -170,7 +173,7 @@ class _Guided:
 
     def _guided(self, z: Tensor, u: Tensor) -> Prediction:
         count, objective = self.count, self.objective
-        u_B = u.expand(count)
+        u_B = u.to(z.device).expand(count)
         share = float(u / (objective.signal(u) + u))
         if self.twice is None or not self.interval[0] <= share <= self.interval[1]:
             return objective.predict(self.model, z, u_B, self.y)
