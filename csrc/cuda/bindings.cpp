@@ -1,56 +1,13 @@
-// The adaLN family on CUDA: memory for partial sums, the stream and the launches. The same file makes the emulated operators
-// that tests run on the host (DITSCALE_HOST_SHIM): then tensors are CPU tensors in a namespace of their own.
+// The adaLN family on CUDA: memory for partial sums, and the launches.
 #include "../common/adaln_bindings.h"
 #include "adaln.h"
-
-#ifndef DITSCALE_HOST_SHIM
-#include <torch/csrc/stable/accelerator.h>
-
-#include <dlfcn.h>
-#endif
+#include "on_device.h"
 
 namespace ditscale::cuda {
 namespace {
 
 // Tasks a backward pass is cut into at most: several blocks for each multiprocessor of the largest device.
 constexpr int64_t TASKS = 1024;
-
-#ifdef DITSCALE_HOST_SHIM
-struct OnDevice {
-  explicit OnDevice(const Tensor&) {}
-  void* stream = nullptr;
-};
-#else
-// The C shim's accessor of the stream stands in libtorch_cuda. Linking to it would keep this file from loading beside a torch
-// without CUDA, so it is looked up where torch has loaded it.
-using CurrentStream = AOTITorchError (*)(int32_t, void**);
-CurrentStream current_stream() {
-  static const CurrentStream found = []() -> CurrentStream {
-    const char* name = "aoti_torch_get_current_cuda_stream";
-    void* symbol = dlsym(RTLD_DEFAULT, name);
-    if (symbol == nullptr) {
-      void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-      if (library != nullptr) symbol = dlsym(library, name);
-    }
-    return reinterpret_cast<CurrentStream>(symbol);
-  }();
-  STD_TORCH_CHECK(found != nullptr, "ditscale: this torch has no CUDA");
-  return found;
-}
-
-// Makes the tensor's device current and knows the stream that torch runs on there.
-struct OnDevice {
-  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(t.get_device_index(), &stream));
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  void* stream = nullptr;
-};
-#endif
-
-void check_launch(const char* error) {
-  STD_TORCH_CHECK(error == nullptr, "ditscale: CUDA launch failed: ", error);
-}
 
 // `launch(cut, partial, stream)`, then the sums over chunks where there are any to make.
 template <class F>
@@ -107,12 +64,6 @@ struct Cuda {
 }  // namespace
 }  // namespace ditscale::cuda
 
-#ifdef DITSCALE_HOST_SHIM
-STABLE_TORCH_LIBRARY_IMPL(ditscale_emulated, CPU, m) {
+DS_IMPLEMENT(m) {
   ditscale::Adaln<ditscale::cuda::Cuda>::register_in(m);
 }
-#else
-STABLE_TORCH_LIBRARY_IMPL(ditscale, CUDA, m) {
-  ditscale::Adaln<ditscale::cuda::Cuda>::register_in(m);
-}
-#endif

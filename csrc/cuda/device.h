@@ -4,17 +4,28 @@
 
 #ifdef DITSCALE_HOST_SHIM
 #include "host_shim.h"
-#define DS_LAUNCH(kernel, grid, block, stream, ...) \
-  ::ditscale::shim::launch(grid, block, [=] { kernel(__VA_ARGS__); })
+#define DS_LAUNCH_SHARED(kernel, grid, block, shared, stream, ...) \
+  ::ditscale::shim::launch(grid, block, shared, [=] { kernel(__VA_ARGS__); })
 #else
 #include <cuda_runtime_api.h>
-#define DS_LAUNCH(kernel, grid, block, stream, ...) \
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define DS_LAUNCH_SHARED(kernel, grid, block, shared, stream, ...) \
+  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #endif
+#define DS_LAUNCH(kernel, grid, block, stream, ...) DS_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
 
 #include "../common/adaln_args.h"
 
 namespace ditscale::cuda {
+
+// The shared memory that a launch asks for, on a 16-byte boundary.
+__device__ __forceinline__ char* dynamic_shared() {
+#ifdef DITSCALE_HOST_SHIM
+  return shim::dynamic_shared();
+#else
+  extern __shared__ uint4 bytes[];
+  return reinterpret_cast<char*>(bytes);
+#endif
+}
 
 struct bf16 {
   uint16_t bits;

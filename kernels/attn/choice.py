@@ -14,6 +14,10 @@ from typing import Final
 CPU_FEWEST_QUERIES: Final = ((8, 1), (1 << 30, 3))
 
 
+# Columns of the widest head that the GPU kernels take: accumulators of wider ones do not fit the registers.
+WIDEST_HEAD: Final = {"cuda": 128, "triton": 256}
+
+
 def order(device_type: str) -> tuple[str, ...]:
     """The backends that ``auto`` tries on a device of this type. On GPUs none of ours has been measured yet: PyTorch's own."""
     return ("cpu", "sdpa") if device_type == "cpu" else ("sdpa",)

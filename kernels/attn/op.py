@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ditscale.errors import InputError
+from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import dispatch
 from ditscale.kernels.attn import adapters, choice, reference
 from ditscale.kernels.attn import native as _native  # noqa: F401 (loads and describes ditscale::*)
@@ -215,6 +215,13 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _choose(backend: str, q: Tensor, k: Tensor) -> str:
     chosen = dispatch.choose("attention", backend, q)
+    widest, K = choice.WIDEST_HEAD.get(chosen), q.shape[3]
+    if widest is not None and widest < K:
+        if backend == "auto":
+            return "sdpa"
+        raise BackendUnavailable(
+            f"backend {backend!r} cannot run attention here: it takes heads of at most {widest} columns, got {K}"
+        )
     if chosen == "cpu" and backend == "auto" and not choice.cpu_pays(q.shape[2], q.shape[3]):
         return "sdpa"
     return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,12 +14,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # cases.py, shared by these files only
 
 import pytest
+from attention_cases import QUICK_INTERPRETED
 
 from ditscale.kernels import dispatch, library
 from ditscale.kernels.adaln import shapes as adaln_shapes
+from ditscale.kernels.attn import op as attn_op
+from ditscale.kernels.attn import shapes as attn_shapes
 from ditscale.kernels.gelu import shapes as gelu_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Attention on the backends that interpret or emulate a GPU: all but a few cases are slow tests."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if not item.path.name.startswith("test_attention") or params.get("backend") not in ("triton", "emulated"):
+            continue
+        quick = QUICK_INTERPRETED.get(getattr(item, "originalname", ""))
+        if quick is None or not re.search(quick, item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=["reference", "cpu", "triton", "emulated"])
@@ -30,6 +46,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(dispatch._eager, "cpu", operators)
         monkeypatch.setattr(dispatch, "_chosen", {})
         monkeypatch.setattr(dispatch, "_quick", {})
+        monkeypatch.setattr(attn_op, "_ops", lambda backend: operators)
         return "cpu"
     if name == "triton" and not importlib.util.find_spec("triton"):
         pytest.skip("triton is not installed")
@@ -67,6 +84,8 @@ def emulated_operators(request: pytest.FixtureRequest) -> object:
     definitions = torch.library.Library("ditscale_emulated", "FRAGMENT")
     for name, operator in {**adaln_shapes.OPERATORS, **gelu_shapes.OPERATORS}.items():
         definitions.define(name + operator.schema)
+    for name, schema in attn_shapes.SCHEMAS.items():
+        definitions.define(name + schema)
     _definitions.append(definitions)
     return torch.ops.ditscale_emulated
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from attention_cases import AttentionCall, backend, check, make  # noqa: F401 (backend is a fixture)
+from attention_cases import AttentionCall, check, make
 from cases import DTYPES, NAME
 
 from ditscale import kernels

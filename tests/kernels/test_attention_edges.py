@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import backend, make  # noqa: F401 (backend is a fixture)
+from attention_cases import make
 from cases import DTYPES, NAME
 
 from ditscale import kernels
@@ -23,6 +23,7 @@ def test_empty(backend, B, H, T, S):
         assert not g.any()
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # the maximum in Triton's interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
 def test_nan_of_a_query_stays_in_its_row(backend, dtype):
     call = make(2, 2, 70, 24, dtype)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import backend, make  # noqa: F401 (backend is a fixture)
+from attention_cases import make
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode

@@ -48,8 +48,15 @@ CPU_UNITS: dict[str, list[str]] = {
     "cpu/isa.cpp": [],
 }
 CUDA_ARCHITECTURES = ("80", "90a", "100", "120")
-CUDA_KERNELS = ("cuda/norm.cu", "cuda/rows.cu")
-CUDA_BINDINGS = ("cuda/bindings.cpp",)
+CUDA_KERNELS = (
+    "cuda/attention_bf16.cu",
+    "cuda/attention_f16.cu",
+    "cuda/attention_f32.cu",
+    "cuda/norm.cu",
+    "cuda/rows.cu",
+    "cuda/attention.cu",
+)
+CUDA_BINDINGS = ("cuda/bindings.cpp", "cuda/attention_bindings.cpp")
 
 
 def say(message: str) -> None:

@@ -1,0 +1,3 @@
+#include "attention_launch.h"
+
+template struct ditscale::cuda::AttentionOf<ditscale::cuda::f16>;
