@@ -343,6 +343,7 @@ def cuda_entries(known: dict[str, Entry] | None = None) -> list[Entry]:
     prints = {key: f"{identity.digest} {compiler}" for key, identity in identities.items()}
     names = _demangled(sorted({name for _, name in prints}))
     new = sorted({name for (_, name), print_ in prints.items() if print_ not in known})
+    allowed = _cuda_stack()
     entries = []
     for arch, kernel in sass.read(path, functions=new):
         unit, function, case = names[kernel.name]
@@ -350,8 +351,20 @@ def cuda_entries(known: dict[str, Entry] | None = None) -> list[Entry]:
         old = known.get(print_)
         resources = old.resources if old else _plain(kernel)
         threads = identities[arch, kernel.name].threads
-        entries.append(Entry(f"cuda-{unit}", case, function, arch, print_, threads, resources=resources))
+        stack = allowed.get((function, case, arch), 0)
+        entries.append(
+            Entry(f"cuda-{unit}", case, function, arch, print_, threads, resources=resources, stack_bytes=stack)
+        )
     return sorted(entries, key=lambda e: (e.family, e.kernel, e.case, int(e.arch)))
+
+
+def _cuda_stack() -> dict[tuple[str, str, str], int]:
+    """Local memory that a CUDA kernel may use, by function, template arguments and architecture, where its family says why."""
+    found: dict[tuple[str, str, str], int] = {}
+    for family in families():
+        told = getattr(importlib.import_module(f"ditscale.kernels.{family}.aot"), "CUDA_STACK", {})
+        found |= {key: stack_bytes for key, (stack_bytes, _) in told.items()}
+    return found
 
 
 def nvcc_version() -> str | None:

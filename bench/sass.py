@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ditscale.errors import BackendUnavailable
 
-# Beside the accesses to memory: what is worth telling of a kernel. A name stands for every opcode that begins with it.
+# Beside the accesses to memory: what is worth telling of a kernel. ATOM and RED stand for every opcode that begins so.
 _CLASSES = {
     "HMMA": "tensor cores, mma.sync",
     "HGMMA": "tensor cores of Hopper, wgmma",
@@ -35,6 +35,8 @@ _CLASSES = {
     "ATOM": "atomics",
     "RED": "atomics without a result",
 }
+# What gives the same in any order: bits that are set (of the allocator of tensor memory), integers over a warp.
+_UNORDERED = re.compile(r"^REDUX|\.(AND|OR|XOR)\b")
 _FEW = 8
 _BITS = re.compile(r"\.(256|128|64)\b|\.[US](16|8)\b")
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
@@ -205,7 +207,9 @@ def _count(kernel: Kernel, code: str) -> Kernel:
         elif head.startswith(("UTMA", "UBLKCP")):
             bulk += 1
         mix["all"] += head != "NOP"
-        mix.update(name for name in _CLASSES if head == name or (name in ("ATOM", "RED") and head.startswith(name)))
+        mix.update(name for name in _CLASSES if head == name and name not in ("ATOM", "RED"))
+        if head.startswith(("ATOM", "RED")) and not _UNORDERED.search(opcode):
+            mix["ATOM" if head.startswith("ATOM") else "RED"] += 1
     return Kernel(
         kernel.name,
         kernel.registers,

@@ -23,6 +23,12 @@ def attention_flops_backward_hardware(B: int, H: int, T_q: int, T_k: int, K: int
     return 10 * B * H * T_q * T_k * K
 
 
+def attention_flops_backward_two_passes(B: int, H: int, T_q: int, T_k: int, K: int) -> int:
+    """What the GPU kernels make: one pass for queries and one for keys, each with scores and gradients of weights of its own:
+    7 matrix products, so that no sum needs atomics."""
+    return 14 * B * H * T_q * T_k * K
+
+
 def attention_softmax_flops_forward(B: int, H: int, T_q: int, T_k: int) -> int:
     """Per score: scale, maximum, subtract, exponential, sum; one division a row is left out."""
     return 5 * B * H * T_q * T_k

@@ -111,6 +111,13 @@ def test_local_memory_and_atomics_are_never_right_unless_the_launch_says_so() ->
     assert "atomic" in budget.absolute([atomic])[0].text
 
 
+def test_atomics_whose_order_does_not_matter_are_no_sums() -> None:
+    opcodes = ("ATOMS.OR", "REDUX.SUM", "REDG.E.ADD.F32", "ATOMG.E.ADD")
+    code = "".join(f"        /*0000*/                   {opcode} R1, [R2], R3 ;\n" for opcode in opcodes)
+    kernel = sass._count(sass.Kernel("a_kernel", 32, 0, 0), code)
+    assert (kernel.mix["ATOM"], kernel.mix["RED"]) == (1, 1)
+
+
 def test_a_changed_kernel_is_told_from_the_budgets_without_compiling() -> None:
     changed = replace(ENTRY, resources=None, fingerprint="4567 triton 3.7.1")
     assert [f.level for f in budget.compare([changed], {ENTRY.key: ENTRY})] == ["stale"]
