@@ -5,6 +5,7 @@ Both are read from folders on disk, from safetensors only, and never from the ne
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,10 +45,10 @@ class Autoencoder:
         folder = Path(folder)
         if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
             folder = folder / "vae"
-        if "AutoencoderKL" not in _class_of(folder, "_class_name"):
+        if "AutoencoderKL" not in model_kind(folder, "_class_name"):
             raise InputError(f"{folder}: expected an AutoencoderKL's folder, got another model's")
-        diffusers = _needed("diffusers")
-        module = _loaded(
+        diffusers = library("diffusers")
+        module = loaded(
             folder, lambda: diffusers.AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         )
         module = module.to(device).eval().requires_grad_(False)
@@ -97,7 +98,7 @@ class TextEncoder:
             InputError: transformers is not installed, or the folder is no such thing.
         """
         folder = Path(folder)
-        kind = _class_of(folder, "model_type")
+        kind = model_kind(folder, "model_type")
         classes = {
             "clip": "CLIPTextModel",
             "clip_text_model": "CLIPTextModel",
@@ -106,11 +107,11 @@ class TextEncoder:
         }
         if kind not in classes:
             raise InputError(f"{folder}: expected a CLIP or T5 model's folder, got model_type {kind!r}")
-        transformers = _needed("transformers")
+        transformers = library("transformers")
         settings = {"local_files_only": True}
         model_class = getattr(transformers, classes[kind])
-        module = _loaded(folder, lambda: model_class.from_pretrained(folder, use_safetensors=True, **settings))
-        tokenizer = _loaded(folder, lambda: transformers.AutoTokenizer.from_pretrained(folder, **settings))
+        module = loaded(folder, lambda: model_class.from_pretrained(folder, use_safetensors=True, **settings))
+        tokenizer = loaded(folder, lambda: transformers.AutoTokenizer.from_pretrained(folder, **settings))
         longest = getattr(module.config, "max_position_embeddings", None) or tokenizer.model_max_length
         return cls(module.to(device).eval().requires_grad_(False), tokenizer, min(int(longest), 512))
 
@@ -152,25 +153,24 @@ class TextEncoder:
         return features, pooled
 
 
-def _needed(package: str) -> Any:
-    import importlib
-
+def library(module: str, package: str = "") -> Any:
+    """An optional library's module; InputError with how to install it where it cannot be imported."""
     try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise InputError(
-            f"{package}: expected it to be installed (pip install 'ditscale[hub]'), got {error}"
-        ) from error
+        return importlib.import_module(module)
+    except Exception as error:  # a build for another torch fails in its own way
+        wanted = package or f"'ditscale[hub]', for {module}"
+        raise InputError(f"{module}: expected it to be installed (pip install {wanted}), got {error}") from error
 
 
-def _class_of(folder: Path, field: str) -> str:
+def model_kind(folder: Path, field: str) -> str:
+    """What a folder's config.json says of its model; InputError where it says nothing."""
     try:
         return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))[field])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: expected a model's folder with a config.json, got {error}") from error
 
 
-def _loaded(folder: Path, load: Any) -> Any:
+def loaded(folder: Path, load: Any) -> Any:
     """What a library loads; whatever it raises is the folder's fault."""
     try:
         return load()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import ditscale
+from ditscale.cache import cache_folder
 from ditscale.kernels.library import cpu_isa, path_of
 
 # Largest error allowed, relative to the largest value of the exact result: some ten roundings of the dtype.
@@ -117,13 +118,8 @@ def _compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | No
 
 
 def _cache_file() -> Path | None:
-    home = os.environ.get("DITSCALE_CACHE")
-    if home:
-        return Path(home) / "selfcheck.json"
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditscale" / "selfcheck.json"
-    except RuntimeError:  # a user without a home
-        return None
+    folder = cache_folder()
+    return None if folder is None else folder / "selfcheck.json"
 
 
 @functools.cache

@@ -249,13 +249,25 @@ class RunTable:
         for name in POOL_COLUMNS:
             if name not in self.columns:
                 continue
-            values = [v for v in dict.fromkeys(self.columns[name].tolist()) if v not in (None, "") and v == v]
-            if len(values) > 1:
+            values = self._at_odds(name)
+            if values:
                 raise InputError(
                     f"{name}: expected one value over all runs of {self.source}, got {values[0]!r} and "
                     f"{values[1]!r}; "
                     f"select with --where, or pool them on purpose with --pool"
                 )
+
+    def _at_odds(self, name: str) -> tuple[object, object] | None:
+        """Two values of a column that should have one. Endless data shows other images to every seed: there, one a seed."""
+        by_seed = name == "data_sha256" and "seed" in self.columns
+        seeds = self.columns["seed"].tolist() if by_seed else [None] * len(self)
+        first: dict[object, object] = {}
+        for seed, value in zip(seeds, self.columns[name].tolist(), strict=True):
+            if value in (None, "") or value != value:  # no value, or NaN
+                continue
+            if first.setdefault(seed, value) != value:
+                return first[seed], value
+        return None
 
     def _positive(self, role: str, name: str) -> Array:
         column = self.columns[name]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from model_variants import VARIANTS
 
 from ditscale.dit import DDPM, EDM, DiTConfig, RectifiedFlow
+from ditscale.dit.config import read_toml
 from ditscale.dit.data import clip_vocabulary, emoji_vocabulary
 from ditscale.dit.sampling import draw_samples
 from ditscale.dit.training import TrainConfig, train, validation_set
 from ditscale.dit.weights import load_weights
 from ditscale.errors import InputError
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL = {
     "image_size": 16, "latent_factor": 1, "in_channels": 3, "patch": 4, "width": 24, "depth": 2, "heads": 3,
     "frequency_width": 32, "learn_sigma": False, "condition": "caption", "vocabulary_size": len(emoji_vocabulary()),
@@ -107,3 +110,14 @@ def test_data_that_a_video_model_does_not_fit_is_named(tmp_path):
         train(plan(video, data="emoji_scenes"), tmp_path / "a")
     with pytest.raises(InputError, match="data: expected emoji_clips for videos"):
         train(plan(config_for("adaln-zero"), data="emoji_clips"), tmp_path / "b")
+
+
+@pytest.mark.parametrize("path", sorted(p.name for p in EXAMPLES.glob("*.toml") if "[training]" not in p.read_text()))
+def test_example_configurations_train(tmp_path, path):
+    values = read_toml(EXAMPLES / path)
+    values.pop("flops", None)
+    config = TrainConfig.from_dict(
+        {**values, "images": 2 * values["batch"], "evaluation_images": 4, "evaluation_times": 2}
+    )
+    record = train(config, tmp_path / "run")
+    assert record["steps"] == 2 and record["status"] == "finished"

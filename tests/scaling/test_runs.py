@@ -140,6 +140,14 @@ def test_unlike_runs_are_not_pooled() -> None:
     assert len(RunTable.from_records(rows, where="lr_schedule == 'linear'")) == 3
 
 
+def test_every_seed_may_have_seen_images_of_its_own() -> None:
+    rows = [{**r, "seed": i % 2, "data_sha256": "ab"[i % 2] * 64} for i, r in enumerate(ROWS)]
+    assert len(RunTable.from_records(rows)) == 4
+    rows[3]["data_sha256"] = "c" * 64
+    with pytest.raises(InputError, match="data_sha256: expected one value"):
+        RunTable.from_records(rows)
+
+
 def test_roles() -> None:
     both = [{**r, "tokens": r["images"] * 64} for r in ROWS]
     assert RunTable.from_records(both).data_unit == "images"

@@ -1,0 +1,244 @@
+"""Quality of samples: a perfect model scores as real images do, records name everything, features come from where they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from ditscale.dit import DiT, DiTConfig
+from ditscale.dit.data import EmojiScenes, emoji_vocabulary, to_float
+from ditscale.dit.evaluation import quality
+from ditscale.dit.evaluation.captions import caption_match, matched
+from ditscale.dit.evaluation.networks import FeatureNetwork, open_network
+from ditscale.dit.evaluation.quality import QualitySettings, measure_quality, reference_features, to_bytes
+from ditscale.dit.evaluation.scene_network import scene_network, scene_network_card, scene_network_sha256, word_targets
+from ditscale.dit.image_commands import evaluate
+from ditscale.dit.training import TrainConfig, train
+from ditscale.errors import InputError
+from ditscale.scaling import RunTable
+
+MODEL = DiTConfig(
+    image_size=16, latent_factor=1, in_channels=3, patch=4, width=16, depth=1, heads=2, frequency_width=16,
+    condition="caption", vocabulary_size=len(emoji_vocabulary()), caption_width=8, learn_sigma=False, mup_base_width=16,
+)  # fmt: skip
+PLAN = TrainConfig(model=MODEL, batch=8, images=8 * 40, lr=1e-2, evaluation_images=8)
+FEW = QualitySettings(samples=96, reference=300, steps=3, sampler="euler", batch=40)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DITSCALE_CACHE", str(tmp_path / "cache"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_shipped_network_is_small_named_and_knows_its_words():
+    card, network = scene_network_card(), scene_network()
+    assert card["name"] == "ditscale-scenes-v1" and card["command"] == "python tools/train_scene_network.py"
+    assert card["words"] == len(network.words) and len(scene_network_sha256()) == 64
+    assert sum(p.numel() for p in network.parameters()) < 300_000
+    scenes = EmojiScenes("train", 32, seed=77).batch(0, 600)
+    with torch.no_grad():
+        odds = network.log_odds(network(torch.from_numpy(to_float(scenes.images))))
+    said = word_targets(torch.from_numpy(scenes.tokens), network.words).float()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(odds, said, reduction="none").sum(1).mean()
+    blind = (
+        torch.nn.functional.binary_cross_entropy(network.base_rates.expand_as(said), said, reduction="none")
+        .sum(1)
+        .mean()
+    )
+    # On scenes that it was not trained on it is as good as its card says, and far better than the words' frequencies.
+    assert float(loss) == pytest.approx(card["nats_a_caption"], rel=0.05) and float(loss) < 0.8 * float(blind)
+
+
+def test_captions_are_found_on_real_scenes_and_by_chance_on_noise():
+    stream = EmojiScenes("train", 32, seed=78)
+    scenes = stream.batch(0, 300)
+    real = torch.from_numpy(scenes.images)
+    found = caption_match(real, stream)
+    assert found["caption_match"] == found["caption_match_real"] > 0.6 and found["caption_candidates"] == 32
+    shuffled = caption_match(real.roll(1, 0), stream)
+    assert shuffled["caption_match"] < 0.12 and shuffled["caption_match_real"] == found["caption_match_real"]
+    noise = torch.randint(256, real.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert caption_match(noise, stream)["caption_match"] < 0.12
+    tokens = torch.from_numpy(scenes.tokens)
+    assert matched(real, tokens, 2, 0) > found["caption_match"], "fewer to choose among is easier"
+    with pytest.raises(InputError, match="samples"):
+        caption_match(real[:20], stream)
+
+
+def test_a_perfect_model_scores_what_real_images_do(monkeypatch):
+    """Where the samples are the very scenes that were asked for, every measure is that of real images."""
+    given = []
+
+    def perfect(model, noise, y, **settings):
+        given.append((noise, y, settings))
+        start = sum(len(noise) for noise, *_ in given[:-1])
+        stream = quality._fresh(PLAN, quality.seed_for(FEW.seed, "prompts"))
+        batch = stream.batch(start, len(noise))
+        assert torch.equal(y, torch.from_numpy(batch.tokens))
+        return torch.from_numpy(to_float(batch.images))
+
+    monkeypatch.setattr(quality, "draw_samples", perfect)
+    record = measure_quality(DiT(MODEL), PLAN.flow, PLAN, dataclasses.replace(FEW, guidance=1.5))
+    assert [len(noise) for noise, *_ in given] == [40, 40, 16]
+    assert given[0][2]["guidance"] == 1.5 and given[0][2]["sampler"] == "euler" and given[0][2]["steps"] == 3
+    assert record["frechet_distance"] == pytest.approx(record["frechet_distance_real"], rel=1e-4)
+    assert record["precision"] > 0.5 and record["recall"] > 0.5
+    assert record["caption_match"] == record["caption_match_real"] > 0.3
+    named = (
+        "feature_network",
+        "quality_samples",
+        "reference_images",
+        "guidance",
+        "sampler",
+        "sampler_steps",
+        "neighbours",
+    )
+    assert [record[name] for name in named] == ["ditscale-scenes-v1", 96, 300, 1.5, "euler", 3, 3]
+    assert (
+        record["feature_network_sha256"] == scene_network_sha256() and record["reference_data"] == "emoji-scenes/train"
+    )
+    assert "fid" not in record, "that name is for Inception's features"
+    json.dumps(record)
+
+
+def test_noise_is_each_sample_s_own_and_results_repeat():
+    torch.manual_seed(0)
+    model = DiT(MODEL)
+    record = measure_quality(model, PLAN.flow, PLAN, FEW)
+    assert measure_quality(model, PLAN.flow, PLAN, FEW) == record
+    other = measure_quality(model, PLAN.flow, PLAN, dataclasses.replace(FEW, batch=17))
+    assert other["frechet_distance"] == pytest.approx(record["frechet_distance"], rel=1e-3)
+    assert measure_quality(model, PLAN.flow, PLAN, dataclasses.replace(FEW, seed=1)) != record
+    # A new model predicts zero everywhere, so its samples are pure noise: far from any scene.
+    assert record["frechet_distance"] > 5 * record["frechet_distance_real"] and record["recall"] < 0.1
+
+
+def test_references_are_kept_and_made_again_where_they_are_damaged(tmp_path):
+    calls = []
+
+    def features(images):
+        calls.append(len(images))
+        return images.float().mean((2, 3))
+
+    network, stream = FeatureNetwork("mean", "0" * 64, features), EmojiScenes("train", 16, seed=5)
+    first = reference_features(network, stream, 300)
+    assert calls == [256, 44] and first.shape == (300, 3) and first.dtype == np.float64
+    assert np.array_equal(reference_features(network, stream, 300), first) and len(calls) == 2
+    for changed in (dataclasses.replace(network, sha256="1" * 64), dataclasses.replace(network, name="other")):
+        reference_features(changed, stream, 300)
+    assert len(calls) == 6
+    for path in (tmp_path / "cache/features").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:50])
+    assert np.array_equal(reference_features(network, stream, 300), first) and len(calls) == 8
+
+
+def test_bytes_are_rounded_and_clipped():
+    values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.999, 5.0])
+    assert to_bytes(values).tolist() == [0, 0, 64, 128, 255, 255]
+
+
+def test_evaluating_a_run_enters_its_record_and_the_run_table(tmp_path, capsys):
+    for name, changes in (("a", {}), ("b", {"seed": 1})):
+        train(dataclasses.replace(PLAN, **changes), tmp_path / "runs" / name)
+    folders = [tmp_path / "runs" / name for name in "ab"]
+    settings = {"samples": 64, "reference": 200, "steps": 4, "guidance": 2.0, "threads": 1}
+    evaluate(runs=folders, **settings, as_json=True)
+    results = json.loads(capsys.readouterr().out)["runs"]
+    for folder, result in zip(folders, results, strict=True):
+        record = json.loads((folder / "run.json").read_text())
+        assert result["loss"] == record["loss"] and result["frechet_distance"] == record["frechet_distance"]
+        assert (record["quality_samples"], record["guidance"], record["sampler_steps"]) == (64, 2.0, 4)
+    evaluate(runs=folders[:1], **settings)
+    assert "ditscale-scenes-v1 features" in capsys.readouterr().out
+    (tmp_path / "runs.jsonl").write_text(
+        "".join(json.dumps(json.loads((f / "run.json").read_text())) + "\n" for f in folders)
+    )
+    table = RunTable.read(str(tmp_path / "runs.jsonl"))
+    assert {"frechet_distance", "precision", "recall", "caption_match", "feature_network"} <= set(table.columns)
+    evaluate(runs=folders[:1], as_json=True, threads=1)
+    assert "frechet_distance" not in json.loads(capsys.readouterr().out)
+
+
+def tiny(tmp_path, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    if kind == "clip":
+        config = transformers.CLIPVisionConfig(**sizes, intermediate_size=16, projection_dim=6)
+        model = transformers.CLIPVisionModelWithProjection(config)
+    else:
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    model.save_pretrained(tmp_path / kind)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("kind", "width"), [("clip", 6), ("dinov2", 8)])
+def test_transformers_networks_give_their_own_features(tmp_path, kind, width):
+    model = tiny(tmp_path, kind)
+    network = open_network(f"{kind}:{tmp_path / kind}")
+    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
+    mean, std = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    if kind == "dinov2":
+        mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        out = model(pixel_values=x)
+        found = network.features(images)
+    exact = out.image_embeds if kind == "clip" else out.last_hidden_state[:, 0]
+    assert network.name == f"{kind}:{kind}" and found.shape == (5, width)
+    assert torch.allclose(found, exact, atol=1e-4)
+    # Other sizes are resampled to the network's.
+    assert network.features(torch.zeros(2, 3, 40, 40, dtype=torch.uint8)).shape == (2, width)
+    (tmp_path / kind / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.0] * 3, "image_std": [1.0] * 3})
+    )
+    with torch.no_grad():
+        raw = model(pixel_values=images / 255)
+    exact = raw.image_embeds if kind == "clip" else raw.last_hidden_state[:, 0]
+    assert torch.allclose(open_network(f"{kind}:{tmp_path / kind}").features(images), exact, atol=1e-4)
+
+
+def test_inception_by_torch_fidelity(tmp_path, monkeypatch):
+    path = tmp_path / "inception.pth"
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+    except Exception as error:  # torchvision of another torch fails in its own way
+        path.write_bytes(b"weights")
+        with pytest.raises(InputError, match="pip install torch-fidelity"):
+            open_network(f"inception:{path}")
+        pytest.skip(f"torch-fidelity does not import: {str(error).splitlines()[0]}")
+    with monkeypatch.context() as patch:  # random weights instead of a download
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
+        torch.manual_seed(0)
+        random = fidelity.FeatureExtractorInceptionV3("x", ["2048"])
+    torch.save(random.state_dict(), path)
+    network = open_network(f"inception:{path}")
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert network.name == "inception-v3-fid" and network.features(images).shape == (2, 2048)
+    assert torch.equal(network.features(images), random(images)[0])
+
+
+@pytest.mark.parametrize("spec", ["vgg", "scenes:x", "clip", "inception:/nowhere/weights.pth", "clip:/nowhere"])
+def test_networks_that_cannot_be_had_are_named(spec):
+    with pytest.raises(InputError):
+        open_network(spec)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("samples", 2), ("reference", 1.5), ("steps", 0), ("guidance", float("nan"))]
+)
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(InputError, match=field):
+        QualitySettings(**{field: value})
