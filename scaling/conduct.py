@@ -9,13 +9,13 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ditscale.dit.checkpoint import folder_lock, read_json, write_json
+from ditscale.dit.files import folder_lock, read_json, write_json
 from ditscale.errors import InputError
-from ditscale.scaling.execute import Progress, execute
+from ditscale.scaling.execute import Progress, execute, open_engine
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.outlook import choose_and_predict, fit_laws
 from ditscale.scaling.study import PlannedRun, Study, plan_run
@@ -23,13 +23,22 @@ from ditscale.scaling.study import PlannedRun, Study, plan_run
 Show = Callable[[str, "Progress | None"], None]
 
 
-def conduct(study: Study, *, show: Show, say: Callable[[str], None]) -> dict[str, Any]:
+def conduct(
+    study: Study,
+    *,
+    show: Show,
+    say: Callable[[str], None],
+    engine: str = "local",
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Do all that a study still lacks.
 
     Args:
         study: what to carry out.
         show: called with (stage, progress of the runs or None).
         say: takes sentences that a person should see.
+        engine: where the runs are trained: "local", "slurm" or "ray". Default: "local".
+        options: of the engine; see ``ditscale.scaling.execute.open_engine``. Default: none.
 
     Returns:
         The outcome, as in outcome.json.
@@ -48,7 +57,12 @@ def conduct(study: Study, *, show: Show, say: Callable[[str], None]) -> dict[str
         config = study.config
         for complaint in study.records()[1]:
             say(f"{complaint}; its run is trained again")
-        _train(study, study.grid, config.workers, config.threads, "training the grid", tick, say)
+
+        def train(runs: list[PlannedRun], workers: int, threads: int, stage: str) -> None:
+            place = open_engine(engine, study, workers=workers, threads=threads, options=options)
+            execute(study, runs, place, show=lambda progress: tick(stage, progress), say=say)
+
+        train(study.grid, config.workers, config.threads, "training the grid")
         study.write_table()
 
         tick("fitting the laws")
@@ -59,7 +73,7 @@ def conduct(study: Study, *, show: Show, say: Callable[[str], None]) -> dict[str
         prediction, target = _predict(study, laws_path)
 
         # One process with all the threads: it is a single run, and the largest.
-        _train(study, [target], 1, config.workers * config.threads, "training the predicted run", tick, say)
+        train([target], 1, config.workers * config.threads, "training the predicted run")
         study.write_table()
         tick("drawing samples and the page")
         from ditscale.scaling.gallery import draw_gallery
@@ -70,18 +84,6 @@ def conduct(study: Study, *, show: Show, say: Callable[[str], None]) -> dict[str
 
         write_report(study.folder)
         return outcome
-
-
-def _train(
-    study: Study,
-    runs: list[PlannedRun],
-    workers: int,
-    threads: int,
-    stage: str,
-    tick: Callable[[str, Progress | None], None],
-    say: Callable[[str], None],
-) -> None:
-    execute(study, runs, workers=workers, threads=threads, show=lambda progress: tick(stage, progress), say=say)
 
 
 def _predict(study: Study, laws_path: Path) -> tuple[dict[str, Any], PlannedRun]:

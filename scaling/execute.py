@@ -1,4 +1,4 @@
-"""Run a study's plan on local processes: each takes the next run, writes it to its folder, and asks for another.
+"""Run a study's plan on an engine, and follow it by what the runs' folders hold.
 
 Nothing is kept in memory that matters: a run is done when its ``run.json`` exists. So a study that was stopped in any
 way, ``kill -9`` included, goes on with the same call: finished runs are kept, the interrupted ones resume.
@@ -6,21 +6,22 @@ way, ``kill -9`` included, goes on with the same call: finished runs are kept, t
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
+import json
 import os
-import queue
-import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ditscale.dit.files import read_json
 from ditscale.errors import InputError
+from ditscale.scaling.jobs import Engine, Job
 from ditscale.scaling.study import PlannedRun, Study
 
-_POLL_SECONDS = 0.2
+ENGINES = ("local", "slurm", "ray")
+# The end of a metrics file that surely holds its last whole line.
+_TAIL_BYTES = 4096
 
 
 class Interrupted(Exception):
@@ -50,12 +51,44 @@ class Progress:
         return self.planned[run_id] * steps_done / steps
 
 
+def open_engine(
+    name: str, study: Study, *, workers: int, threads: int, options: Mapping[str, Any] | None = None
+) -> Engine:
+    """An engine by its name.
+
+    Args:
+        name: "local", "slurm" or "ray".
+        study: whose runs it will do.
+        workers: processes of "local".
+        threads: of each process or task.
+        options: of "slurm" and "ray"; see there. Default: none.
+
+    Raises:
+        InputError: no such engine, or it cannot be used here.
+    """
+    options = options or {}
+    if name == "local":
+        if options:
+            raise InputError(f"--option: expected none for the local engine, got {next(iter(options))}")
+        from ditscale.scaling.local_pool import LocalPool
+
+        return LocalPool(workers, threads)
+    if name == "slurm":
+        from ditscale.scaling.slurm import Slurm
+
+        return Slurm(study.folder.resolve(), {"cpus_per_task": threads} | dict(options))
+    if name == "ray":
+        from ditscale.scaling.on_ray import OnRay
+
+        return OnRay(threads, options)
+    raise InputError(f"--engine: expected one of {', '.join(ENGINES)}, got {name!r}")
+
+
 def execute(
     study: Study,
     runs: Sequence[PlannedRun],
+    engine: Engine,
     *,
-    workers: int,
-    threads: int,
     show: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
@@ -64,13 +97,12 @@ def execute(
     Args:
         study: whose folder takes the runs.
         runs: what to train.
-        workers: processes.
-        threads: of each process.
-        show: called several times a second with the progress. Default: None.
+        engine: where; it is closed at the end.
+        show: called again and again with the progress. Default: None.
         say: takes sentences for a person.
 
     Raises:
-        Interrupted: on Ctrl-C, after the workers have written their checkpoints.
+        Interrupted: on Ctrl-C, after the runs in work have written their checkpoints.
         InputError: a run cannot be trained as planned.
     """
     done = {record["run_id"]: record for record in study.records()[0]}
@@ -81,7 +113,7 @@ def execute(
             progress.done += run.flops
             progress.finished.append(done[run.run_id])
     if pending:
-        _Pool(study, pending, min(workers, len(pending)), threads, progress, show, say).run()
+        _follow(study, pending, engine, progress, show, say)
     done = {record["run_id"]: record for record in study.records()[0]}
     missing = [run.run_id for run in runs if run.run_id not in done]
     if missing:
@@ -89,142 +121,73 @@ def execute(
     return [done[run.run_id] for run in runs]
 
 
-class _Pool:
-    """The parent's side: a queue of runs, the workers' messages, and an orderly end whatever happens."""
-
-    def __init__(
-        self,
-        study: Study,
-        pending: list[PlannedRun],
-        workers: int,
-        threads: int,
-        progress: Progress,
-        show: Callable[[Progress], None] | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.progress, self.show, self.say = progress, show, say
-        # A fresh interpreter for each worker: a forked one would inherit torch's thread pool half alive.
-        context = multiprocessing.get_context("spawn")
-        self.jobs = context.Queue()
-        self.messages = context.Queue()
-        self.stop = context.Event()
-        for run in pending:
-            self.jobs.put((run.training, str(study.run_folder(run.run_id)), {"role": run.role, "budget": run.budget}))
-        for _ in range(workers):
-            self.jobs.put(None)
-        arguments = (self.jobs, self.messages, self.stop, threads, os.getpid())
-        with _thread_environment(threads):
-            self.workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(workers)]
-            for worker in self.workers:
-                worker.start()
-
-    def run(self) -> None:
-        try:
-            while any(worker.is_alive() for worker in self.workers):
-                self._listen()
-            self._listen()
-        except KeyboardInterrupt:
-            self.stop.set()
-            for worker in self.workers:
-                worker.join(timeout=30)
-            raise Interrupted from None
-        finally:
-            self.stop.set()
-            for worker in self.workers:
-                worker.join(timeout=5)
-                if worker.is_alive():
-                    worker.terminate()
-        failed = [worker.exitcode for worker in self.workers if worker.exitcode]
-        if failed:
-            raise InputError(
-                f"study: expected every worker to end well, got exit code {failed[0]}; see the messages above"
-            )
-
-    def _listen(self) -> None:
-        deadline = time.monotonic() + _POLL_SECONDS
-        while True:
-            try:
-                kind, run_id, content = self.messages.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                break
-            if kind == "step":
-                self.progress.active[run_id] = content
-            elif kind == "done":
-                self.progress.active.pop(run_id, None)
-                self.progress.done += self.progress.planned[content["run_id"]]
-                self.progress.finished.append(content)
-            elif kind == "say":
-                self.say(content)
-            else:
-                raise InputError(content)
-            if time.monotonic() > deadline:
-                break
-        if self.show is not None:
-            self.show(self.progress)
-
-
-def _work(jobs: Any, messages: Any, stop: Any, threads: int, parent: int) -> None:
-    """A worker: train what the queue holds until it is empty, the parent says stop, or the parent is gone."""
-    # Ctrl-C reaches the whole group; the parent decides, and says so through the event.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
-
-    from ditscale.dit.training import Stopped, TrainConfig, train
-
-    torch.set_num_threads(threads)
-
-    def should_stop() -> bool:
-        return stop.is_set() or os.getppid() != parent
-
-    while not should_stop():
-        try:
-            job = jobs.get(timeout=_POLL_SECONDS)
-        except queue.Empty:
-            continue
-        if job is None:
-            return
-        training, folder, extra = job
-        name = Path(folder).name
-        last = 0.0
-
-        def step(done: int, steps: int, loss: float, name: str = name) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last > _POLL_SECONDS:
-                last = now
-                messages.put(("step", name, (done, steps, loss)))
-
-        def say(sentence: str, name: str = name) -> None:
-            messages.put(("say", name, sentence))
-
-        try:
-            record = train(
-                TrainConfig.from_dict(training),
-                folder,
-                progress=step,
-                should_stop=should_stop,
-                say=say,
-                extra=extra,
-            )
-        except Stopped:
-            return
-        except InputError as error:
-            messages.put(("error", name, str(error)))
-            return
-        messages.put(("done", name, record))
-
-
-@contextlib.contextmanager
-def _thread_environment(threads: int) -> Any:
-    """Children read their number of threads when they load their libraries, before any line of ours runs there."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update({name: str(threads) for name in names})
+def _follow(
+    study: Study,
+    pending: Sequence[PlannedRun],
+    engine: Engine,
+    progress: Progress,
+    show: Callable[[Progress], None] | None,
+    say: Callable[[str], None],
+) -> None:
+    stop_file = study.folder.resolve() / ".stop"
+    stop_file.unlink(missing_ok=True)
+    jobs = [
+        Job(
+            run.run_id,
+            run.training,
+            str(study.run_folder(run.run_id).resolve()),
+            execution=dict(study.config.execution),
+            extra={"role": run.role, "budget": run.budget},
+            stop_file=str(stop_file),
+        )
+        for run in pending
+    ]
+    steps = {run.run_id: run.steps for run in pending}
     try:
-        yield
+        engine.start(jobs)
+        working = True
+        while working:
+            news = engine.poll()
+            for sentence in news.said:
+                say(sentence)
+            _look(jobs, steps, progress)
+            if show is not None:
+                show(progress)
+            if news.failed is not None:
+                raise InputError(news.failed)
+            working = news.working
+            if working:
+                time.sleep(engine.poll_seconds)
+    except KeyboardInterrupt:
+        stop_file.touch()
+        engine.stop()
+        raise Interrupted from None
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+        engine.close()
+        stop_file.unlink(missing_ok=True)
+
+
+def _look(jobs: Sequence[Job], steps: Mapping[str, int], progress: Progress) -> None:
+    """What the folders say: which runs have their record, how far the others are."""
+    told = {record["run_id"] for record in progress.finished}
+    for job in jobs:
+        if job.run_id in told:
+            continue
+        if job.done:
+            progress.active.pop(job.run_id, None)
+            progress.done += progress.planned[job.run_id]
+            progress.finished.append(read_json(Path(job.folder) / "run.json"))
+        elif (last := _last_metrics(Path(job.folder) / "metrics.jsonl")) is not None:
+            progress.active[job.run_id] = (last["step"], steps[job.run_id], last["train_loss"] or float("nan"))
+
+
+def _last_metrics(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a run's metrics; None where there is none yet."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+        row = json.loads(lines[-1]) if lines else None
+    except (OSError, ValueError):
+        return None
+    return row if isinstance(row, dict) and "step" in row and "train_loss" in row else None

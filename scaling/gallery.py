@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditscale.dit.checkpoint import write_json
+from ditscale.dit.files import write_json
 from ditscale.scaling.study import PlannedRun, Study
 
 _PICTURES = 8

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ditscale.dit.checkpoint import read_json, write_atomically, write_json
 from ditscale.dit.config import DiTConfig, read_toml
+from ditscale.dit.files import read_json, write_atomically, write_json
 from ditscale.dit.flops import CONVENTION, count
 from ditscale.errors import InputError
 
@@ -50,6 +50,7 @@ class StudyConfig:
         aspect: width over depth where ``depth`` is None. Default: 64.
         model: fields of :class:`DiTConfig` that all sizes share.
         training: fields of the trainer's configuration that all runs share.
+        execution: fields of ``ditscale.dit.training.Execution``: how each run is carried out.
         workers: processes that train at once. Default: 2.
         threads: threads of each. Default: 1.
         seed: of the study. Default: 0.
@@ -71,6 +72,7 @@ class StudyConfig:
     aspect: float = 64.0
     model: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    execution: Mapping[str, Any] = field(default_factory=dict)
     workers: int = 2
     threads: int = 1
     seed: int = 0

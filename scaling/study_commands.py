@@ -52,6 +52,11 @@ def design(
 def run(
     study: Annotated[Path, typer.Argument(help="A study in TOML (with --out), or a study's folder.")],
     out: Annotated[Path | None, typer.Option(help="The study's folder, where a TOML file is given.")] = None,
+    engine: Annotated[str, typer.Option(help="Where the runs are trained: local, slurm or ray.")] = "local",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for slurm (submitit's parameters) or ray; give it again for more."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train what a study still lacks, fit, predict, train the predicted run, and write the page."""
@@ -59,11 +64,12 @@ def run(
     from ditscale.scaling.study import Study, StudyConfig
 
     if study.is_dir():
-        _carry_out(Study(study), as_json=as_json)
+        opened = Study(study)
     elif out is None:
         raise InputError("--out: expected the folder that the study is written to, got none")
     else:
-        _carry_out(Study.create(out, StudyConfig.from_toml(study)), as_json=as_json)
+        opened = Study.create(out, StudyConfig.from_toml(study))
+    _carry_out(opened, engine=engine, options=_options(option or []), as_json=as_json)
 
 
 def status(
@@ -115,7 +121,23 @@ def report(
     typer.echo(json.dumps({"report": str(path)}) if as_json else f"{path}")
 
 
-def _carry_out(study: Study, *, as_json: bool) -> None:
+def _options(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE as a dictionary; a value that is JSON is what it says, any other a text."""
+    from ditscale.errors import InputError
+
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise InputError(f"--option: expected NAME=VALUE, got {text!r}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def _carry_out(study: Study, *, as_json: bool, engine: str = "local", options: dict[str, Any] | None = None) -> None:
     from ditscale.scaling.conduct import conduct
     from ditscale.scaling.execute import Interrupted
 
@@ -124,7 +146,7 @@ def _carry_out(study: Study, *, as_json: bool) -> None:
 
     try:
         with _display(quiet=as_json) as show:
-            outcome = conduct(study, show=show, say=say)
+            outcome = conduct(study, show=show, say=say, engine=engine, options=options)
     except Interrupted as error:
         raise typer.Abort from error
     if as_json:

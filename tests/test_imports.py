@@ -86,7 +86,7 @@ def test_nobody_below_imports_the_benchmarks():
 
 
 # A study is carried out by these modules of scaling; the others may know a model's configuration and its FLOPs, no more.
-STUDY = {"study", "execute", "conduct", "gallery", "demo_study", "study_commands"}
+STUDY = {"study", "execute", "conduct", "gallery", "demo_study", "study_commands", "jobs", "local_pool", "on_ray", "slurm"}
 TORCH_FREE = {"ditscale.dit.config", "ditscale.dit.flops"}
 
 
@@ -97,7 +97,7 @@ def test_only_a_study_reaches_the_models():
         }
         foreign = {n for n in names if not any(n == m or n.startswith(f"{m}.") for m in TORCH_FREE)}
         foreign -= {"ditscale.dit"} if {"ditscale.dit.config", "ditscale.dit.flops"} & names else set()
-        assert path.stem in STUDY or path.stem.startswith("queue") or not foreign, f"{path.name}: {sorted(foreign)}"
+        assert path.stem in STUDY or not foreign, f"{path.name}: {sorted(foreign)}"
 
 
 def test_the_laws_need_no_torch():
