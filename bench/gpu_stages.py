@@ -314,7 +314,7 @@ def study_config(*, dry: bool) -> Any:
 
 def study(day: Day) -> dict[str, Any]:
     """A small isoFLOP study, its prediction of a run of ten times its largest budget, and that run."""
-    from ditscale.dit.checkpoint import read_json
+    from ditscale.dit.files import read_json
     from ditscale.dit.training import TrainConfig, train
     from ditscale.scaling.study import Study, design
 

@@ -1,4 +1,4 @@
-"""Files that survive being killed at any moment: atomic writes, checksummed checkpoints, an append-only metrics log.
+"""Checksummed checkpoints and an append-only metrics log, both of which survive being killed at any moment.
 
 A checkpoint is a directory ``checkpoint-<step>`` of safetensors files, then ``checkpoint-<step>.json`` with the scalar
 state and the SHA-256 of each of them. It exists once the header does. The two newest are kept, so that a damaged one can
@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,74 +19,12 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from ditscale.dit.files import read_json, write_atomically, write_json
 from ditscale.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows has no flock; a second process there is not refused
-    fcntl = None  # type: ignore[assignment]
 
 _KEPT = 2
 _FILE = "tensors.safetensors"
 _PIECE = 2**22
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` so that a reader sees the old or the new content, whole, whatever happens."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: expected a place to write, got {error.strerror or error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """:func:`write_atomically` of indented JSON; refuses NaN and infinity, which are no JSON."""
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; InputError names the file and what is wrong with it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: expected a JSON file, got {error}") from error
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path, *, wait_seconds: float = 10.0) -> Iterator[None]:
-    """Hold a folder for one process; the system lets go of it when the process ends, however it ends.
-
-    Args:
-        folder: made where it is not there.
-        wait_seconds: how long to wait for another process to let go, as one does whose parent was killed a moment
-            ago. Default: 10.
-
-    Raises:
-        InputError: another process holds it, or the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a")  # noqa: SIM115 - closed below, after the lock's life
-    except OSError as error:
-        raise InputError(f"{folder}: expected a folder to write to, got {error.strerror or error}") from error
-    with file:
-        deadline = time.monotonic() + wait_seconds
-        while fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    message = f"{folder}: expected a folder that no other process uses, got one in use"
-                    raise InputError(message) from error
-                time.sleep(0.05)
-        yield
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one DiT and write its run record. Under torchrun, all its processes train together."""
-    from ditscale.dit.checkpoint import read_json
     from ditscale.dit.config import read_toml
+    from ditscale.dit.files import read_json
     from ditscale.dit.training import Execution, Stopped, TrainConfig
     from ditscale.dit.training import train as run_training
     from ditscale.errors import InputError

@@ -19,9 +19,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ditscale.dit.checkpoint import read_json, write_atomically, write_json
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.diffusion import DDPM
+from ditscale.dit.files import read_json, write_atomically, write_json
 from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.model import DiT
 from ditscale.dit.objective import Objective

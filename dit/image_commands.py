@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
     from ditscale.dit.config import DiTConfig
+    from ditscale.dit.rundata import RunData
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its weights.safetensors.")]
@@ -44,6 +50,7 @@ def sample(
     import torch
 
     from ditscale.dit.pictures import save_grid
+    from ditscale.dit.rundata import RunData
     from ditscale.dit.sampling import draw_samples
     from ditscale.dit.weights import load_weights
     from ditscale.errors import InputError
@@ -61,7 +68,8 @@ def sample(
         raise InputError(f"--count: expected at least 1, got {count}")
     if config.latent_factor > 1 and vae is None:
         raise InputError("--vae: expected the autoencoder of a model of latents, got none")
-    y = condition_tensor(config, given, text_encoder)
+    data = RunData.read(run)
+    y = condition_tensor(config, given, text_encoder, data)
     number = count if not given else len(given)
     noise = torch.randn(number, *config.input_shape, generator=torch.Generator().manual_seed(seed))
     images = draw_samples(
@@ -79,10 +87,9 @@ def sample(
         eta=eta,
         seed=seed,
     )
-    if vae is not None:
-        from ditscale.dit.encoding import Autoencoder
-
-        images = Autoencoder.load(vae).decode(images)
+    decode = _decoder(vae, data)
+    if decode is not None:
+        images = decode(images)
     save_grid(out, images)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "images": number, "steps": steps, "sampler": sampler, "seed": seed}))
@@ -91,30 +98,105 @@ def sample(
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     images: Annotated[int | None, typer.Option(help="Validation images. Default: as the run did.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of images and noise. Default: as the run did.")] = None,
+    samples: Annotated[
+        int, typer.Option(help="Draw so many images and measure them too; the numbers enter the run's record.")
+    ] = 0,
+    features: Annotated[
+        str, typer.Option(help="Whose features are compared: scenes, inception:FILE, clip:FOLDER or dinov2:FOLDER.")
+    ] = "scenes",
+    reference: Annotated[int, typer.Option(help="Images of the data to compare with.")] = 10_000,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 25,
+    sampler: Annotated[str, typer.Option(help="euler, heun, ddim or ddpm.")] = "heun",
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 1.0,
+    guidance_from: Annotated[float, typer.Option(help="Least share of noise at which to guide.")] = 0.0,
+    guidance_to: Annotated[float, typer.Option(help="Greatest share of noise at which to guide.")] = 1.0,
+    sample_seed: Annotated[int, typer.Option(help="Of prompts and of the noise of samples.")] = 0,
+    vae: Annotated[Path | None, typer.Option(help="A diffusers AutoencoderKL's folder, for models of latents.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a finished run's averaged weights on the fixed validation set."""
-    import math
-
-    from ditscale.dit.checkpoint import read_json
-    from ditscale.dit.training import TrainConfig, validation_set
+    """Evaluate finished runs' averaged weights: the loss on the fixed validation set and, with --samples, their images."""
+    from ditscale.dit.commands import progress_bar, use_threads
+    from ditscale.dit.evaluation.quality import QualitySettings, measure_quality
+    from ditscale.dit.files import read_json, write_json
+    from ditscale.dit.rundata import RunData
+    from ditscale.dit.training import TrainConfig, check_record, validation_set
     from ditscale.dit.weights import load_weights
 
-    plan = TrainConfig.from_dict(read_json(run / "config.json"))
-    changes = {"evaluation_images": images, "evaluation_seed": seed}
-    plan = TrainConfig.from_dict(plan.to_dict() | {k: v for k, v in changes.items() if v is not None})
-    validation = validation_set(plan)
-    model, objective = load_weights(weights_path(run))
-    by_time = validation.loss(model, objective)
-    loss = math.fsum(by_time) / len(by_time)
+    use_threads(threads)
+    settings = None
+    if samples:
+        settings = QualitySettings(
+            samples=samples,
+            reference=reference,
+            features=features,
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            guidance_interval=(guidance_from, guidance_to),
+            seed=sample_seed,
+        )
+    results = []
+    for run in runs:
+        plan = TrainConfig.from_dict(read_json(run / "config.json"))
+        changes = {"evaluation_images": images, "evaluation_seed": seed}
+        plan = TrainConfig.from_dict(plan.to_dict() | {k: v for k, v in changes.items() if v is not None})
+        model, objective = load_weights(weights_path(run))
+        validation = validation_set(plan)
+        by_time = validation.loss(model, objective)
+        result: dict[str, Any] = {"run": run.name, "loss": math.fsum(by_time) / len(by_time)}
+        result |= {"loss_kind": objective.loss_kind, "images": plan.evaluation_images}
+        result |= {"timesteps": validation.times.tolist(), "loss_by_timestep": by_time}
+        if settings is not None:
+            with progress_bar(f"samples of {run.name}", show=not as_json) as advance:
+                quality = measure_quality(
+                    model,
+                    objective,
+                    plan,
+                    settings,
+                    decode=_decoder(vae, RunData.read(run)),
+                    progress=lambda n, of: advance(n, of, math.nan),
+                )
+            record = check_record(run / "run.json")
+            write_json(run / "run.json", {**record, **quality})
+            result |= quality
+        results.append(result)
+        if not as_json:
+            typer.echo(_told(result))
     if as_json:
-        content = {"loss": loss, "loss_kind": objective.loss_kind, "images": plan.evaluation_images}
-        typer.echo(json.dumps(content | {"timesteps": validation.times.tolist(), "loss_by_timestep": by_time}))
-    else:
-        typer.echo(f"{objective.loss_kind} {loss:.5f} on {plan.evaluation_images} images at {len(by_time)} times")
+        typer.echo(json.dumps(results[0] if len(results) == 1 else {"runs": results}))
+
+
+def _decoder(vae: Path | None, data: RunData | None) -> Callable[[Tensor], Tensor] | None:
+    """From what a model draws to pixels; None where it draws pixels."""
+    if vae is None:
+        return None
+    from ditscale.dit.encoding import Autoencoder
+
+    autoencoder = Autoencoder.load(vae)
+    return lambda latents: autoencoder.decode(latents if data is None else data.unscaled(latents))
+
+
+def _told(result: dict[str, Any]) -> str:
+    """An evaluation in a sentence or two."""
+    text = f"{result['run']}: {result['loss_kind']} {result['loss']:.5f} on {result['images']} validation images"
+    if "frechet_distance" not in result:
+        return text
+    how = f"{result['sampler']} {result['sampler_steps']} steps, guidance {result['guidance']:g}"
+    text += (
+        f"\nFréchet distance {result['frechet_distance']:.4g} on {result['feature_network']} features (as many real images: "
+        f"{result['frechet_distance_real']:.4g}), precision {result['precision']:.3f}, recall {result['recall']:.3f}; "
+        f"{result['quality_samples']} samples, {how}"
+    )
+    if "caption_match" in result:
+        text += (
+            f"\ncaption found among {result['caption_candidates']} for {result['caption_match']:.1%} of samples "
+            f"(real scenes: {result['caption_match_real']:.1%})"
+        )
+    return text
 
 
 def export(
@@ -166,8 +248,10 @@ def weights_path(run: Path) -> Path:
     return run / "weights.safetensors" if run.is_dir() else run
 
 
-def condition_tensor(config: DiTConfig, given: list[Any] | None, text_encoder: Path | None = None) -> Any:
-    """Captions or labels as the model takes them; None for a model without condition."""
+def condition_tensor(
+    config: DiTConfig, given: list[Any] | None, text_encoder: Path | None = None, data: RunData | None = None
+) -> Any:
+    """Captions or labels as the model takes them; None for a model without condition. ``data``: of its training."""
     import torch
 
     from ditscale.errors import InputError
@@ -188,11 +272,12 @@ def condition_tensor(config: DiTConfig, given: list[Any] | None, text_encoder: P
     from ditscale.dit.data import clip_vocabulary, emoji_vocabulary
     from ditscale.dit.data.scenes import CAPTION_LENGTH
 
-    vocabulary = clip_vocabulary() if config.is_video else emoji_vocabulary()
+    embedded = clip_vocabulary() if config.is_video else emoji_vocabulary()
+    vocabulary = embedded if data is None else data.vocabulary
     if len(vocabulary) != config.vocabulary_size:
-        message = (
-            f"expected the embedded vocabulary of {len(vocabulary)} words, got a model of {config.vocabulary_size}"
+        raise InputError(
+            f"--caption: expected a run's folder, whose data.json knows the words, or a model of the {len(vocabulary)} "
+            f"embedded ones, got a model of {config.vocabulary_size}"
         )
-        raise InputError(f"--caption: {message}")
     length = CAPTION_LENGTH if config.context == "pooled" else config.caption_tokens
     return torch.from_numpy(vocabulary.encode(given, length))

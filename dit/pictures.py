@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ditscale.dit.checkpoint import write_atomically
+from ditscale.dit.files import write_atomically
 from ditscale.errors import InputError
 
 

@@ -11,8 +11,8 @@ import safetensors.torch
 from torch import Tensor
 
 import ditscale
-from ditscale.dit.checkpoint import write_atomically
 from ditscale.dit.config import DiTConfig
+from ditscale.dit.files import write_atomically
 from ditscale.dit.model import DiT
 from ditscale.dit.objective import Objective, objective_from_dict
 from ditscale.errors import InputError

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ditscale.dit import checkpoint as files
+from ditscale.dit import checkpoint, files
 from ditscale.dit.flow import ValidationSet
 from ditscale.dit.training import Execution, TrainConfig, train
 from ditscale.dit.training.step import Stepper
@@ -91,7 +91,8 @@ def arm(kind, draw):
         ValidationSet.batches = cut
     elif kind == "write":  # of a checkpoint, a metrics line, a record, the weights
         due = after(draw.randrange(60))
-        files.open = lambda *args, **settings: Torn(open(*args, **settings), due)  # noqa: SIM115
+        for module in (files, checkpoint):
+            module.open = lambda *args, **settings: Torn(open(*args, **settings), due)  # noqa: SIM115
     elif kind == "rename":
         replace, due = os.replace, after(draw.randrange(30))
 

@@ -86,7 +86,8 @@ def test_nobody_below_imports_the_benchmarks():
 
 
 # A study is carried out by these modules of scaling; the others may know a model's configuration and its FLOPs, no more.
-STUDY = {"study", "execute", "conduct", "gallery", "demo_study", "study_commands", "jobs", "local_pool", "on_ray", "slurm"}
+ENGINES = {"jobs", "local_pool", "on_ray", "slurm"}
+STUDY = {"study", "execute", "conduct", "gallery", "demo_study", "study_commands", *ENGINES}
 TORCH_FREE = {"ditscale.dit.config", "ditscale.dit.flops"}
 
 

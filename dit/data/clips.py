@@ -58,6 +58,11 @@ class EmojiClips(EmojiScenes):
         self.vocabulary = clip_vocabulary()
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return (3, self.frames, self.size, self.size)
+
+    @property
     def name(self) -> str:
         """``emoji-clips/train`` or ``emoji-clips/validation``."""
         return f"emoji-clips/{self.split}"

@@ -139,6 +139,11 @@ class EmojiScenes:
         self._label = np.array([CATEGORIES.index(emoji.category) for emoji in self.emoji])
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return (3, self.size, self.size)
+
+    @property
     def name(self) -> str:
         """``emoji-scenes/train`` or ``emoji-scenes/validation``."""
         return f"emoji-scenes/{self.split}"

@@ -13,19 +13,23 @@ from ditscale.dit.data.words import Vocabulary
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """`n` consecutive images of a stream.
+    """`n` consecutive samples of a stream.
 
-    images: uint8 [n, 3, size, size], of clips [n, 3, frames, size, size], sRGB; `to_float` makes the float32 in
-        [-1, 1] that models take.
+    images: uint8 [n, 3, size, size], of clips [n, 3, frames, size, size], sRGB, of which `to_float` makes the float32 in
+        [-1, 1] that models take; or latents, float32 [n, *shape], as models take them.
     captions: n strings.
     tokens: int64 [n, L], the captions in the stream's vocabulary; 0 pads, 1 is an unknown word.
     labels: int64 [n], index into the stream's `classes`; -1 where an image has no class.
+    features: float32 [n, S, W] of a text encoder, rows of zeros behind a caption's end; None where there are none.
+    pooled: float32 [n, V], its pooled vectors; None where there are none.
     """
 
-    images: NDArray[np.uint8]
+    images: NDArray[np.uint8] | NDArray[np.float32]
     captions: list[str]
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
+    features: NDArray[np.float32] | None = None
+    pooled: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -39,8 +43,8 @@ class ImageStream(Protocol):
         """What a run record calls this data, such as ``"emoji-scenes/train"``."""
 
     @property
-    def size(self) -> int:
-        """Height and width in pixels."""
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample: (3, size, size) for pictures, (C, h, w) for latents."""
 
     @property
     def sha256(self) -> str:
@@ -62,8 +66,10 @@ class ImageStream(Protocol):
         """Images ``start`` to ``start + count - 1``."""
 
 
-def to_float(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 images as float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1. Any shape."""
+def to_float(images: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+    """uint8 images as float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1. Any shape. Latents are float32 and stay as they are."""
+    if images.dtype == np.float32:
+        return np.asarray(images, np.float32)
     scaled: NDArray[np.float32] = images.astype(np.float32) / np.float32(127.5) - np.float32(1)
     return scaled
 

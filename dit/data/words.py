@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -39,9 +40,15 @@ class Vocabulary:
         return word in self._index
 
     @classmethod
-    def from_captions(cls, captions: Iterable[str]) -> Vocabulary:
-        """The vocabulary of every word that occurs in `captions`, in alphabetical order."""
-        return cls(sorted({word for caption in captions for word in split_words(caption)}))
+    def from_captions(cls, captions: Iterable[str], *, most: int | None = None) -> Vocabulary:
+        """The vocabulary of the words that occur in `captions`, in alphabetical order.
+
+        most: entries at most, the two special ones included; the most frequent words stay, the earlier in the alphabet
+            of two that are as frequent. Default: all words stay.
+        """
+        counts = Counter(word for caption in captions for word in split_words(caption))
+        kept = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls(sorted(kept if most is None else kept[: max(0, most - 2)]))
 
     @property
     def sha256(self) -> str:

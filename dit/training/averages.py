@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ditscale.dit.average import Snapshot, reconstruction, snapshot_steps
-from ditscale.dit.checkpoint import write_atomically
+from ditscale.dit.files import write_atomically
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.state import TrainState
 from ditscale.dit.update import whole

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from ditscale.dit.condition import Condition, each
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.data import EmojiClips, EmojiScenes, ImageBatch, ImageFolder, ImageStream, to_float
+from ditscale.dit.data import ImageBatch, ImageStream, to_float
 from ditscale.dit.data.scenes import CAPTION_LENGTH
+from ditscale.dit.data.sources import EMBEDDED, EMOJI_CLIPS, open_source
 from ditscale.dit.flow import ValidationSet
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.ranks import Ranks
@@ -28,29 +28,32 @@ def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> I
         InputError: no such data, or it does not fit the model.
     """
     model = config.model
-    if model.latent_factor != 1 or model.in_channels != 3:
+    if config.data in EMBEDDED and model.is_video != (config.data == EMOJI_CLIPS):
+        raise InputError(f"data: expected {EMOJI_CLIPS} for videos, another for images, got {config.data!r}")
+    worded = model.condition == "caption" and model.vocabulary_size > 0
+    stream = open_source(
+        config.data,
+        split,
+        size=model.image_size,
+        frames=model.frames,
+        seed=config.seed if split == "train" else config.evaluation_seed,
+        caption_length=CAPTION_LENGTH
+        if model.context == "pooled" or not model.caption_tokens
+        else model.caption_tokens,
+        words=model.vocabulary_size if worded else None,
+        flip=config.flip and split == "train",
+    )
+    made = getattr(stream, "latent_factor", 1)
+    if tuple(stream.shape) != model.input_shape or made not in (None, model.latent_factor):
         raise InputError(
-            f"data: expected a model of RGB pixels (latent_factor 1, in_channels 3) for {config.data}, "
-            f"got latent_factor {model.latent_factor}, in_channels {model.in_channels}"
+            f"model: expected an input of shape {list(stream.shape)} and latent_factor {made}, as {stream.name} has, "
+            f"got {list(model.input_shape)} and {model.latent_factor}"
         )
-    seed = config.seed if split == "train" else config.evaluation_seed
-    words = CAPTION_LENGTH if model.context == "pooled" or not model.caption_tokens else model.caption_tokens
-    stream: ImageStream
-    if model.is_video != (config.data == "emoji_clips") or model.image_width not in (None, model.image_size):
-        raise InputError(f"data: expected emoji_clips for videos, and square images, got {config.data!r}")
-    if config.data == "emoji_scenes":
-        stream = EmojiScenes(split, model.image_size, seed, caption_length=words)
-    elif config.data == "emoji_clips":
-        stream = EmojiClips(split, model.image_size, seed, frames=model.frames, caption_length=words)
-    elif Path(config.data).is_dir():
-        stream = ImageFolder(config.data, model.image_size, seed=seed, split=split, caption_length=words)
-    else:
+    words = len(stream.vocabulary)
+    if worded and model.vocabulary_size != words:
         raise InputError(
-            f"data: expected 'emoji_scenes' or a folder of images, 'emoji_clips' for videos, got {config.data!r}"
-        )
-    if model.condition == "caption" and model.vocabulary_size != len(stream.vocabulary):
-        raise InputError(
-            f"model.vocabulary_size: expected {len(stream.vocabulary)}, the words of {stream.name}, got {model.vocabulary_size}"
+            f"model.vocabulary_size: expected {'' if config.data in EMBEDDED else 'at most '}{words}, the words of "
+            f"{stream.name}, got {model.vocabulary_size}"
         )
     if model.condition == "class" and model.num_classes != len(stream.classes):
         raise InputError(
@@ -60,11 +63,36 @@ def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> I
 
 
 def batch_tensors(batch: ImageBatch, model: DiTConfig) -> tuple[Tensor, Condition]:
-    """A batch as the model takes it: images [B, 3, S, S] float32 in [-1, 1], and words [B, K], labels [B] or None."""
-    condition = {"none": None, "class": batch.labels, "caption": batch.tokens}[model.condition]
+    """A batch as the model takes it: images [B, C, ...] float32, pixels in [-1, 1], and the condition.
+
+    Raises:
+        InputError: an image lacks its class, or the data lack a text encoder's features of the model's widths.
+    """
     if model.condition == "class" and (batch.labels < 0).any():
         raise InputError("model.condition: expected data in which every image has a class, got an image without one")
-    return torch.from_numpy(to_float(batch.images)), None if condition is None else torch.from_numpy(condition)
+    return torch.from_numpy(to_float(batch.images)), _condition(batch, model)
+
+
+def _condition(batch: ImageBatch, model: DiTConfig) -> Condition:
+    if model.condition == "none":
+        return None
+    if model.condition == "class":
+        return torch.from_numpy(batch.labels)
+    if model.vocabulary_size:
+        return torch.from_numpy(batch.tokens)
+    wanted: dict[str, tuple[int, ...]] = {"features": (model.caption_tokens, model.caption_width)}
+    if model.pooled_width:
+        wanted["pooled"] = (model.pooled_width,)
+    found = []
+    for name, shape in wanted.items():
+        values = getattr(batch, name)
+        if values is None or values.shape[1:] != shape:
+            came = "none" if values is None else f"{list(values.shape[1:])}"
+            raise InputError(
+                f"data: expected a text encoder's {name} of shape {list(shape)} for each image, got {came}"
+            )
+        found.append(torch.from_numpy(values))
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 class StepInputs(NamedTuple):

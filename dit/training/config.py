@@ -28,9 +28,10 @@ class TrainConfig:
 
     Args:
         model: the DiT.
-        data: the images: "emoji_scenes", the embedded endless captioned scenes; "emoji_clips", the same in motion, for video
-            models; or the path of a folder of images.
-            Default: "emoji_scenes".
+        data: "emoji_scenes", the embedded endless captioned scenes; "emoji_clips", the same in motion, for video models; or the
+            path of a folder of images, WebDataset shards, cached latents, or a Hugging Face data set; see
+            ``ditscale.dit.data.sources``. Default: "emoji_scenes".
+        flip: show training images mirrored at half of their places. Default: False.
         prediction: what the network's output stands for, "velocity" or "clean"; see :class:`RectifiedFlow`. The loss is
             the velocity's either way. Default: "velocity".
         objective: another objective, such as ``DDPM()`` or ``EDM()``; in TOML a table with its ``name``. Default: None,
@@ -72,6 +73,7 @@ class TrainConfig:
 
     model: DiTConfig
     data: str = "emoji_scenes"
+    flip: bool = False
     prediction: str = "velocity"
     objective: Objective | None = None
     batch: int = 16

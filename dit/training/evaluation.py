@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ditscale.dit.condition import each
 from ditscale.dit.flow import ValidationSet
@@ -41,8 +43,17 @@ def validation_losses(config: TrainConfig, state: TrainState, validation: Valida
     return [total / len(validation.images) for total in ranks.sum(totals)]
 
 
-def draw_pictures(config: TrainConfig, state: TrainState, validation: ValidationSet, path: Path) -> None:
-    """Write one PNG of samples of the averaged weights: always the same noise and conditions of the validation set."""
+def draw_pictures(
+    config: TrainConfig,
+    state: TrainState,
+    validation: ValidationSet,
+    path: Path,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Write one PNG of samples of the averaged weights: always the same noise and conditions of the validation set.
+
+    ``decode`` makes pictures of a model's latents.
+    """
     device = state.ranks.device
     count = min(_PICTURES, len(validation.images))
     generator = torch.Generator().manual_seed(seed_for(config.evaluation_seed, "pictures"))
@@ -54,4 +65,4 @@ def draw_pictures(config: TrainConfig, state: TrainState, validation: Validation
             state.model, noise, y, objective=config.flow, steps=_PICTURE_STEPS, sampler="euler", guidance=guidance
         )
     if state.ranks.first:
-        save_grid(path, images)
+        save_grid(path, images if decode is None else decode(images))

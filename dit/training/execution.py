@@ -33,6 +33,7 @@ class Execution:
         checkpoint_seconds: time between checkpoints. Default: 20.
         validate_every: steps between validations on the way; 0 validates at the end only. Default: 0.
         sample_every: steps between pictures drawn on the way, ``samples/step-*.png``; 0 draws none. Default: 0.
+        vae: folder of a diffusers AutoencoderKL that decodes the pictures of a model of latents. Default: None.
         sinks: further places for metrics beside ``metrics.jsonl``: "tensorboard", "wandb", "trackio". Default: none.
 
     Raises:
@@ -49,6 +50,7 @@ class Execution:
     checkpoint_seconds: float = 20.0
     validate_every: int = 0
     sample_every: int = 0
+    vae: str | None = None
     sinks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

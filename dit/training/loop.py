@@ -10,7 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ditscale.dit.checkpoint import MetricsLog, folder_lock, read_json, remove_checkpoints, write_json
+from torch import Tensor
+
+from ditscale.dit.checkpoint import MetricsLog, remove_checkpoints
+from ditscale.dit.data import ImageStream
+from ditscale.dit.files import folder_lock, read_json, write_json
+from ditscale.dit.rundata import RunData
 from ditscale.dit.training.averages import keep_averages
 from ditscale.dit.training.batches import Feeder, open_stream, validation_set
 from ditscale.dit.training.config import TrainConfig
@@ -143,6 +148,18 @@ def _settle(folder: Path, record: RunRecord) -> None:
         remove_checkpoints(folder)
 
 
+def _decoder(config: TrainConfig, execution: Execution, stream: ImageStream) -> Callable[[Tensor], Tensor] | None:
+    """What makes pictures of a model's samples; None where they are pictures already, or none are drawn."""
+    if not execution.sample_every or config.model.latent_factor == 1:
+        return None
+    if execution.vae is None:
+        raise InputError("execution.vae: expected an autoencoder's folder to draw a model of latents, got none")
+    from ditscale.dit.encoding import Autoencoder
+
+    autoencoder, data = Autoencoder.load(execution.vae), RunData.of(stream)
+    return lambda latents: autoencoder.decode(data.unscaled(latents.cpu()))
+
+
 class _Run:
     """One run between its configuration and its record."""
 
@@ -152,6 +169,7 @@ class _Run:
         self.config, self.execution, self.ranks, self.folder = config, execution, ranks, folder
         self.listeners = listeners
         self.stream = open_stream(config, "train")
+        self.decode = _decoder(config, execution, self.stream)
         self.validation = validation_set(config) if execution.validate_every or execution.sample_every else None
         self.state = TrainState(config, execution, ranks)
         for complaint in self.state.restore(folder):
@@ -180,6 +198,7 @@ class _Run:
             return self._judge(self._loop())
 
     def _open_logs(self, stack: contextlib.ExitStack) -> None:
+        RunData.of(self.stream).write(self.folder)
         self.log = MetricsLog(self.folder / "metrics.jsonl", keep_to_step=self.state.step, say=self.listeners.say)
         stack.callback(self.log.close)
         for name in self.execution.sinks:
@@ -276,7 +295,7 @@ class _Run:
             assert self.validation is not None
             path = self.folder / "samples" / f"step-{step:09d}.png"
             path.parent.mkdir(exist_ok=True)
-            draw_pictures(config, state, self.validation, path)
+            draw_pictures(config, state, self.validation, path, self.decode)
             for sink in self.sinks:
                 sink.picture(step, path)
         keep_averages(config, state, self.folder, self.listeners.say)
@@ -303,7 +322,8 @@ class _Run:
     def _judge(self, status: str) -> RunRecord:
         """The record; of a finished run also the validation loss of the averaged weights, which are written."""
         config, state = self.config, self.state
-        record = describe(config, self.execution, self.ranks, state, self.stream, status)
+        # By the first alone, as it reads all data once to name them by their content.
+        record = self.ranks.on_first(lambda: describe(config, self.execution, self.ranks, state, self.stream, status))
         if status == "finished":
             validation = self.validation or validation_set(config)
             by_time = validation_losses(config, state, validation)

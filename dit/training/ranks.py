@@ -163,6 +163,8 @@ def _device(execution: Execution) -> torch.device:
         raise InputError("execution.device: expected a device that is here, got cuda, of which torch sees none")
     if execution.device == "cpu" or not there:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # Torchrun numbers the processes of a machine; so does a study's pool, whose processes train apart.
+    place = int(os.environ.get("LOCAL_RANK") or os.environ.get("DITSCALE_PLACE") or 0)
+    device = torch.device("cuda", place % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

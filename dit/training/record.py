@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 import torch
 
 import ditscale
-from ditscale.dit.checkpoint import read_json
+from ditscale.dit.files import read_json
 from ditscale.dit.flops import count
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.execution import Execution

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ditscale.dit.checkpoint import read_json
+from ditscale.dit.files import read_json
 from ditscale.dit.training.batches import Feeder, open_stream
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.execution import Execution

@@ -39,7 +39,10 @@ def fake_qk_norm_rope_bwd(
     return _heads(x), x.new_empty((0,) if weight is None else weight.shape, dtype=torch.float32)
 
 
-FAKES = {"qk_norm_rope_fwd": fake_qk_norm_rope_fwd, "qk_norm_rope_bwd": fake_qk_norm_rope_bwd}
+FAKES: dict[str, Callable[..., Any]] = {
+    "qk_norm_rope_fwd": fake_qk_norm_rope_fwd,
+    "qk_norm_rope_bwd": fake_qk_norm_rope_bwd,
+}
 for _name, _fake in FAKES.items():
     torch.library.register_fake(f"ditscale::{_name}", _fake)
 

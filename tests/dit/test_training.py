@@ -130,7 +130,7 @@ def test_bad_settings_are_named(change, named):
 
 
 def test_data_that_does_not_fit_the_model_is_named(tmp_path):
-    with pytest.raises(InputError, match="data: expected 'emoji_scenes' or a folder"):
+    with pytest.raises(InputError, match="data: expected emoji_scenes, emoji_clips or a folder"):
         train(tiny(data=str(tmp_path / "nowhere")), tmp_path / "a")
     wrong = tiny().model.replace(vocabulary_size=12)
     with pytest.raises(InputError, match="vocabulary_size"):

@@ -16,8 +16,8 @@ import pytest
 import torch
 from training_cases import metrics, result, stop_after, tiny, weights_of
 
-from ditscale.dit import checkpoint as files
-from ditscale.dit.checkpoint import MetricsLog, newest_checkpoint, read_json, read_metrics
+from ditscale.dit.checkpoint import MetricsLog, newest_checkpoint, read_metrics
+from ditscale.dit.files import folder_lock, read_json
 from ditscale.dit.training import Execution, Stopped, train
 from ditscale.errors import InputError
 
@@ -155,13 +155,14 @@ def test_a_read_only_folder_is_named_and_does_no_harm(tmp_path, small_disk):
 
 
 def test_the_second_of_two_processes_refuses(tmp_path, monkeypatch):
-    program = "import sys, time; from ditscale.dit.checkpoint import folder_lock\n"
+    program = "import sys, time; from ditscale.dit.files import folder_lock\n"
     program += "with folder_lock(__import__('pathlib').Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-P", "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        lock = files.folder_lock
-        monkeypatch.setattr("ditscale.dit.training.loop.folder_lock", lambda folder: lock(folder, wait_seconds=0.2))
+        monkeypatch.setattr(
+            "ditscale.dit.training.loop.folder_lock", lambda folder: folder_lock(folder, wait_seconds=0.2)
+        )
         with pytest.raises(InputError, match="no other process uses, got one in use"):
             train(tiny(), tmp_path)
     finally:

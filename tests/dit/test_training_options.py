@@ -11,7 +11,8 @@ from PIL import Image
 from training_cases import metrics, result, stop_after, tiny, weights_of
 
 from ditscale.dit.average import Profile, WeightAverage
-from ditscale.dit.checkpoint import read_json, read_metrics
+from ditscale.dit.checkpoint import read_metrics
+from ditscale.dit.files import read_json
 from ditscale.dit.training import Execution, Stopped, TrainConfig, reconstruct, replay_step, train
 from ditscale.dit.training.batches import Feeder
 from ditscale.dit.update import Updater

@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 
 from ditscale.dit import DiTConfig
-from ditscale.dit.checkpoint import read_json, read_metrics
+from ditscale.dit.checkpoint import read_metrics
 from ditscale.dit.data import emoji_vocabulary
+from ditscale.dit.files import read_json
 from ditscale.dit.training import Execution, Stopped, TrainConfig, train
 from ditscale.errors import InputError
 

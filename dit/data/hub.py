@@ -1,0 +1,130 @@
+"""A Hugging Face ``datasets`` data set on disk as a stream. Needs the package ``datasets``, and never the network."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditscale.dit.data.finite import FiniteImages, Split, folder_name
+from ditscale.dit.data.folder import square
+from ditscale.dit.data.words import Vocabulary
+from ditscale.errors import InputError
+
+_CAPTIONS = ("caption", "text")
+_LABELS = ("label", "labels")
+_HELD_OUT = ("validation", "test")
+
+
+class HubImages(FiniteImages):
+    """Images of a data set that ``save_to_disk`` wrote.
+
+    path: its folder.
+    size, seed, split, held_out, vocabulary, words, caption_length, flip, cache_bytes: as `ImageFolder` has them. Where the
+        data set has a part "validation" (or "test") beside "train", that is the validation split; otherwise a row's
+        number decides.
+
+    The image is the first column of that kind; the caption is the column "caption" or "text", the class the column
+    "label" or "labels", each where it is there.
+
+    Raises InputError where ``datasets`` is not installed, or the folder holds no data set with images.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        size: int,
+        *,
+        seed: int = 0,
+        split: Split = "all",
+        held_out: float = 0.05,
+        vocabulary: Vocabulary | None = None,
+        words: int | None = None,
+        caption_length: int = 40,
+        flip: bool = False,
+        cache_bytes: int = 2**30,
+    ) -> None:
+        self.path, self.seed = Path(path), seed
+        parts = _load(self.path)
+        apart = next((name for name in _HELD_OUT if name in parts and len(parts) > 1), None)
+        if apart and split != "all":
+            kept = [apart] if split == "validation" else [name for name in parts if name not in _HELD_OUT]
+        else:
+            kept = list(parts)
+        chosen: dict[str, Any] = {name: parts[name] for name in kept}
+        captions_of_all = [caption for part in parts.values() for caption in _captions(part)]
+        if vocabulary is None:
+            vocabulary = Vocabulary.from_captions(captions_of_all, most=words)
+        first = next(iter(parts.values()))
+        label = next((name for name in _LABELS if name in first.features), None)
+        labels = [int(v) for part in chosen.values() for v in part[label]] if label else None
+        self._rows = [(name, row) for name, part in chosen.items() for row in range(len(part))]
+        self._parts = chosen
+        self._image = _image_column(self.path, first)
+        names = getattr(first.features[label], "names", None) if label else None
+        super().__init__(
+            keys=[f"{name}/{row}" for name, row in self._rows],
+            captions=[caption for part in chosen.values() for caption in _captions(part)],
+            labels=labels or [-1] * len(self._rows),
+            classes=names or [str(i) for i in range(max(labels, default=-1) + 1)] if labels else (),
+            order_key=f"hub images {seed}",
+            shape=(3, size, size),
+            split="all" if apart else split,
+            held_out=held_out,
+            vocabulary=vocabulary,
+            words=words,
+            caption_length=caption_length,
+            flip=flip,
+            cache_bytes=cache_bytes,
+        )
+        self.split = split
+
+    @property
+    def name(self) -> str:
+        """``hub:NAME`` with the folder's own name, and ``/train`` or ``/validation`` for a split."""
+        return f"hub:{folder_name(self.path)}" + ("" if self.split == "all" else f"/{self.split}")
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identity: the fingerprints that ``datasets`` gives, which rows, size, seed and vocabulary."""
+        prints = [(name, part._fingerprint, len(part)) for name, part in self._parts.items()]
+        return hashlib.sha256(repr((self._settings(), self.seed, prints, self.names)).encode()).hexdigest()
+
+    def _read(self, sample: int) -> NDArray[np.uint8]:
+        name, row = self._rows[self.chosen[sample]]
+        try:
+            return square(self._parts[name][row][self._image], self.shape[-1])
+        except (OSError, ValueError, SyntaxError, AttributeError) as error:
+            raise InputError(f"{self.path}: expected an image in row {row} of {name}, got {error}") from error
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Part's name -> rows."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"data: expected the package datasets to be installed (pip install 'ditscale[datasets]'), got none ({error})"
+        ) from error
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: expected a data set that save_to_disk wrote, got {error}") from error
+    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+
+
+def _captions(part: Any) -> list[str]:
+    column = next((name for name in _CAPTIONS if name in part.features), None)
+    return [str(text or "") for text in part[column]] if column else [""] * len(part)
+
+
+def _image_column(path: Path, part: Any) -> str:
+    for name, feature in part.features.items():
+        if type(feature).__name__ == "Image":
+            return str(name)
+    raise InputError(f"{path}: expected a column of images, got {', '.join(part.features)}")

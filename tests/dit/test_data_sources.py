@@ -1,0 +1,348 @@
+"""Shards, data sets and latents as streams, and runs on each kind of data, with its captions or classes."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from PIL import Image
+from training_cases import result, stop_after, weights_of
+
+from ditscale.dit import DiTConfig
+from ditscale.dit.data import HubImages, ImageFolder, ImageShards, LatentShards, Vocabulary, open_source, write_latents
+from ditscale.dit.data.finite import MIXED_SHARDS, EpochOrder
+from ditscale.dit.rundata import RunData
+from ditscale.dit.training import Execution, Stopped, TrainConfig, train
+from ditscale.errors import InputError
+
+COLOURS = ("red", "green", "blue", "white")
+
+
+def picture(number):
+    """Its red channel is the number, its left half darker: mirrored ones can be told."""
+    pixels = np.full((12, 16, 3), (number, 200, 30), dtype=np.uint8)
+    pixels[:, :8, 1] = 50
+    return Image.fromarray(pixels)
+
+
+def encoded(number):
+    buffer = io.BytesIO()
+    picture(number).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def caption(number):
+    return f"a {COLOURS[number % 4]} thing, number {number}"
+
+
+def add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Thirty samples in three shards: captions as text or in JSON, classes likewise."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for shard in range(3):
+        with tarfile.open(folder / f"box-{shard}.tar", "w") as tar:
+            for i in range(10 * shard, 10 * shard + 10):
+                if i % 2:
+                    add(tar, f"sub/{i:04d}.json", json.dumps({"caption": caption(i), "label": i % 3}).encode())
+                add(tar, f"sub/{i:04d}.png", encoded(i))
+                if not i % 2:
+                    add(tar, f"sub/{i:04d}.txt", caption(i).encode())
+                    add(tar, f"sub/{i:04d}.cls", str(i % 3).encode())
+            add(tar, "readme.md", b"no sample")
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """The same thirty as a saved data set."""
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["a", "b", "c"]),
+        }
+    )
+    rows = {"image": [{"bytes": encoded(i), "path": None} for i in range(30)]}
+    rows |= {"text": [caption(i) for i in range(30)], "label": [i % 3 for i in range(30)]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """The same thirty as latents of three channels, in three shards of different types."""
+    numbers = np.arange(30, dtype=np.float32)
+    values = numbers[:, None, None, None] + np.zeros((30, 3, 4, 4), np.float32)
+    values[:, :, :, :2] += 100
+    pieces = [
+        {
+            "latents": values[10 * s : 10 * s + 10].astype(np.float16 if s else np.float32),
+            "flipped": values[10 * s : 10 * s + 10, :, :, ::-1].astype(np.float16 if s else np.float32),
+            "labels": np.arange(10 * s, 10 * s + 10, dtype=np.int64) % 3,
+            "features": np.repeat(numbers[10 * s : 10 * s + 10], 12).reshape(10, 2, 6),
+            "pooled": np.repeat(numbers[10 * s : 10 * s + 10], 5).reshape(10, 5),
+        }
+        for s in range(3)
+    ]
+    captions = [[caption(i) for i in range(10 * s, 10 * s + 10)] for s in range(3)]
+    write_latents(
+        tmp_path / "latents", pieces, captions=captions, latent_factor=8, mean=[1.0, 0.0, 0.0], std=[2.0, 1.0, 1.0]
+    )
+    return tmp_path / "latents"
+
+
+def numbers_of(stream, batch):
+    """Which of the thirty each sample is."""
+    if isinstance(stream, LatentShards):
+        return np.rint(batch.images[:, 1].min(axis=(1, 2))).astype(int)
+    return batch.images[:, 0, 0, 0].astype(int)
+
+
+@pytest.fixture(params=["tars", "hub", "latents"])
+def stream(request):
+    path = request.getfixturevalue(request.param)
+    kinds = {"tars": ImageShards, "hub": HubImages, "latents": LatentShards}
+    size = {} if request.param == "latents" else {"size": 8}
+    return lambda **settings: kinds[request.param](path, **size, **settings)
+
+
+def test_every_sample_is_seen_once_an_epoch_with_its_caption_and_class(stream):
+    source = stream()
+    assert source.unique_images == 30
+    epochs = [source.batch(30 * epoch, 30) for epoch in range(3)]
+    orders = [tuple(numbers_of(source, batch)) for batch in epochs]
+    assert all(sorted(order) == list(range(30)) for order in orders) and len(set(orders)) == 3
+    for batch in epochs:
+        found = numbers_of(source, batch)
+        assert batch.captions == [caption(i) for i in found] and batch.labels.tolist() == [i % 3 for i in found]
+        assert source.vocabulary.decode(batch.tokens) == batch.captions
+    assert len(source.classes) == 3
+
+
+def test_what_stands_at_an_index_never_changes(stream):
+    """In any batch, in another process's copy, at any time."""
+    whole = stream(flip=True).batch(0, 45)
+    source = pickle.loads(pickle.dumps(stream(flip=True)))
+    for start, count in ((44, 1), (0, 7), (20, 20)):
+        piece = source.batch(start, count)
+        assert np.array_equal(piece.images, whole.images[start : start + count])
+        assert piece.captions == whole.captions[start : start + count]
+    assert stream().sha256 == stream().sha256 != stream(seed=1).sha256
+    assert not np.array_equal(stream(seed=1).batch(0, 30).images, stream().batch(0, 30).images)
+
+
+def test_mirrored_at_half_of_the_places(stream):
+    plain, flipped = stream().batch(0, 300), stream(flip=True).batch(0, 300)
+    turned = [not np.array_equal(a, b) for a, b in zip(plain.images, flipped.images, strict=True)]
+    assert 110 < sum(turned) < 190
+    for i in np.flatnonzero(turned):
+        assert np.array_equal(flipped.images[i], plain.images[i][..., ::-1])
+
+
+def test_splits_share_nothing_but_their_words(stream):
+    parts = [stream(split=split, held_out=0.3) for split in ("train", "validation")]
+    seen = [set(numbers_of(part, part.batch(0, part.unique_images))) for part in parts]
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 30 and seen[1]
+    assert parts[0].vocabulary.sha256 == parts[1].vocabulary.sha256
+    assert parts[0].name.endswith("/train") and parts[0].sha256 != parts[1].sha256
+
+
+def test_a_vocabulary_of_the_most_frequent_words(stream):
+    source = stream(words=6)
+    assert source.vocabulary.words[2:] == (",", "a", "number", "thing")
+    batch = source.batch(0, 3)
+    assert (batch.tokens == 1).sum() == 6 and batch.captions == stream().batch(0, 3).captions
+
+
+def test_an_epoch_stays_in_few_shards_at_a_time():
+    shards = np.repeat(np.arange(40), 50)
+    order = EpochOrder("key", 2000, shards)
+    found = order.samples(0, 2000)
+    assert sorted(found) == list(range(2000)) and list(found) != list(order.samples(2000, 2000))
+    for start in range(0, 2000, 50 * MIXED_SHARDS):
+        assert len(set(shards[found[start : start + 50 * MIXED_SHARDS]])) == MIXED_SHARDS
+    assert len(set(shards[found[:50]])) > 4  # and they are mixed
+
+
+def test_latents_are_scaled_and_come_with_features(latents):
+    batch = LatentShards(latents).batch(0, 30)
+    numbers = np.rint(batch.images[:, 1].min(axis=(1, 2)))
+    assert batch.images.dtype == np.float32 and batch.images.shape == (30, 3, 4, 4)
+    np.testing.assert_allclose(batch.images[:, 0].min(axis=(1, 2)), (numbers - 1) / 2, atol=1e-6)
+    np.testing.assert_array_equal(batch.features, np.repeat(numbers, 12).reshape(30, 2, 6))
+    np.testing.assert_array_equal(batch.pooled, np.repeat(numbers, 5).reshape(30, 5))
+    data = RunData.of(LatentShards(latents))
+    unscaled = data.unscaled(torch.from_numpy(batch.images))
+    torch.testing.assert_close(unscaled[:, 0], unscaled[:, 1])
+
+
+def test_bfloat16_latents_and_a_folder_without_description(tmp_path):
+    values = torch.randn(4, 2, 3, 3).bfloat16()
+    safetensors.torch.save_file({"latents": values, "labels": torch.tensor([0, 1, 0, 1])}, tmp_path / "a.safetensors")
+    source = LatentShards(tmp_path)
+    batch = source.batch(0, 4)
+    order = [int(np.abs(values.float().numpy() - image).sum(axis=(1, 2, 3)).argmin()) for image in batch.images]
+    np.testing.assert_array_equal(batch.images, values.float().numpy()[order])
+    assert sorted(order) == [0, 1, 2, 3] and source.classes == ("0", "1") and batch.captions == [""] * 4
+
+
+def test_lists_of_shards_are_kept_and_noticed_when_a_shard_changes(tars, monkeypatch):
+    first = ImageShards(tars, 8)
+    monkeypatch.setattr(tarfile, "open", lambda *args: pytest.fail("listed again"))
+    assert ImageShards(tars, 8).sha256 == first.sha256
+    monkeypatch.undo()
+    with tarfile.open(tars / "box-0.tar", "w") as tar:
+        add(tar, "one.png", encoded(1))
+    assert ImageShards(tars, 8).unique_images == 21
+
+
+def test_a_part_of_a_data_set_is_the_validation_split(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    parts = {
+        name: datasets.Dataset.from_dict(
+            {"image": [{"bytes": encoded(i), "path": None} for i in rows], "caption": [caption(i) for i in rows]},
+            features=features,
+        )
+        for name, rows in (("train", range(5)), ("validation", range(5, 7)))
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "hub"))
+    train_part, held, every = (HubImages(tmp_path / "hub", 8, split=s) for s in ("train", "validation", "all"))
+    assert [part.unique_images for part in (train_part, held, every)] == [5, 2, 7]
+    assert sorted(held.batch(0, 2).images[:, 0, 0, 0]) == [5, 6] and held.classes == ()
+    assert train_part.vocabulary.sha256 == held.vocabulary.sha256
+
+
+def test_what_is_no_data_is_named(tmp_path, tars, latents):
+    with pytest.raises(InputError, match="data: expected emoji_scenes, emoji_clips or a folder"):
+        open_source(str(tmp_path / "nowhere"), "train", size=8, seed=0, caption_length=4)
+    with pytest.raises(InputError, match="flip: expected false for emoji_scenes"):
+        open_source("emoji_scenes", "train", size=32, seed=0, caption_length=4, flip=True)
+    (tars / "box-3.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(InputError, match=r"box-3\.tar: expected a tar file, not compressed"):
+        ImageShards(tars, 8)
+    with tarfile.open(tars / "box-3.tar", "w") as tar:
+        add(tar, "a.png", encoded(1))
+        add(tar, "a.jpg", encoded(1))
+    with pytest.raises(InputError, match="one image a sample"):
+        ImageShards(tars, 8)
+    with tarfile.open(tars / "box-3.tar", "w") as tar:
+        add(tar, "a.png", encoded(1))
+        add(tar, "a.cls", b"cat")
+    with pytest.raises(InputError, match="whole number as class of 'a'"):
+        ImageShards(tars, 8)
+    with pytest.raises(InputError, match="without shards"):
+        write_latents(latents, [])
+    shard = latents / "latents-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match="cut short"):
+        LatentShards(latents)
+    shard.write_bytes(whole)
+    (latents / "latents.json").write_text('{"format": 1, "mean": [0.0]}')
+    with pytest.raises(InputError, match="for 3 channels"):
+        LatentShards(latents)
+    (latents / "latents.json").unlink()
+    (latents / "latents-00002.captions.jsonl").write_text('"one"\n')
+    with pytest.raises(InputError, match="expected 10 captions, got 1"):
+        LatentShards(latents)
+    safetensors.numpy.save_file({"weights": np.zeros((2, 2), np.float32)}, shard)
+    with pytest.raises(InputError, match="expected a shard of latents"):
+        LatentShards(latents)
+
+
+def config_for(path, **model):
+    settings = {"image_size": 8, "latent_factor": 1, "in_channels": 3, "patch": 4, "width": 16, "depth": 1, "heads": 2}
+    settings |= {"frequency_width": 16, "caption_width": 8, "learn_sigma": False, **model}
+    return TrainConfig(
+        model=DiTConfig(**settings), data=str(path), flip=True, batch=4, images=80, evaluation_images=4, lr=1e-2
+    )
+
+
+WORDS = {"condition": "caption", "vocabulary_size": 8}
+CLASSES = {"condition": "class", "num_classes": 3}
+LATENT = {"latent_factor": 8, "image_size": 32, "patch": 2}
+FEATURES = {"condition": "caption", "context": "cross-attention", "caption_tokens": 2, "caption_width": 6}
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("tars", WORDS),
+        ("hub", CLASSES),
+        ("latents", LATENT | CLASSES),
+        ("latents", LATENT | WORDS),
+        ("latents", LATENT | FEATURES),
+        ("latents", LATENT | FEATURES | {"pooled_width": 5}),
+    ],
+    ids=["shards by caption", "data set by class", "latents by class", "by caption", "by features", "and pooled"],
+)
+def test_a_run_on_each_kind_of_data(request, tmp_path, kind, model):
+    """It resumes to the same bits in the second epoch, and its record counts images, repeats and passes."""
+    config = config_for(request.getfixturevalue(kind), **model)
+    record = train(config, tmp_path / "whole")
+    pool = record["dataset_images"]
+    assert 20 < pool < 30 and record["unique_images"] == pool and record["images"] == 80
+    assert record["epochs"] == pytest.approx(80 / pool) and record["data"].startswith(kind.replace("tars", "shards"))
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "parts", should_stop=stop_after(9))
+    assert result(train(config, tmp_path / "parts")) == result(record)
+    assert weights_of(tmp_path / "parts") == weights_of(tmp_path / "whole")
+    data = RunData.read(tmp_path / "whole")
+    assert len(data.vocabulary) == model.get("vocabulary_size", len(data.vocabulary)) and len(data.classes) == 3
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this process may use cores
+def test_workers_prepare_the_same_images(tars, tmp_path):
+    config = config_for(tars, **WORDS)
+    alone = train(config, tmp_path / "alone")
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "helped", execution=Execution(data_workers=2), should_stop=stop_after(5))
+    helped = train(config, tmp_path / "helped", execution=Execution(data_workers=2))
+    assert weights_of(tmp_path / "helped") == weights_of(tmp_path / "alone") and result(helped) == result(alone)
+
+
+def test_data_that_does_not_fit_the_model_is_named(tars, latents, tmp_path):
+    for path, model, named in (
+        (tars, WORDS | {"vocabulary_size": 999}, "vocabulary_size: expected at most"),
+        (tars, CLASSES | {"num_classes": 4}, "num_classes: expected 3"),
+        (tars, LATENT | CLASSES, "model: expected an input of shape"),
+        (latents, CLASSES | {"image_size": 4}, "latent_factor"),
+        (tars, FEATURES, "expected a text encoder's features"),
+    ):
+        with pytest.raises(InputError, match=named):
+            train(config_for(path, **model), tmp_path / named.split()[0])
+
+
+def test_a_folder_by_caption_can_be_spoken_to(tmp_path):
+    """The words of one's own folder go with the run, so that a prompt can be put to it."""
+    from ditscale.dit.image_commands import condition_tensor
+
+    (tmp_path / "x").mkdir()
+    for i in range(40):
+        picture(i).save(tmp_path / "x" / f"{i}.png")
+        (tmp_path / "x" / f"{i}.txt").write_text(caption(i))
+    config = config_for(tmp_path / "x", **WORDS)
+    train(config, tmp_path / "run")
+    words = condition_tensor(config.model, ["a thing"], None, RunData.read(tmp_path / "run"))
+    assert words[0, :2].tolist() == [
+        Vocabulary(RunData.read(tmp_path / "run").words).words.index(w) for w in ("a", "thing")
+    ]
+    with pytest.raises(InputError, match=r"expected a run's folder, whose data\.json knows the words"):
+        condition_tensor(config.model, ["a thing"])
+    assert ImageFolder(tmp_path / "x", 8).unique_images == 40
