@@ -12,12 +12,12 @@ def demo_study(*, quick: bool = False) -> StudyConfig:
     """The demo's study; ``quick`` is the same study at a hundredth of the compute, for tests."""
     from ditscale.dit.data import emoji_vocabulary
 
-    budgets = (2.5e10, 6.3e10, 1.6e11, 4e11, 1e12) if not quick else (3e9, 1e10, 3e10)
+    budgets = (2.5e10, 4.6e10, 8.5e10, 1.6e11, 2.9e11, 5.4e11, 1e12) if not quick else (3e9, 1e10, 3e10)
     return StudyConfig(
         name="emoji scenes, quick" if quick else "emoji scenes",
         budgets=tuple(int(b) for b in budgets),
         target=int(budgets[-1] * 10),
-        sizes=6 if not quick else 4,
+        sizes=5 if not quick else 4,
         span=6.0,
         prior_coefficient=0.36,
         prior_exponent=0.47,
@@ -34,5 +34,5 @@ def demo_study(*, quick: bool = False) -> StudyConfig:
             "learn_sigma": False,
             "mup_base_width": 64,
         },
-        training={"batch": 16, "lr": 5e-3, "prediction": "clean"},
+        training={"batch": 16, "lr": 5e-3, "clip": 0.25, "prediction": "clean"},
     )
