@@ -151,6 +151,12 @@ void point_stats(AttentionArgs& a, const Tensor& stats) {
   a.row_weight = a.row_origin + rows;
 }
 
+// The head behind `head`, of `heads` a sequence, where the thread has more to do.
+Next after(int64_t head, int64_t heads, bool more) {
+  if (!more) return {-1, 0, false};
+  return {(head + 1) / heads, (head + 1) % heads, (head + 1) % heads == 0};
+}
+
 // Zeroes the rows [begin, end) of every head of a sample: those that belong to no sequence, and no key counts for.
 void zero_rows(const HeadView& view, int64_t b, int64_t heads, int64_t begin, int64_t end, size_t row_bytes, size_t size) {
   for (int64_t h = 0; h < heads; ++h) {
@@ -170,8 +176,11 @@ Tensor run_forward(AttentionArgs& a, const Tensor& like, bool save_stats) {
   torch::stable::parallel_for(
       0, a.sequences * a.H * blocks, grain(4 * rows * a.most_keys * a.K), [&](int64_t begin, int64_t end) {
         float* scratch = scratch_of_thread.get(kernels.forward_scratch(a));
-        for (int64_t i = begin; i < end; ++i) {
-          kernels.forward(a, i / blocks / a.H, i / blocks % a.H, i % blocks, scratch);
+        for (int64_t i = begin; i < end;) {  // head by head
+          const int64_t head = i / blocks, first = i - head * blocks, left = end - head * blocks;
+          const int64_t last = left < blocks ? left : blocks;
+          kernels.forward(a, head / a.H, head % a.H, first, last, after(head, a.H, left > blocks), scratch);
+          i = head * blocks + last;
         }
       });
   if (a.cu_q != nullptr) {
@@ -196,7 +205,9 @@ Tensor run_backward(AttentionArgs& a, const Tensor& stats, const Tensor& like, b
   if (pieces > items / BLOCKS_A_PIECE) pieces = items / BLOCKS_A_PIECE;
   if (pieces < 1) pieces = 1;
   const int64_t per_piece = (items + pieces - 1) / pieces;
-  const bool direct = kernels.direct && width == a.K && pieces == 1;
+  // One block of queries makes the sums at once, so they can be made where they are wanted; several would add to rows that lie
+  // a page apart.
+  const bool direct = kernels.direct && width == a.K && items == 1;
   const size_t size = like.element_size(), row_bytes = size * static_cast<size_t>(a.K);
   std::optional<Tensor> held, held_bias;
   float *partial = nullptr, *bias_sums = nullptr;
@@ -215,18 +226,21 @@ Tensor run_backward(AttentionArgs& a, const Tensor& stats, const Tensor& like, b
   const int64_t flops =
       10 * (a.most_queries < per_piece * QUERIES ? a.most_queries : per_piece * QUERIES) * a.most_keys * a.K;
   torch::stable::parallel_for(0, heads * pieces, grain(flops), [&](int64_t begin, int64_t end) {
-    const int64_t work = kernels.backward_scratch(a);
+    const int64_t work = (kernels.backward_scratch(a) + Scratch::LINE - 1) / Scratch::LINE * Scratch::LINE;
     float* scratch = scratch_of_thread.get(work + 2 * sums);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / pieces, n = head / a.H_kv, h = head % a.H_kv;
       const int64_t first = i % pieces * per_piece, last = first + per_piece < items ? first + per_piece : items;
       float* bias_sum = bias_grad ? bias_sums + i * group * a.most_keys : nullptr;
+      const bool more = i + 1 < end && (i + 1) % pieces == 0;
+      Next next = after(head, a.H_kv, more);
+      next.h *= group;
       if (direct) {
         const Span span = a.span(n);
-        const auto at = [&](const HeadView& v) {
-          return static_cast<float*>(v.data) + span.b * v.b + h * v.h + span.first_key * v.t;
+        const auto at = [&](const HeadView& v) -> Rows {
+          return {static_cast<float*>(v.data) + span.b * v.b + h * v.h + span.first_key * v.t, v.t};
         };
-        kernels.backward(a, n, h, first, last, at(a.dk), at(a.dv), a.dk.t, bias_sum, scratch);
+        kernels.backward(a, n, h, first, last, at(a.dk), at(a.dv), bias_sum, next, scratch);
         for (HeadView v : {a.dk, a.dv}) {
           v.data = static_cast<float*>(v.data) + h * v.h;
           zero_rows(v, span.b, 1, span.first_key + span.keys, span.first_key + span.owned, row_bytes, size);
@@ -234,7 +248,7 @@ Tensor run_backward(AttentionArgs& a, const Tensor& stats, const Tensor& like, b
         continue;
       }
       float* dk_sum = pieces > 1 ? partial + i * 2 * sums : scratch + work;
-      kernels.backward(a, n, h, first, last, dk_sum, dk_sum + sums, width, bias_sum, scratch);
+      kernels.backward(a, n, h, first, last, {dk_sum, width}, {dk_sum + sums, width}, bias_sum, next, scratch);
       if (pieces == 1) kernels.store_sums(a, n, h, dk_sum, dk_sum + sums, 1, 0);
     }
   });

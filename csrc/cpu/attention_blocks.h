@@ -41,17 +41,29 @@ struct AttentionArgs {
 constexpr int64_t QUERIES = 64;    // of a block: as many lanes as the widest vectors have in four registers
 constexpr int64_t KEYS = 64;       // of a block: scores and their gradients of a block, 32 KiB, stay in the level-1 cache
 
+// Rows of float32.
+struct Rows {
+  float* data;
+  int64_t step;
+};
+
+// The head that the same thread turns to next, whose rows it can call for early; none where n < 0. `other`: of another sequence.
+struct Next {
+  int64_t n, h;
+  bool other;
+};
+
 struct AttentionKernels {
   int64_t (*forward_scratch)(const AttentionArgs&);   // floats
   int64_t (*backward_scratch)(const AttentionArgs&);
-  // The output rows of query block `block` of one head of one sequence.
-  void (*forward)(const AttentionArgs&, int64_t n, int64_t h, int64_t block, float* scratch);
+  // The output rows of the query blocks [begin, end) of one head of one sequence.
+  void (*forward)(const AttentionArgs&, int64_t n, int64_t h, int64_t begin, int64_t end, Next, float* scratch);
   // The query blocks [begin, end) of one sequence and one head of keys, counted over its heads of queries, most_queries each:
-  // writes their dq, and their sums for the keys that count into dk_sum and dv_sum, float32 rows of row_width(K) numbers, `row`
-  // apart. Adds the gradients of the biases to bias_sum [H / H_kv, most_keys], null where nobody asks.
+  // writes their dq, and their sums for the keys that count into dk_sum and dv_sum, row_width(K) numbers each. Adds the
+  // gradients of the biases to bias_sum [H / H_kv, most_keys], null where nobody asks.
   void (*backward)(
-      const AttentionArgs&, int64_t n, int64_t h_kv, int64_t begin, int64_t end, float* dk_sum, float* dv_sum, int64_t row,
-      float* bias_sum, float* scratch);
+      const AttentionArgs&, int64_t n, int64_t h_kv, int64_t begin, int64_t end, Rows dk_sum, Rows dv_sum, float* bias_sum,
+      Next, float* scratch);
   // dk and dv of one head, all keys that the sequence owns, from `chunks` such sums with dense rows, `step` floats apart.
   void (*store_sums)(
       const AttentionArgs&, int64_t n, int64_t h_kv, const float* dk_sum, const float* dv_sum, int64_t chunks, int64_t step);

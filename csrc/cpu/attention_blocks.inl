@@ -39,14 +39,14 @@ DS_INLINE vf greater(vf a, vf b) {
 // (AVX-512: gradual underflow). NaN stays NaN. The polynomial is the minimax one of 2^r on [-1/2, 1/2] with p(0) = 1.
 DS_INLINE vf exp2_of(vf x) {
 #if defined(__AVX512F__)
-  x = greater(splat(-1000.f), x);
-  const vf k = (vf)_mm512_maskz_roundscale_ps(ALL, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // What is left after rounding to the nearest integer; of an infinity nothing.
+  const vf r = (vf)_mm512_maskz_reduce_ps(ALL, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vf k = x - r;
 #else
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   x = greater(splat(-127.f), x);
-  const vf shifted = x + magic, k = shifted - magic;
+  const vf shifted = x + magic, k = shifted - magic, r = x - k;
 #endif
-  const vf r = x - k;
   vf p = splat(1.5353362e-4f);
   p = p * r + splat(1.3398875e-3f);
   p = p * r + splat(9.6184369e-3f);
@@ -67,10 +67,13 @@ struct count_t {
   static constexpr int value = N;
 };
 
-// Rows of a register tile beside N vectors: enough independent sums to hide the latency of a multiply-add.
+// Rows of a register tile beside N vectors: enough independent sums to hide the latency of a multiply-add, and so many for
+// every load that the loads do not hold it up.
 constexpr int tile_rows(int vectors) {
 #if defined(__AVX512F__)
-  return vectors > 2 ? 4 : vectors == 2 ? 8 : 16;
+  return vectors > 3 ? 6 : vectors > 1 ? 8 : 16;
+#elif defined(__AVX2__)
+  return vectors == 2 ? 6 : 8;
 #else
   return vectors == 2 ? 4 : 8;
 #endif
@@ -81,6 +84,15 @@ constexpr int TILE_VECTORS = 4;
 constexpr int TILE_VECTORS = 2;
 #endif
 
+// body(count_t<height>, ...) `times` times, for tiles of one height under each other.
+template <int M, int N, class F>
+DS_INLINE int64_t for_height(int height, int64_t times, int64_t row, int64_t v, const F& body) {
+  if constexpr (M > 1) {
+    if (height < M) return for_height<M - 1, N>(height, times, row, v, body);
+  }
+  for (; times > 0; --times, row += M) body(count_t<M>{}, count_t<N>{}, row, v);
+  return row;
+}
 template <int M, int N, class F>
 DS_INLINE void for_rest(int64_t m, int64_t rows, int64_t v, const F& body) {
   if constexpr (M > 0) {
@@ -93,8 +105,18 @@ DS_INLINE void for_rest(int64_t m, int64_t rows, int64_t v, const F& body) {
 template <int N, class F>
 DS_INLINE void for_tiles(int64_t rows, int64_t first, int64_t vectors, const F& body) {
   if constexpr (N > 0) {
+    constexpr int M = tile_rows(N);
     int64_t v = first;
-    for (; v + N <= vectors; v += N) for_rest<tile_rows(N), N>(0, rows, v, body);
+    for (; v + N <= vectors; v += N) {
+      if constexpr (N == TILE_VECTORS) {
+        // Of nearly one height: a last tile of a row or two would cost as much as a whole one.
+        const int64_t tiles = (rows + M - 1) / M, low = tiles > 0 ? rows / tiles : 0, higher = rows - low * tiles;
+        const int64_t row = for_height<M, N>((int)low + 1, higher, 0, v, body);
+        for_height<M, N>((int)low, tiles - higher, row, v, body);
+      } else {
+        for_rest<M, N>(0, rows, v, body);
+      }
+    }
     for_tiles<N - 1>(rows, v, vectors, body);
   }
 }
@@ -147,9 +169,28 @@ DS_INLINE vf change(vf old, vf next) {
 #endif
 }
 
-struct Rows {
-  float* data;
-  int64_t step;
+// Rows that the next head will read, brought near while this one's arithmetic runs: some with every register tile.
+struct Ahead {
+  struct Part {
+    const char* at;
+    int64_t step, rows;
+  } part[5];
+  int parts = 0;
+  int64_t row_bytes = 0, share = 0, total = 0;
+
+  DS_INLINE void add(const void* at, int64_t step, int64_t rows) {
+    if (rows <= 0) return;
+    part[parts++] = {(const char*)at, step, rows};
+    total += rows;
+  }
+  DS_INLINE void some() {
+    for (int64_t i = 0; i < share && parts > 0; ++i) {
+      Part& p = part[parts - 1];
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(p.at + byte, 0, 2);
+      p.at += p.step;
+      if (--p.rows == 0) --parts;
+    }
+  }
 };
 
 template <int M, int N>
@@ -162,10 +203,11 @@ DS_INLINE void add_bias(vf (&acc)[M][N], const float* bias) {
 
 // Scores of `keys` keys against the query block: s[key][query] = k[key] . qt[:, query] + bias[key]; their maxima join `top`.
 __attribute__((noinline)) void scores(
-    Rows k, const float* qt, const float* bias, int64_t keys, int64_t vectors, int64_t K, float* s, float* top) {
+    Rows k, const float* qt, const float* bias, int64_t keys, int64_t vectors, int64_t K, float* s, float* top, Ahead& ahead) {
   for_tiles<TILE_VECTORS>(keys, 0, vectors, [&](auto m_count, auto n_count, int64_t row, int64_t v) {
     constexpr int M = decltype(m_count)::value, N = decltype(n_count)::value;
     vf acc[M][N] = {};
+    ahead.some();
     multiply<1>(acc, k.data + row * k.step, k.step, 1, qt + v * W, QUERIES, K);
     add_bias(acc, bias == nullptr ? nullptr : bias + row);
     for (int n = 0; n < N; ++n) {
@@ -183,10 +225,11 @@ __attribute__((noinline)) void scores(
 // The same scores made weights at once: p = 2^exponent(s, from) * weight.
 __attribute__((noinline)) void weights(
     Rows k, const float* qt, const float* bias, int64_t keys, int64_t vectors, int64_t K, const float* from,
-    const float* weight, float* p) {
+    const float* weight, float* p, Ahead& ahead) {
   for_tiles<TILE_VECTORS>(keys, 0, vectors, [&](auto m_count, auto n_count, int64_t row, int64_t v) {
     constexpr int M = decltype(m_count)::value, N = decltype(n_count)::value;
     vf acc[M][N] = {};
+    ahead.some();
     multiply<1>(acc, k.data + row * k.step, k.step, 1, qt + v * W, QUERIES, K);
     add_bias(acc, bias == nullptr ? nullptr : bias + row);
     for (int n = 0; n < N; ++n) {
@@ -200,10 +243,12 @@ __attribute__((noinline)) void weights(
 
 // Gradients of the scores: ds = p * (v[key] . dot[:, query] - delta).
 __attribute__((noinline)) void score_gradients(
-    Rows value, const float* dot, int64_t keys, int64_t vectors, int64_t K, const float* p, const float* delta, float* ds) {
+    Rows value, const float* dot, int64_t keys, int64_t vectors, int64_t K, const float* p, const float* delta, float* ds,
+    Ahead& ahead) {
   for_tiles<TILE_VECTORS>(keys, 0, vectors, [&](auto m_count, auto n_count, int64_t row, int64_t v) {
     constexpr int M = decltype(m_count)::value, N = decltype(n_count)::value;
     vf acc[M][N] = {};
+    ahead.some();
     multiply<1>(acc, value.data + row * value.step, value.step, 1, dot + v * W, QUERIES, K);
     for (int n = 0; n < N; ++n) {
       const vf d = get_at<vf>(delta + (v + n) * W);
@@ -215,19 +260,21 @@ __attribute__((noinline)) void score_gradients(
   });
 }
 
-// out[d][query] = out * factor[query] + sum over keys of rows[key][d] * p[key][query]; without a factor, set.
+// out[d][query] = out * factor[query] + sum over keys of rows[key][d] * p[key][query]; without a factor, set. A block's sum is
+// made by itself: of thousands of keys the roundings are then those of a sum of sums.
 __attribute__((noinline)) void weighted_sums(
-    Rows rows, const float* p, int64_t keys, int64_t vectors, int64_t K, const float* factor, float* out) {
+    Rows rows, const float* p, int64_t keys, int64_t vectors, int64_t K, const float* factor, float* out, Ahead& ahead) {
   for_tiles<TILE_VECTORS>(K, 0, vectors, [&](auto m_count, auto n_count, int64_t d, int64_t v) {
     constexpr int M = decltype(m_count)::value, N = decltype(n_count)::value;
     vf acc[M][N] = {};
+    ahead.some();
+    multiply<0>(acc, rows.data + d, 1, rows.step, p + v * W, QUERIES, keys);
     if (factor != nullptr) {
       for (int n = 0; n < N; ++n) {
         const vf f = get_at<vf>(factor + (v + n) * W);
-        for (int m = 0; m < M; ++m) acc[m][n] = get_at<vf>(out + (d + m) * QUERIES + (v + n) * W) * f;
+        for (int m = 0; m < M; ++m) acc[m][n] += get_at<vf>(out + (d + m) * QUERIES + (v + n) * W) * f;
       }
     }
-    multiply<0>(acc, rows.data + d, 1, rows.step, p + v * W, QUERIES, keys);
     for (int m = 0; m < M; ++m) {
       for (int n = 0; n < N; ++n) put_at(out + (d + m) * QUERIES + (v + n) * W, acc[m][n]);
     }
@@ -243,12 +290,12 @@ DS_INLINE void key_sums_in(
     const int64_t d = first + v * lanes_of<V>;
     V acc[M][N_] = {};
     float* to = out.data + key * out.step + d;
+    multiply<1>(acc, p + key * QUERIES, QUERIES, 1, rows.data + d, rows.step, queries);
     if (!fresh) {
       for (int m = 0; m < M; ++m) {
-        for (int n = 0; n < N_; ++n) acc[m][n] = get_at<V>(to + m * out.step + n * lanes_of<V>);
+        for (int n = 0; n < N_; ++n) acc[m][n] += get_at<V>(to + m * out.step + n * lanes_of<V>);
       }
     }
-    multiply<1>(acc, p + key * QUERIES, QUERIES, 1, rows.data + d, rows.step, queries);
     for (int m = 0; m < M; ++m) {
       for (int n = 0; n < N_; ++n) put_at(to + m * out.step + n * lanes_of<V>, acc[m][n]);
     }
@@ -380,22 +427,27 @@ DS_INLINE T* row_at(const HeadView& view, int64_t b, int64_t h, int64_t t) {
 template <class T>
 constexpr bool is_float = sizeof(T) == 4;
 
+// One row as float32; what fills it up to a whole number of parts is zero.
+template <class T>
+DS_INLINE void copy_row(const T* from, int64_t K, float* to) {
+  for_row(K, [&](auto whole, int64_t d, int64_t n) { put<whole.value>(to + d, get<whole.value>(from + d, n), n); });
+  for (int64_t d = K; d < padded(K); ++d) to[d] = 0.f;
+}
+
+template <class T>
+DS_INLINE Rows copy_rows(const HeadView& view, int64_t b, int64_t h, int64_t t, int64_t count, int64_t K, float* room) {
+  const T* from = row_at<T>(view, b, h, t);
+  for (int64_t i = 0; i < count; ++i) copy_row(from + i * view.t, K, room + i * padded(K));
+  return {room, padded(K)};
+}
+
 // Rows as float32, a whole number of parts wide: where they are stored, or converted into `room`.
 template <class T>
 DS_INLINE Rows read_rows(const HeadView& view, int64_t b, int64_t h, int64_t t, int64_t count, int64_t K, float* room) {
-  const int64_t width = padded(K);
-  const T* from = row_at<T>(view, b, h, t);
   if constexpr (is_float<T>) {
-    if (width == K) return {(float*)from, view.t};
+    if (padded(K) == K) return {row_at<float>(view, b, h, t), view.t};
   }
-  for (int64_t i = 0; i < count; ++i) {
-    float* to = room + i * width;
-    for_row(K, [&](auto whole, int64_t d, int64_t n) {
-      put<whole.value>(to + d, get<whole.value>(from + i * view.t + d, n), n);
-    });
-    for (int64_t d = K; d < width; ++d) to[d] = 0.f;
-  }
-  return {room, width};
+  return copy_rows<T>(view, b, h, t, count, K, room);
 }
 
 // Where rows of results can be made: in place, or in `room`, from which write_rows then stores them.
@@ -449,20 +501,75 @@ DS_INLINE void bias_sums(const float* ds, int64_t keys, int64_t queries, float f
   }
 }
 
+// Keys or values of a sequence as rows of float32. Where several blocks of queries will read them, they are converted and put
+// behind each other once: as they are stored, in a projection of q, k and v, every row is on a page of its own.
+template <class T>
+struct KeyRows {
+  const HeadView& view;
+  int64_t b, h, first, K;
+  float* kept;  // all rows, or null
+  float* room;  // those of a block
+
+  DS_INLINE void keep(int64_t rows) {
+    const int64_t width = padded(K);
+    const T* from = row_at<T>(view, b, h, first);
+    for (int64_t i = 0; i < rows; ++i) copy_row(from + i * view.t, K, kept + i * width);
+  }
+  DS_INLINE Rows block(int64_t at, int64_t count) {
+    if (kept != nullptr) return {kept + at * padded(K), padded(K)};
+    return read_rows<T>(view, b, h, first + at, count, K, room);
+  }
+};
+
+// Keys up to this number of floats, and values alike, are kept: 4 MiB each, from where they are read in order.
+constexpr int64_t KEPT = 1 << 20;
+
+// Bytes that are called for early: more would push out what the arithmetic is using.
+constexpr int64_t AHEAD = 1 << 19;
+
+DS_INLINE int64_t kept_room(const AttentionArgs& a) {
+  const int64_t rows = a.most_keys * padded(a.K);
+  return a.most_queries > QUERIES && rows <= KEPT ? rows : 0;
+}
+
 inline int64_t forward_scratch(const AttentionArgs& a) {
   const int64_t width = padded(a.K) + 16;
-  return width * (4 * QUERIES + 2 * KEYS) + KEYS * QUERIES + 5 * QUERIES + 256;
+  return width * (4 * QUERIES + 2 * KEYS) + KEYS * QUERIES + 5 * QUERIES + 256 + 2 * kept_room(a);
+}
+
+// The rows of one head that the kernels read: keys and values where they are another head's, queries, and more.
+template <class T>
+DS_INLINE void look_ahead(Ahead& ahead, const AttentionArgs& a, Next next, int64_t h_kv, bool backward, int64_t calls) {
+  if (next.n < 0) return;
+  const Span span = a.span(next.n);
+  const int64_t kv = next.h / (a.H / a.H_kv);
+  const auto add = [&](const HeadView& v, int64_t h, int64_t first, int64_t rows) {
+    ahead.add(row_at<T>(v, span.b, h, first), v.t * (int64_t)sizeof(T), rows);
+  };
+  if (backward) {
+    add(a.out, next.h, span.first_query, span.queries);
+    add(a.dout, next.h, span.first_query, span.queries);
+  }
+  if (kv != h_kv || next.other) {
+    add(a.v, kv, span.first_key, span.keys);
+    add(a.k, kv, span.first_key, span.keys);
+  }
+  add(a.q, next.h, span.first_query, span.queries);
+  ahead.row_bytes = a.K * (int64_t)sizeof(T);
+  if (ahead.total * ahead.row_bytes > AHEAD) {  // the rows that are needed first, of each part alike
+    for (int i = 0; i < ahead.parts; ++i) {
+      ahead.part[i].rows = ahead.part[i].rows * AHEAD / (ahead.total * ahead.row_bytes) + 1;
+    }
+    ahead.total = AHEAD / ahead.row_bytes;
+  }
+  ahead.share = ahead.total / (calls > 0 ? calls : 1) + 1;
 }
 
 template <class T>
-void forward(const AttentionArgs& a, int64_t n, int64_t h, int64_t block, float* scratch) {
+void forward(const AttentionArgs& a, int64_t n, int64_t h, int64_t begin, int64_t end, Next next, float* scratch) {
   const int64_t K = a.K, width = padded(K), h_kv = h / (a.H / a.H_kv);
   const Span span = a.span(n);
   const int64_t b = span.b;
-  const int64_t first = block * QUERIES;
-  if (first >= span.queries) return;
-  const int64_t q0 = span.first_query + first, queries = least(QUERIES, span.queries - first);
-  const int64_t vectors = (queries + W - 1) / W, lanes = vectors * W;
   Arena arena{scratch};
   float* qt = arena.take(width * QUERIES);
   float* ot = arena.take(width * QUERIES);
@@ -473,57 +580,72 @@ void forward(const AttentionArgs& a, int64_t n, int64_t h, int64_t block, float*
   float* v_room = arena.take(width * KEYS);
   float *top = arena.take(QUERIES), *sum = arena.take(QUERIES), *factor = arena.take(QUERIES), *from = arena.take(QUERIES);
   float* bias_room = arena.take(KEYS);
+  const int64_t kept = end - begin > 1 ? kept_room(a) : 0;
+  KeyRows<T> k{a.k, b, h_kv, span.first_key, K, kept > 0 ? arena.take(kept) : nullptr, k_room};
+  KeyRows<T> v{a.v, b, h_kv, span.first_key, K, kept > 0 ? arena.take(kept) : nullptr, v_room};
+  if (kept > 0) {
+    k.keep(span.keys);
+    v.keep(span.keys);
+  }
+  Ahead ahead;
+  const int64_t tiles = KEYS / tile_rows(TILE_VECTORS) + K / tile_rows(TILE_VECTORS);
+  look_ahead<T>(ahead, a, next, h_kv, false, (end - begin) * (span.keys / KEYS + 1) * tiles);
 
-  to_columns(read_rows<T>(a.q, b, h, q0, queries, K, q_room), queries, lanes, width, a.scale, qt);
   const float none = -__builtin_inff();
-  for (int64_t i = 0; i < lanes; i += W) {
-    put_at(top + i, splat(none));
-    put_at(from + i, splat(none));
-    put_at(sum + i, vf{});
-  }
-  for (int64_t k0 = 0; k0 < span.keys; k0 += KEYS) {
-    const int64_t keys = least(KEYS, span.keys - k0), at = span.first_key + k0;
-    scores(
-        read_rows<T>(a.k, b, h_kv, at, keys, K, k_room), qt, biases(a, b, h, at, keys, bias_room), keys, vectors, K, s, top);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * QUERIES;
+    if (first >= span.queries) return;
+    const int64_t q0 = span.first_query + first, queries = least(QUERIES, span.queries - first);
+    const int64_t vectors = (queries + W - 1) / W, lanes = vectors * W;
+    to_columns(read_rows<T>(a.q, b, h, q0, queries, K, q_room), queries, lanes, width, a.scale, qt);
     for (int64_t i = 0; i < lanes; i += W) {
-      // A row without a score above -infinity keeps weights of zero instead of 2^(infinity - infinity).
-      const vf most = get_at<vf>(top + i), next = pick(most == splat(none), vf{}, origin(most));
-      put_at(factor + i, exp2_of(change(get_at<vf>(from + i), next)));
-      put_at(from + i, next);
+      put_at(top + i, splat(none));
+      put_at(from + i, splat(none));
+      put_at(sum + i, vf{});
     }
-    soften(s, keys, vectors, from, factor, sum);
-    weighted_sums(
-        read_rows<T>(a.v, b, h_kv, at, keys, K, v_room), s, keys, vectors, K, k0 > 0 ? factor : nullptr, ot);
-  }
-  for (int64_t i = 0; i < lanes; i += W) {
-    const vf total = get_at<vf>(sum + i), last = get_at<vf>(from + i);
-    put_at(sum + i, pick(total == vf{}, vf{}, splat(1.f) / total));
-    put_at(from + i, pick(last == splat(none), vf{}, last));
-  }
-  if (span.keys == 0) __builtin_memset(ot, 0, sizeof(float) * width * QUERIES);
-  // The rows that pad the width are never written by weighted_sums.
-  for (int64_t d = K; d < width; ++d) __builtin_memset(ot + d * QUERIES, 0, sizeof(float) * QUERIES);
-  const Rows out = rows_for<T>(a.out, b, h, q0, K, out_room);
-  to_rows(ot, queries, width, sum, out);
-  write_rows<T>(out, a.out, b, h, q0, queries, K);
-  if (a.row_origin != nullptr) {
-    const int64_t at = (b * a.H + h) * a.T + q0;
-    for (int64_t i = 0; i < queries; ++i) {
-      a.row_origin[at + i] = from[i];
-      a.row_weight[at + i] = sum[i];
+    for (int64_t k0 = 0; k0 < span.keys; k0 += KEYS) {
+      const int64_t keys = least(KEYS, span.keys - k0);
+      const float* bias = biases(a, b, h, span.first_key + k0, keys, bias_room);
+      scores(k.block(k0, keys), qt, bias, keys, vectors, K, s, top, ahead);
+      for (int64_t i = 0; i < lanes; i += W) {
+        // A row without a score above -infinity keeps weights of zero instead of 2^(infinity - infinity).
+        const vf most = get_at<vf>(top + i), to = pick(most == splat(none), vf{}, origin(most));
+        put_at(factor + i, exp2_of(change(get_at<vf>(from + i), to)));
+        put_at(from + i, to);
+      }
+      soften(s, keys, vectors, from, factor, sum);
+      weighted_sums(v.block(k0, keys), s, keys, vectors, K, k0 > 0 ? factor : nullptr, ot, ahead);
+    }
+    for (int64_t i = 0; i < lanes; i += W) {
+      const vf total = get_at<vf>(sum + i), last = get_at<vf>(from + i);
+      put_at(sum + i, pick(total == vf{}, vf{}, splat(1.f) / total));
+      put_at(from + i, pick(last == splat(none), vf{}, last));
+    }
+    if (span.keys == 0) __builtin_memset(ot, 0, sizeof(float) * width * QUERIES);
+    // The rows that pad the width are never written by weighted_sums.
+    for (int64_t d = K; d < width; ++d) __builtin_memset(ot + d * QUERIES, 0, sizeof(float) * QUERIES);
+    const Rows out = rows_for<T>(a.out, b, h, q0, K, out_room);
+    to_rows(ot, queries, width, sum, out);
+    write_rows<T>(out, a.out, b, h, q0, queries, K);
+    if (a.row_origin != nullptr) {
+      const int64_t at = (b * a.H + h) * a.T + q0;
+      for (int64_t i = 0; i < queries; ++i) {
+        a.row_origin[at + i] = from[i];
+        a.row_weight[at + i] = sum[i];
+      }
     }
   }
 }
 
 inline int64_t backward_scratch(const AttentionArgs& a) {
   const int64_t width = padded(a.K) + 16;
-  return width * (7 * QUERIES + 2 * KEYS) + 2 * KEYS * QUERIES + 5 * QUERIES + 256;
+  return width * (7 * QUERIES + 2 * KEYS) + 2 * KEYS * QUERIES + 5 * QUERIES + 256 + 2 * kept_room(a);
 }
 
 template <class T>
 void backward(
-    const AttentionArgs& a, int64_t n, int64_t h_kv, int64_t begin, int64_t end, float* dk_sum, float* dv_sum, int64_t row,
-    float* bias_sum, float* scratch) {
+    const AttentionArgs& a, int64_t n, int64_t h_kv, int64_t begin, int64_t end, Rows dk_sum, Rows dv_sum, float* bias_sum,
+    Next next, float* scratch) {
   const int64_t K = a.K, width = padded(K), group = a.H / a.H_kv;
   const Span span = a.span(n);
   const int64_t b = span.b, blocks = (a.most_queries + QUERIES - 1) / QUERIES;
@@ -542,14 +664,26 @@ void backward(
   float *from = arena.take(QUERIES), *weight = arena.take(QUERIES), *delta = arena.take(QUERIES), *one = arena.take(QUERIES);
   float* bias_room = arena.take(KEYS);
   for (int64_t i = 0; i < QUERIES; ++i) one[i] = 1.f;
+  const int64_t kept = end - begin > 1 ? kept_room(a) : 0;
+  KeyRows<T> keys_of{a.k, b, h_kv, span.first_key, K, kept > 0 ? arena.take(kept) : nullptr, k_room};
+  KeyRows<T> values_of{a.v, b, h_kv, span.first_key, K, kept > 0 ? arena.take(kept) : nullptr, v_room};
+  if (kept > 0) {
+    keys_of.keep(span.keys);
+    values_of.keep(span.keys);
+  }
+  Ahead ahead;
+  const int64_t tiles = 2 * KEYS / tile_rows(TILE_VECTORS) + K / tile_rows(TILE_VECTORS);
+  look_ahead<T>(ahead, a, next, h_kv, true, (end - begin) * (span.keys / KEYS + 1) * tiles);
+
   bool fresh = true;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t h = h_kv * group + item / blocks, offset = (item % blocks) * QUERIES;
     if (offset >= span.queries) continue;
     const int64_t q0 = span.first_query + offset, queries = least(QUERIES, span.queries - offset);
     const int64_t vectors = (queries + W - 1) / W, lanes = vectors * W;
-    const Rows q = read_rows<T>(a.q, b, h, q0, queries, K, q_room);
-    const Rows dout = read_rows<T>(a.dout, b, h, q0, queries, K, do_room);
+    // Read again and again, and where they are stored every row is on a page of its own.
+    const Rows q = copy_rows<T>(a.q, b, h, q0, queries, K, q_room);
+    const Rows dout = copy_rows<T>(a.dout, b, h, q0, queries, K, do_room);
     const Rows out = read_rows<T>(a.out, b, h, q0, queries, K, o_room);
     // The factor of the scores goes into dout's copy, from which the gradients of the scores are made: so it is in all.
     to_columns(q, queries, lanes, width, a.scale, qt);
@@ -561,17 +695,17 @@ void backward(
       weight[i] = i < queries ? a.row_weight[stats + i] : 0.f;
     }
     for (int64_t k0 = 0; k0 < span.keys; k0 += KEYS) {
-      const int64_t keys = least(KEYS, span.keys - k0), at = span.first_key + k0;
-      const Rows k = read_rows<T>(a.k, b, h_kv, at, keys, K, k_room);
-      weights(k, qt, biases(a, b, h, at, keys, bias_room), keys, vectors, K, from, weight, p);
-      score_gradients(
-          read_rows<T>(a.v, b, h_kv, at, keys, K, v_room), dot, keys, vectors, K, p, delta, ds);
+      const int64_t keys = least(KEYS, span.keys - k0);
+      const Rows k = keys_of.block(k0, keys), v = values_of.block(k0, keys);
+      const float* bias = biases(a, b, h, span.first_key + k0, keys, bias_room);
+      weights(k, qt, bias, keys, vectors, K, from, weight, p, ahead);
+      score_gradients(v, dot, keys, vectors, K, p, delta, ds, ahead);
       if (bias_sum != nullptr) {
         bias_sums(ds, keys, queries, 1.f / a.scale, bias_sum + item / blocks * a.most_keys + k0);
       }
-      weighted_sums(k, ds, keys, vectors, K, k0 > 0 ? one : nullptr, dqt);
-      key_sums(p, dout, keys, queries, width, fresh, {dv_sum + k0 * row, row});
-      key_sums(ds, q, keys, queries, width, fresh, {dk_sum + k0 * row, row});
+      weighted_sums(k, ds, keys, vectors, K, k0 > 0 ? one : nullptr, dqt, ahead);
+      key_sums(p, dout, keys, queries, width, fresh, {dv_sum.data + k0 * dv_sum.step, dv_sum.step});
+      key_sums(ds, q, keys, queries, width, fresh, {dk_sum.data + k0 * dk_sum.step, dk_sum.step});
     }
     if (span.keys == 0) __builtin_memset(dqt, 0, sizeof(float) * width * QUERIES);
     for (int64_t d = K; d < width; ++d) __builtin_memset(dqt + d * QUERIES, 0, sizeof(float) * QUERIES);
@@ -582,8 +716,8 @@ void backward(
   }
   if (fresh) {  // no query looked at these keys
     for (int64_t i = 0; i < span.keys; ++i) {
-      __builtin_memset(dk_sum + i * row, 0, sizeof(float) * width);
-      __builtin_memset(dv_sum + i * row, 0, sizeof(float) * width);
+      __builtin_memset(dk_sum.data + i * dk_sum.step, 0, sizeof(float) * width);
+      __builtin_memset(dv_sum.data + i * dv_sum.step, 0, sizeof(float) * width);
     }
   }
 }

@@ -118,6 +118,32 @@ DS_INLINE void store(f16* p, vf a) {
 }
 
 // The last n < W numbers of a row; the lanes beyond hold `fill`.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+DS_INLINE vf filled(vf a, __mmask16 lanes, float fill) {
+  return fill == 0.f ? a : (vf)_mm512_mask_blend_ps(lanes, (__m512)splat(fill), (__m512)a);
+}
+DS_INLINE vf load_part(const float* p, int64_t n, float fill) {
+  const __mmask16 lanes = (__mmask16)((1u << n) - 1u);
+  return filled((vf)_mm512_maskz_loadu_ps(lanes, p), lanes, fill);
+}
+DS_INLINE void store_part(float* p, vf a, int64_t n) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), (__m512)a);
+}
+DS_INLINE vf load_part(const bf16* p, int64_t n, float fill) {
+  const __mmask16 lanes = (__mmask16)((1u << n) - 1u);
+  return filled(bf16_to_float((vh)_mm256_maskz_loadu_epi16(lanes, p)), lanes, fill);
+}
+DS_INLINE void store_part(bf16* p, vf a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), (__m256i)float_to_bf16(a));
+}
+DS_INLINE vf load_part(const f16* p, int64_t n, float fill) {
+  const __mmask16 lanes = (__mmask16)((1u << n) - 1u);
+  return filled(f16_to_float((vh)_mm256_maskz_loadu_epi16(lanes, p)), lanes, fill);
+}
+DS_INLINE void store_part(f16* p, vf a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), (__m256i)float_to_f16(a));
+}
+#else
 template <class T>
 DS_INLINE vf load_part(const T* p, int64_t n, float fill) {
   T lane[W];
@@ -132,6 +158,7 @@ DS_INLINE void store_part(T* p, vf a, int64_t n) {
   store(lane, a);
   for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
 }
+#endif
 
 // `load<true>` and `store<true>` are whole vectors, `<false>` the rest of a row, so that one body serves both.
 template <bool WHOLE, class T>

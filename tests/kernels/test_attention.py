@@ -41,10 +41,11 @@ def test_values_and_gradients(backend, shape, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("T,S", [(1, 70), (70, 1), (33, 200), (200, 33)])
+@pytest.mark.parametrize("T,S", [(1, 70), (70, 1), (33, 200), (200, 33), (4097, 67), (67, 4097)])
 def test_cross_attention(backend, T, S, dtype):
     # The errors of a row have its softmax's in common: with a few rows the largest is a matter of luck.
-    check([make(2, 2, T, 24, dtype, S=S) for _ in range(24 if T == 1 else 3)], backend)
+    B, H, draws = (1, 1, 1) if T * S > 100_000 else (2, 2, 24 if T == 1 else 3)
+    check([make(B, H, T, 24, dtype, S=S) for _ in range(draws)], backend)
 
 
 @pytest.mark.parametrize("H,H_kv,T", [(4, 2, 40), (3, 1, 150), (8, 1, 70)])
