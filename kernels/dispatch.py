@@ -25,7 +25,7 @@ BACKENDS: Final[dict[str, tuple[str, ...]]] = {
     "gate_residual": ("cpu", "cuda", "triton"),
     "gate_residual_layernorm_modulate": ("cpu", "cuda", "triton"),
     "bias_gelu": ("cpu", "cuda", "triton"),
-    "qk_norm_rope": ("cpu",),
+    "qk_norm_rope": ("cpu", "triton"),
     "attention": ("cpu", "cuda", "triton", "sdpa", "flash_attn", "xformers"),
 }
 _FAMILY: Final = {
@@ -33,6 +33,7 @@ _FAMILY: Final = {
     "gate_residual": "adaln",
     "gate_residual_layernorm_modulate": "adaln",
     "bias_gelu": "gelu",
+    "qk_norm_rope": "rotary",
     "attention": "attn",
 }
 _LIBRARIES: Final = ("sdpa", "flash_attn", "xformers")  # of others: nothing of ours to prove

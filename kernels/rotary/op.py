@@ -10,13 +10,10 @@ from torch import Tensor
 from ditscale.errors import InputError
 from ditscale.kernels import dispatch
 from ditscale.kernels.dispatch import Backend
-from ditscale.kernels.library import missing_reason
 from ditscale.kernels.rotary import cost, reference
+from ditscale.kernels.rotary import native as _native  # noqa: F401 (loads and describes ditscale::*)
 
 HeadNorm = Literal["rms", "layer", "none"]
-
-if missing_reason("cpu") is None:
-    from ditscale.kernels.rotary import native as _native  # noqa: F401 (shapes and FLOPs of the loaded operators)
 
 
 def _ops(backend: str) -> Any:
@@ -119,10 +116,10 @@ def qk_norm_rope(
         eps: added to the mean square (variance). Default: 1e-6.
         norm: "rms", "layer" (with weight and no bias) or "none". Default: "rms".
         interleaved: rotate the pairs (0, 1), (2, 3), ...; False pairs i with i + K / 2. Default: False.
-        backend: "auto", "cpu" or "reference". Default: "auto".
+        backend: "auto", "cpu" (C++, CPU tensors), "triton" (GPUs) or "reference". Default: "auto".
 
     Returns:
-        (q, k), the shapes and dtypes of the inputs; from "cpu" views of memory laid out [B, T, H, K].
+        (q, k), the shapes and dtypes of the inputs; from our kernels views of memory laid out [B, T, H, K].
 
     Raises:
         InputError: a shape is not as above.

@@ -27,12 +27,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Attention on the backends that interpret or emulate a GPU: all but a few cases are slow tests."""
+    """Attention and rotations on the backends that interpret or emulate a GPU: all but a few cases are slow tests."""
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        if not item.path.name.startswith("test_attention") or params.get("backend") not in ("triton", "emulated"):
+        if params.get("backend") not in ("triton", "emulated"):
             continue
-        quick = QUICK_INTERPRETED.get(getattr(item, "originalname", ""))
+        name = getattr(item, "originalname", "")
+        if item.path.name.startswith("test_attention"):
+            quick = QUICK_INTERPRETED.get(name)
+        elif item.path.name == "test_rotary.py" and name == "test_values_and_gradients":
+            quick = "dit-xl|odd-half.*fp32|demo-rms|one-rms|many-tokens-rms-halves-fp32"
+        else:
+            continue
         if quick is None or not re.search(quick, item.name):
             item.add_marker(pytest.mark.slow)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attention_cases import backend  # noqa: F401 (a fixture)
 from cases import DTYPES, NAME
 from oracles import judge_draws, wide
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +18,17 @@ from ditscale.kernels.rotary.tables import rotary_table
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
 needs_library = pytest.mark.skipif(library.missing_reason("cpu") is not None, reason="libditscale_cpu is missing")
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request):
+    """The backends of this operator; Triton's kernel runs in the interpreter where there is no GPU."""
+    if request.param == "cpu" and library.missing_reason("cpu"):
+        pytest.skip(str(library.missing_reason("cpu")))
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
 
 # (B, H, T, K) and why it is here.
 SHAPES = {
