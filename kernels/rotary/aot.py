@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ditscale.kernels.aot import SIZE, Dims, Launch, Work
 from ditscale.kernels.rotary import cost
 
@@ -29,7 +31,7 @@ def _launch(passes: str, dtype: str, K: int, variant: str = "") -> Launch:
         kind = getattr(torch, dtype)
         x = torch.empty(B, T, 3, H, K, dtype=kind).permute(2, 0, 3, 1, 4)[0]
         tables = [torch.empty(T, K // 2) if rotary else None for _ in range(2)]
-        arguments = (x, torch.empty(K), *tables, 1e-6, cost.NORMS.index(norm), variant == "pairs")
+        arguments: tuple[Any, ...] = (x, torch.empty(K), *tables, 1e-6, cost.NORMS.index(norm), variant == "pairs")
         if passes == "forward":
             return kernels.qk_norm_rope_fwd(*arguments)
         return kernels.qk_norm_rope_bwd(torch.empty(B, T, H, K, dtype=kind).transpose(1, 2), *arguments)
