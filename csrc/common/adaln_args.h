@@ -25,6 +25,7 @@ struct ForwardArgs {
   int modulation;                  // Storage of gate, shift and scale
   float eps, scale_base;           // y = normalised * (scale_base + scale) + shift
   bool rms;
+  bool per_token;                  // every row has a modulation of its own
   void* x_new;                     // dense [B, T, D], null without branch
   void* y;                         // dense
   float* mean;                     // null: statistics are not kept

@@ -98,6 +98,7 @@ struct Adaln {
     a.eps = static_cast<float>(eps);
     a.scale_base = static_cast<float>(scale_base);
     a.rms = rms;
+    a.per_token = mode == Mode::per_token;
     a.y = y.mutable_data_ptr();
     a.mean = stats.mean;
     a.rstd = stats.rstd;

@@ -10,23 +10,33 @@ DS_INLINE const T* row_of(const Strided& v, int64_t b, int64_t t) {
   return (const T*)v.data + b * v.b + t * v.t;
 }
 
-// A row of modulation as float32: where it is stored, or converted into `scratch`.
-template <class T>
-DS_INLINE const float* widen(const T* p, int64_t D, float* scratch) {
-  for_row(D, [&](auto whole, int64_t d, int64_t n) { put<whole.value>(scratch + d, get<whole.value>(p + d, n), n); });
-  return scratch;
-}
-DS_INLINE const float* modulation_row(const Strided& m, int storage, int64_t b, int64_t t, int64_t D, float* scratch) {
-  if (storage == 0) return row_of<float>(m, b, t);
-  if (storage == 1) return widen(row_of<bf16>(m, b, t), D, scratch);
-  return widen(row_of<f16>(m, b, t), D, scratch);
+// Into the level-2 cache. An address beyond the last row does no harm.
+DS_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 2);
 }
 
-// The float32 rows of a call's modulation, fetched again only where the sample (or, per token, the row) changes.
+// A row of modulation as float32, `plus` added: where it is stored, or worked out into `scratch`.
+template <class T>
+DS_INLINE const float* widen(const T* p, int64_t D, float plus, float* scratch) {
+  for_row(D, [&](auto whole, int64_t d, int64_t n) {
+    put<whole.value>(scratch + d, get<whole.value>(p + d, n) + splat(plus), n);
+  });
+  return scratch;
+}
+DS_INLINE const float* modulation_row(
+    const Strided& m, int storage, int64_t b, int64_t t, int64_t D, float plus, float* scratch) {
+  if (storage == 1) return widen(row_of<bf16>(m, b, t), D, plus, scratch);
+  if (storage == 2) return widen(row_of<f16>(m, b, t), D, plus, scratch);
+  const float* row = row_of<float>(m, b, t);
+  return plus == 0.f ? row : widen(row, D, plus, scratch);
+}
+
+// The float32 rows of a call's modulation, made again only where the sample (or, per token, the row) changes.
 struct Modulation {
   const Strided& view;
   int storage;
   int64_t D;
+  float plus;
   float* scratch;
   const void* at = nullptr;
   const float* row = nullptr;
@@ -35,7 +45,7 @@ struct Modulation {
     const void* want = (const char*)view.data + (b * view.b + t * view.t) * size;
     if (want != at) {
       at = want;
-      row = modulation_row(view, storage, b, t, D, scratch);
+      row = modulation_row(view, storage, b, t, D, plus, scratch);
     }
     return row;
   }
@@ -45,23 +55,20 @@ struct Moments {
   float mean, rstd;
 };
 
+template <bool, class A, class B>
+struct type_if {
+  typedef A type;
+};
+template <class A, class B>
+struct type_if<false, A, B> {
+  typedef B type;
+};
+
 DS_INLINE float inverse_root(float a) {
   return 1.0f / __builtin_sqrtf(a);
 }
 
 constexpr int LANES = 4;  // independent sums, so that additions do not wait for one another
-
-template <class T>
-DS_INLINE float row_sum(const T* x, int64_t D) {
-  vf acc[LANES] = {};
-  int64_t d = 0;
-  for (; d + LANES * W <= D; d += LANES * W) {
-    for (int k = 0; k < LANES; ++k) acc[k] += load(x + d + k * W);
-  }
-  for (; d + W <= D; d += W) acc[0] += load(x + d);
-  if (d < D) acc[1] += load_part(x + d, D - d, 0.f);
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-}
 
 struct Centred {
   float sum, squares;
@@ -87,233 +94,331 @@ DS_INLINE Centred row_centred(const T* x, int64_t D, float about) {
   return {sum((rest[0] + rest[1]) + (rest[2] + rest[3])), sum((acc[0] + acc[1]) + (acc[2] + acc[3]))};
 }
 
-// Two passes over a row that the first one brings into the level-1 cache, exact where a one-pass formula cancels; what the
-// second one finds left of the mean corrects it, so that a constant row is centred to zeros.
+// The mean of a row's first sixteen numbers, exact where they are equal; of all where there are fewer.
+template <class T>
+DS_INLINE float mean_of_head(const T* x, int64_t D) {
+  if (D < 16) {
+    float total = 0.f;
+    for (int64_t d = 0; d < D; d += W) total += sum(d + W <= D ? load(x + d) : load_part(x + d, D - d, 0.f));
+    return total / (float)D;
+  }
+  vf total{};
+  for (int64_t d = 0; d < 16; d += W) total += load(x + d);
+  return sum(total) / 16.f;
+}
+
+// One pass: sums of x - k and its square, k near the mean. Var = E[(x - k)^2] - (mean - k)^2 loses no digit while the second
+// term is small beside the first; where it is not, a second pass about the mean found by the first.
 template <class T>
 DS_INLINE Moments moments(const T* x, int64_t D, float eps, bool rms) {
-  const float n = (float)D, about = rms ? 0.f : row_sum(x, D) / n;
-  const Centred c = row_centred(x, D, about);
+  const float n = (float)D;
+  float about = rms ? 0.f : mean_of_head(x, D);
+  Centred c = row_centred(x, D, about);
   if (rms) return {0.f, inverse_root(c.squares / n + eps)};
-  const float shift = c.sum / n, variance = c.squares / n - shift * shift;
+  float shift = c.sum / n;
+  if (shift * shift > 0.2f * (c.squares / n)) {
+    about += shift;
+    c = row_centred(x, D, about);
+    shift = c.sum / n;
+  }
+  const float variance = c.squares / n - shift * shift;
   return {about + shift, inverse_root((variance > 0.f || variance != variance ? variance : 0.f) + eps)};
+}
+
+// Rows that are worked on together: they share what is read of the modulation, and of the sums over tokens.
+constexpr int BLOCK = 4;
+
+// How many of the rows from `r` on are one block: BLOCK of one sample, while `wide` of them fit a level-1 cache, or 1.
+DS_INLINE int64_t block_rows(int64_t T, int64_t t, int64_t r, int64_t end, bool together) {
+  const int64_t rows = T - t < end - r ? T - t : end - r;
+  return together && rows >= BLOCK ? BLOCK : 1;
+}
+
+template <class T, int ROWS, bool BRANCH, bool STREAM>
+DS_INLINE void forward_rows(
+    const ForwardArgs& a, int64_t r, int64_t b, int64_t t, const float* shift, const float* factor, const float* gate,
+    float* scratch) {
+  const int64_t D = a.D;
+  // Half rows are converted once for all passes, and what goes past the caches is kept for them.
+  constexpr bool COPY = (BRANCH && STREAM) || sizeof(T) != sizeof(float);
+  typename type_if<COPY, const float*, const T*>::type x[ROWS];
+  vf mean[ROWS], rstd[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    const T* from = row_of<T>(a.x, b, t + i);
+    T* x_new = (T*)a.x_new + (r + i) * D;
+    if constexpr (COPY || BRANCH) {
+      const T* branch = BRANCH ? row_of<T>(a.branch, b, t + i) : nullptr;
+      float* to = scratch + i * D;
+      for_vectors<LINE<T>>(D, [&](auto v, int64_t d0, int64_t n) {
+        for (int u = 0; u < v.count; ++u) {
+          const int64_t d = d0 + u * W;
+          vf value = v.get(from + d, n);
+          if constexpr (BRANCH) {
+            value = as_stored(value + v.get(gate + d, n) * v.get(branch + d, n), from);
+            v.template put<STREAM>(x_new + d, value, n);
+          }
+          if constexpr (COPY) v.template put<false>(to + d, value, n);
+        }
+      });
+      if constexpr (COPY) x[i] = to;
+    }
+    if constexpr (!COPY) x[i] = BRANCH ? x_new : from;
+    const Moments m = moments(x[i], D, a.eps, a.rms);
+    if (a.rstd != nullptr) {
+      a.mean[r + i] = m.mean;
+      a.rstd[r + i] = m.rstd;
+    }
+    mean[i] = splat(m.mean);
+    rstd[i] = splat(m.rstd);
+  }
+  T* y = (T*)a.y + r * D;
+  for_vectors<LINE<T>>(D, [&](auto v, int64_t d0, int64_t n) {
+    for (int i = 0; i < ROWS; ++i) {
+      if constexpr (STREAM) {  // nothing is read from memory here: the next block's rows are fetched meanwhile
+        prefetch(row_of<T>(a.x, b, t + ROWS + i) + d0);
+        if constexpr (BRANCH) prefetch(row_of<T>(a.branch, b, t + ROWS + i) + d0);
+      }
+      for (int u = 0; u < v.count; ++u) {
+        const int64_t d = d0 + u * W;
+        const vf normed = (v.get(x[i] + d, n) - mean[i]) * rstd[i];
+        v.template put<STREAM>(y + i * D + d, normed * v.get(factor + d, n) + v.get(shift + d, n), n);
+      }
+    }
+  });
+}
+
+template <class T, bool BRANCH, bool STREAM>
+void forward_as(const ForwardArgs& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t D = a.D;
+  Modulation shift{a.shift, a.modulation, D, 0.f, scratch};
+  Modulation factor{a.scale, a.modulation, D, a.scale_base, scratch + D};
+  Modulation gate{a.gate, a.modulation, D, 0.f, scratch + 2 * D};
+  const bool together = !a.per_token && D <= 2048;
+  for (int64_t r = begin; r < end;) {
+    const int64_t b = r / a.T, t = r % a.T, rows = block_rows(a.T, t, r, end, together);
+    const float *s = shift(b, t), *f = factor(b, t), *g = BRANCH ? gate(b, t) : nullptr;
+    if (rows == BLOCK) {
+      forward_rows<T, BLOCK, BRANCH, STREAM>(a, r, b, t, s, f, g, scratch + 3 * D);
+    } else {
+      forward_rows<T, 1, BRANCH, STREAM>(a, r, b, t, s, f, g, scratch + 3 * D);
+    }
+    r += rows;
+  }
+  if (STREAM) end_stream();
 }
 
 template <class T>
 void forward(const ForwardArgs& a, int64_t begin, int64_t end, float* scratch) {
-  if (begin >= end) return;
-  const int64_t D = a.D;
-  Modulation shift{a.shift, a.modulation, D, scratch}, scale{a.scale, a.modulation, D, scratch + D};
-  Modulation gate{a.gate, a.modulation, D, scratch + 2 * D};
-  const vf base = splat(a.scale_base);
-  int64_t b = begin / a.T, t = begin % a.T;
-  for (int64_t r = begin; r < end; ++r) {
-    const T* x = row_of<T>(a.x, b, t);
-    if (a.branch.data != nullptr) {
-      const T* branch = row_of<T>(a.branch, b, t);
-      const float* g = gate(b, t);
-      T* out = (T*)a.x_new + r * D;
-      for_row(D, [&](auto whole, int64_t d, int64_t n) {
-        constexpr bool w = whole.value;
-        put<w>(out + d, get<w>(x + d, n) + get<w>(g + d, n) * get<w>(branch + d, n), n);
-      });
-      x = out;
-    }
-    const Moments m = moments(x, D, a.eps, a.rms);
-    if (a.rstd != nullptr) {
-      a.mean[r] = m.mean;
-      a.rstd[r] = m.rstd;
-    }
-    const float *sh = shift(b, t), *sc = scale(b, t);
-    T* y = (T*)a.y + r * D;
-    const vf mean = splat(m.mean), rstd = splat(m.rstd);
-    for_row(D, [&](auto whole, int64_t d, int64_t n) {
-      constexpr bool w = whole.value;
-      const vf normed = (get<w>(x + d, n) - mean) * rstd;
-      put<w>(y + d, normed * (base + get<w>(sc + d, n)) + get<w>(sh + d, n), n);
-    });
-    if (++t == a.T) {
-      t = 0;
-      ++b;
-    }
-  }
+  const bool branch = a.branch.data != nullptr;
+  if (branch && a.stream) return forward_as<T, true, true>(a, begin, end, scratch);
+  if (branch) return forward_as<T, true, false>(a, begin, end, scratch);
+  if (a.stream) return forward_as<T, false, true>(a, begin, end, scratch);
+  forward_as<T, false, false>(a, begin, end, scratch);
 }
 
-template <class M>
-DS_INLINE void put_any(M* p, int64_t, vf v, bool whole, int64_t n) {
-  if (whole) {
-    store(p, v);
-  } else {
-    store_part(p, v, n);
-  }
-}
 DS_INLINE void put_modulation(void* p, int storage, int64_t i, vf v, bool whole, int64_t n) {
+  const auto to = [&](auto* q) { whole ? store(q + i, v) : store_part(q + i, v, n); };
   if (storage == 0) {
-    put_any((float*)p + i, 0, v, whole, n);
+    to((float*)p);
   } else if (storage == 1) {
-    put_any((bf16*)p + i, 0, v, whole, n);
+    to((bf16*)p);
   } else {
-    put_any((f16*)p + i, 0, v, whole, n);
+    to((f16*)p);
   }
 }
 
-// One row's two means of the norm's backward pass, g = dy * (base + scale): mean(g) and mean(g * normalised).
+// One row's two means of the norm's backward pass, g = dy * factor: mean(g) and mean(g * normalised). On the way the lines of
+// two further rows are fetched, which are read next.
 template <class T>
 DS_INLINE void backward_means(
-    const T* x, const T* dy, const float* sc, float base, Moments m, int64_t D, bool rms, float* c1, float* c2) {
-  vf a1[2] = {}, a2[2] = {};
-  const vf mean = splat(m.mean), rstd = splat(m.rstd), one = splat(base);
+    const T* x, const T* dy, const float* factor, Moments m, int64_t D, bool rms, const T* next, const T* after, float* c1,
+    float* c2) {
+  vf a1[LANES] = {}, a2[LANES] = {};
+  const vf mean = splat(m.mean);
   int64_t d = 0;
-  for (; d + 2 * W <= D; d += 2 * W) {
-    for (int k = 0; k < 2; ++k) {
-      const vf g = load(dy + d + k * W) * (one + load(sc + d + k * W));
+  for (; d + LANES * W <= D; d += LANES * W) {
+    for (int k = 0; k < LANES; ++k) {
+      if (k % LINE<T> == 0) {
+        if (next != nullptr) __builtin_prefetch(next + d + k * W);
+        if (after != nullptr) __builtin_prefetch(after + d + k * W);
+      }
+      const vf g = load(dy + d + k * W) * load(factor + d + k * W);
       a1[k] += g;
-      a2[k] += g * ((load(x + d + k * W) - mean) * rstd);
+      a2[k] += g * (load(x + d + k * W) - mean);
     }
   }
   for (; d < D; d += W) {
     const bool whole = d + W <= D;
     const int64_t n = D - d;
-    const vf g = (whole ? load(dy + d) : load_part(dy + d, n, 0.f)) *
-        (one + (whole ? load(sc + d) : load_part(sc + d, n, 0.f)));
+    const vf g = whole ? load(dy + d) * load(factor + d) : load_part(dy + d, n, 0.f) * load_part(factor + d, n, 0.f);
     a1[0] += g;
-    a2[0] += g * (((whole ? load(x + d) : load_part(x + d, n, m.mean)) - mean) * rstd);
+    a2[0] += g * ((whole ? load(x + d) : load_part(x + d, n, m.mean)) - mean);
   }
-  *c1 = rms ? 0.f : sum(a1[0] + a1[1]) / (float)D;
-  *c2 = sum(a2[0] + a2[1]) / (float)D;
+  *c1 = rms ? 0.f : sum((a1[0] + a1[1]) + (a1[2] + a1[3])) / (float)D;
+  *c2 = m.rstd * (sum((a2[0] + a2[1]) + (a2[2] + a2[3])) / (float)D);
 }
 
-// ROWS rows at once, so that the sums over tokens are read and written once for all of them.
-template <class T, int ROWS, bool BRANCH, bool RESIDUAL>
+// The rows that a block of the backward pass reads, and what is known of them.
+template <class T>
+struct BackwardRows {
+  const T *x[BLOCK], *dy[BLOCK], *residual[BLOCK], *branch[BLOCK];
+  Moments m[BLOCK];
+  float c1[BLOCK], c2[BLOCK];
+};
+
+template <class T, int ROWS, bool BRANCH, bool RESIDUAL, bool STREAM>
 DS_INLINE void backward_rows(
-    const BackwardArgs& a, int64_t r, const T* const* x, const T* const* dy, const T* const* residual,
-    const T* const* branch, const Moments* m, const float* c1, const float* c2, const float* sc, const float* gate,
-    float* sums) {
+    const BackwardArgs& a, int64_t r, const BackwardRows<T>& in, const float* factor, const float* gate, float* sums) {
   const int64_t D = a.D;
-  const vf base = splat(a.scale_base);
   T* dx = (T*)a.dx + r * D;
   T* dbranch = (T*)a.dbranch + r * D;
-  for_row(D, [&](auto whole, int64_t d, int64_t n) {
-    constexpr bool w = whole.value;
-    const vf factor = base + get<w>(sc + d, n);
-    vf s0{}, s1{}, s2{};
+  vf mean[ROWS], rstd[ROWS], c1[ROWS], c2[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    mean[i] = splat(in.m[i].mean);
+    rstd[i] = splat(in.m[i].rstd);
+    c1[i] = splat(in.m[i].rstd * in.c1[i]);
+    c2[i] = splat(in.m[i].rstd * in.c2[i]);
+  }
+  for_vectors<STREAM ? LINE<T> : 1>(D, [&](auto v, int64_t d0, int64_t n) {
+    constexpr int U = v.count;
+    vf s0[U]{}, s1[U]{}, s2[U]{};
     for (int i = 0; i < ROWS; ++i) {
-      const vf grad = get<w>(dy[i] + d, n);
-      const vf normed = (get<w>(x[i] + d, n) - splat(m[i].mean)) * splat(m[i].rstd);
-      vf out = splat(m[i].rstd) * (grad * factor - splat(c1[i]) - normed * splat(c2[i]));
-      if constexpr (RESIDUAL) out += get<w>(residual[i] + d, n);
-      put<w>(dx + i * D + d, out, n);
-      s0 += grad;
-      s1 += grad * normed;
-      if constexpr (BRANCH) {
-        const vf value = get<w>(branch[i] + d, n);
-        put<w>(dbranch + i * D + d, out * get<w>(gate + d, n), n);
-        s2 += out * value;
+      if constexpr (STREAM) {  // the next block's rows, which no one reads from memory meanwhile
+        prefetch(in.x[i] + ROWS * a.x.t + d0);
+        prefetch(in.dy[i] + ROWS * a.dy.t + d0);
+      }
+      vf out[U];
+      for (int u = 0; u < U; ++u) {
+        const int64_t d = d0 + u * W;
+        const vf grad = v.get(in.dy[i] + d, n), normed = (v.get(in.x[i] + d, n) - mean[i]) * rstd[i];
+        out[u] = (grad * v.get(factor + d, n)) * rstd[i] - c1[i] - normed * c2[i];
+        if constexpr (RESIDUAL) out[u] += v.get(in.residual[i] + d, n);
+        v.template put<STREAM>(dx + i * D + d, out[u], n);
+        s0[u] += grad;
+        s1[u] += grad * normed;
+        if constexpr (BRANCH) s2[u] += out[u] * v.get(in.branch[i] + d, n);
+      }
+      for (int u = 0; BRANCH && u < U; ++u) {  // a line of dx, then one of dbranch
+        const int64_t d = d0 + u * W;
+        v.template put<STREAM>(dbranch + i * D + d, out[u] * v.get(gate + d, n), n);
       }
     }
-    if (sums != nullptr) {
-      put<w>(sums + d, get<w>(sums + d, n) + s0, n);
-      put<w>(sums + D + d, get<w>(sums + D + d, n) + s1, n);
-      if constexpr (BRANCH) put<w>(sums + 2 * D + d, get<w>(sums + 2 * D + d, n) + s2, n);
-    } else {  // per token, so ROWS is 1: the row's own products are the gradients
-      put_modulation(a.dshift, a.modulation, r * D + d, s0, w, n);
-      put_modulation(a.dscale, a.modulation, r * D + d, s1, w, n);
-      if constexpr (BRANCH) put_modulation(a.dgate, a.modulation, r * D + d, s2, w, n);
+    for (int u = 0; u < U; ++u) {
+      const int64_t d = d0 + u * W;
+      if (sums != nullptr) {
+        v.template put<false>(sums + d, v.get(sums + d, n) + s0[u], n);
+        v.template put<false>(sums + D + d, v.get(sums + D + d, n) + s1[u], n);
+        if constexpr (BRANCH) v.template put<false>(sums + 2 * D + d, v.get(sums + 2 * D + d, n) + s2[u], n);
+      } else {  // per token, so ROWS is 1: the row's own products are the gradients
+        put_modulation(a.dshift, a.modulation, r * D + d, s0[u], v.whole, n);
+        put_modulation(a.dscale, a.modulation, r * D + d, s1[u], v.whole, n);
+        if constexpr (BRANCH) put_modulation(a.dgate, a.modulation, r * D + d, s2[u], v.whole, n);
+      }
     }
   });
 }
 
-template <class T, bool BRANCH, bool RESIDUAL>
+template <class T, bool BRANCH, bool RESIDUAL, bool STREAM>
 void backward_as(const BackwardArgs& a, int64_t begin, int64_t end, float* sums, float* scratch) {
-  constexpr int BLOCK = 4;
   const int64_t D = a.D;
-  Modulation scale{a.scale, a.modulation, D, scratch}, gate{a.gate, a.modulation, D, scratch + D};
-  int64_t r = begin;
-  while (r < end) {
-    const int64_t b = r / a.T, t = r % a.T;
-    // Rows of one block share their modulation: they stay within a sample.
-    int64_t rows = a.per_token ? 1 : a.T - t;
-    if (rows > end - r) rows = end - r;
-    rows = rows >= BLOCK ? BLOCK : 1;
-    const float *sc = scale(b, t), *g = BRANCH ? gate(b, t) : nullptr;
-    const T *x[BLOCK], *dy[BLOCK], *residual[BLOCK], *branch[BLOCK];
-    Moments m[BLOCK];
-    float c1[BLOCK], c2[BLOCK];
+  Modulation scale{a.scale, a.modulation, D, a.scale_base, scratch}, gate{a.gate, a.modulation, D, 0.f, scratch + D};
+  for (int64_t r = begin; r < end;) {
+    const int64_t b = r / a.T, t = r % a.T, rows = block_rows(a.T, t, r, end, !a.per_token);
+    const float *factor = scale(b, t), *g = BRANCH ? gate(b, t) : nullptr;
+    BackwardRows<T> in;
     for (int64_t i = 0; i < rows; ++i) {
-      x[i] = row_of<T>(a.x, b, t + i);
-      dy[i] = row_of<T>(a.dy, b, t + i);
-      if constexpr (RESIDUAL) residual[i] = row_of<T>(a.dresidual, b, t + i);
-      if constexpr (BRANCH) branch[i] = row_of<T>(a.branch, b, t + i);
-      m[i] = a.rstd != nullptr ? Moments{a.rms ? 0.f : a.mean[r + i], a.rstd[r + i]} : moments(x[i], D, a.eps, a.rms);
-      backward_means(x[i], dy[i], sc, a.scale_base, m[i], D, a.rms, &c1[i], &c2[i]);
+      in.x[i] = row_of<T>(a.x, b, t + i);
+      in.dy[i] = row_of<T>(a.dy, b, t + i);
+      in.residual[i] = RESIDUAL ? row_of<T>(a.dresidual, b, t + i) : nullptr;
+      in.branch[i] = BRANCH ? row_of<T>(a.branch, b, t + i) : nullptr;
+      in.m[i] = a.rstd != nullptr ? Moments{a.rms ? 0.f : a.mean[r + i], a.rstd[r + i]}
+                                  : moments(in.x[i], D, a.eps, a.rms);
+      backward_means(
+          in.x[i], in.dy[i], factor, in.m[i], D, a.rms, STREAM ? in.residual[i] : nullptr,
+          STREAM ? in.branch[i] : nullptr, &in.c1[i], &in.c2[i]);
     }
     if (rows == BLOCK) {
-      backward_rows<T, BLOCK, BRANCH, RESIDUAL>(a, r, x, dy, residual, branch, m, c1, c2, sc, g, sums);
+      backward_rows<T, BLOCK, BRANCH, RESIDUAL, STREAM>(a, r, in, factor, g, sums);
     } else {
-      backward_rows<T, 1, BRANCH, RESIDUAL>(a, r, x, dy, residual, branch, m, c1, c2, sc, g, sums);
+      backward_rows<T, 1, BRANCH, RESIDUAL, STREAM>(a, r, in, factor, g, sums);
     }
     r += rows;
   }
+  if (STREAM) end_stream();
 }
 
+template <class T, bool STREAM>
+void backward_with(const BackwardArgs& a, int64_t begin, int64_t end, float* sums, float* scratch) {
+  const bool branch = a.branch.data != nullptr, residual = a.dresidual.data != nullptr;
+  if (branch && residual) return backward_as<T, true, true, STREAM>(a, begin, end, sums, scratch);
+  if (branch) return backward_as<T, true, false, STREAM>(a, begin, end, sums, scratch);
+  backward_as<T, false, false, STREAM>(a, begin, end, sums, scratch);
+}
 template <class T>
 void backward(const BackwardArgs& a, int64_t begin, int64_t end, float* sums, float* scratch) {
-  const bool branch = a.branch.data != nullptr, residual = a.dresidual.data != nullptr;
-  if (branch && residual) {
-    backward_as<T, true, true>(a, begin, end, sums, scratch);
-  } else if (branch) {
-    backward_as<T, true, false>(a, begin, end, sums, scratch);
-  } else {
-    backward_as<T, false, false>(a, begin, end, sums, scratch);
+  if (a.stream) return backward_with<T, true>(a, begin, end, sums, scratch);
+  backward_with<T, false>(a, begin, end, sums, scratch);
+}
+
+// out = x + gate * branch; BACKWARD, where x is dout: out = gate * x, and x * branch is added up over tokens.
+template <class T, int ROWS, bool BACKWARD, bool STREAM>
+DS_INLINE void residual_rows(
+    const ResidualArgs& a, int64_t r, int64_t b, int64_t t, const float* gate, float* sums) {
+  const int64_t D = a.D;
+  T* out = (T*)a.out + r * D;
+  const T *x[ROWS], *branch[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    x[i] = row_of<T>(a.x, b, t + i);
+    branch[i] = row_of<T>(a.branch, b, t + i);
   }
+  for_vectors<LINE<T>>(D, [&](auto v, int64_t d0, int64_t n) {
+    constexpr int U = v.count;
+    vf s[U]{};
+    for (int i = 0; i < ROWS; ++i) {
+      for (int u = 0; u < U; ++u) {
+        const int64_t d = d0 + u * W;
+        const vf value = v.get(x[i] + d, n), other = v.get(branch[i] + d, n), g = v.get(gate + d, n);
+        v.template put<STREAM>(out + i * D + d, BACKWARD ? value * g : value + g * other, n);
+        if constexpr (BACKWARD) s[u] += value * other;
+      }
+    }
+    for (int u = 0; BACKWARD && u < U; ++u) {
+      const int64_t d = d0 + u * W;
+      if (sums != nullptr) {
+        v.template put<false>(sums + d, v.get(sums + d, n) + s[u], n);
+      } else {
+        put_modulation(a.dgate, a.modulation, r * D + d, s[u], v.whole, n);
+      }
+    }
+  });
+}
+
+template <class T, bool BACKWARD, bool STREAM>
+void residual_as(const ResidualArgs& a, int64_t begin, int64_t end, float* sums, float* scratch) {
+  Modulation gate{a.gate, a.modulation, a.D, 0.f, scratch};
+  for (int64_t r = begin; r < end;) {
+    // Without sums to share, row after row: one stream of memory each is what the processor foresees best.
+    const int64_t b = r / a.T, t = r % a.T, rows = block_rows(a.T, t, r, end, BACKWARD && !a.per_token);
+    const float* g = gate(b, t);
+    if (rows == BLOCK) {
+      residual_rows<T, BLOCK, BACKWARD, STREAM>(a, r, b, t, g, sums);
+    } else {
+      residual_rows<T, 1, BACKWARD, STREAM>(a, r, b, t, g, sums);
+    }
+    r += rows;
+  }
+  if (STREAM) end_stream();
 }
 
 template <class T>
 void residual(const ResidualArgs& a, int64_t begin, int64_t end, float* scratch) {
-  if (begin >= end) return;
-  const int64_t D = a.D;
-  Modulation gate{a.gate, a.modulation, D, scratch};
-  int64_t b = begin / a.T, t = begin % a.T;
-  for (int64_t r = begin; r < end; ++r) {
-    const T *x = row_of<T>(a.x, b, t), *branch = row_of<T>(a.branch, b, t);
-    const float* g = gate(b, t);
-    T* out = (T*)a.out + r * D;
-    for_row(D, [&](auto whole, int64_t d, int64_t n) {
-      constexpr bool w = whole.value;
-      put<w>(out + d, get<w>(x + d, n) + get<w>(g + d, n) * get<w>(branch + d, n), n);
-    });
-    if (++t == a.T) {
-      t = 0;
-      ++b;
-    }
-  }
+  if (a.stream) return residual_as<T, false, true>(a, begin, end, nullptr, scratch);
+  residual_as<T, false, false>(a, begin, end, nullptr, scratch);
 }
-
 template <class T>
 void residual_backward(const ResidualArgs& a, int64_t begin, int64_t end, float* sums, float* scratch) {
-  const int64_t D = a.D;
-  Modulation gate{a.gate, a.modulation, D, scratch};
-  if (begin >= end) return;
-  int64_t b = begin / a.T, t = begin % a.T;
-  for (int64_t r = begin; r < end; ++r) {
-    const T *dout = row_of<T>(a.x, b, t), *branch = row_of<T>(a.branch, b, t);
-    const float* g = gate(b, t);
-    T* dbranch = (T*)a.out + r * D;
-    for_row(D, [&](auto whole, int64_t d, int64_t n) {
-      constexpr bool w = whole.value;
-      const vf grad = get<w>(dout + d, n);
-      const vf dgate = grad * get<w>(branch + d, n);
-      put<w>(dbranch + d, grad * get<w>(g + d, n), n);
-      if (sums != nullptr) {
-        put<w>(sums + d, get<w>(sums + d, n) + dgate, n);
-      } else {
-        put_modulation(a.dgate, a.modulation, r * D + d, dgate, w, n);
-      }
-    });
-    if (++t == a.T) {
-      t = 0;
-      ++b;
-    }
-  }
+  if (a.stream) return residual_as<T, true, true>(a, begin, end, sums, scratch);
+  residual_as<T, true, false>(a, begin, end, sums, scratch);
 }
 
 // exp by powers of two: x = k ln 2 + r, |r| <= ln 2 / 2, polynomial of degree 6. Inputs are clamped to where the result is a
@@ -369,7 +474,7 @@ template <class T>
 void gelu(const GeluArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t D = a.D;
   const Strided view{a.bias, 0, 0};
-  const float* bias = modulation_row(view, a.modulation, 0, 0, D, scratch);
+  const float* bias = modulation_row(view, a.modulation, 0, 0, D, 0.f, scratch);
   for (int64_t r = begin; r < end; ++r) {
     const T* x = (const T*)a.x + r * a.x_stride;
     T* y = (T*)a.out + r * D;
@@ -385,7 +490,7 @@ template <class T>
 void gelu_backward(const GeluArgs& a, int64_t begin, int64_t end, float* sums, float* scratch) {
   const int64_t D = a.D;
   const Strided view{a.bias, 0, 0};
-  const float* bias = modulation_row(view, a.modulation, 0, 0, D, scratch);
+  const float* bias = modulation_row(view, a.modulation, 0, 0, D, 0.f, scratch);
   for (int64_t r = begin; r < end; ++r) {
     const T *x = (const T*)a.x + r * a.x_stride, *dy = (const T*)a.dy + r * a.dy_stride;
     T* dx = (T*)a.out + r * D;

@@ -44,11 +44,36 @@ DS_INLINE vf splat(float a) {
 
 // a where mask is all ones, else b.
 DS_INLINE vf pick(vi mask, vf a, vf b) {
-  return (vf)((mask & (vi)a) | (~mask & (vi)b));
+  return mask ? a : b;
 }
 
+// 16-bit words as 32-bit ones and back: what the compiler makes of __builtin_convertvector takes each word on its own.
+#if defined(__AVX512F__)
+DS_INLINE vu widen_words(vh h) {
+  return (vu)_mm512_cvtepu16_epi32((__m256i)h);
+}
+DS_INLINE vh narrow_words(vu u) {
+  return (vh)_mm512_cvtepi32_epi16((__m512i)u);
+}
+#elif defined(__AVX2__)
+DS_INLINE vu widen_words(vh h) {
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+}
+DS_INLINE vh narrow_words(vu u) {
+  const __m256i pairs = _mm256_packus_epi32((__m256i)u, (__m256i)u);
+  return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+}
+#else
+DS_INLINE vu widen_words(vh h) {
+  return __builtin_convertvector(h, vu);
+}
+DS_INLINE vh narrow_words(vu u) {
+  return __builtin_convertvector(u, vh);
+}
+#endif
+
 DS_INLINE vf bf16_to_float(vh h) {
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return (vf)(widen_words(h) << 16);
 }
 
 // Round to nearest, ties to even; NaN stays NaN (the rounding carry could make it an infinity).
@@ -56,8 +81,7 @@ DS_INLINE vh float_to_bf16(vf a) {
   const vu u = (vu)a;
   const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   const vu quiet = (u >> 16) | 0x40u;
-  const vu nan = (vu)(a != a);
-  return __builtin_convertvector((nan & quiet) | (~nan & rounded), vh);
+  return narrow_words(a != a ? quiet : rounded);
 }
 
 #if defined(__AVX512F__)
@@ -77,7 +101,7 @@ DS_INLINE vh float_to_f16(vf a) {
 #else
 // Without the instruction: exponents are moved by multiplying with powers of two, which also makes subnormals right.
 DS_INLINE vf f16_to_float(vh h) {
-  const vu bits = __builtin_convertvector(h, vu);
+  const vu bits = widen_words(h);
   const vu sign = (bits & 0x8000u) << 16, body = (bits & 0x7FFFu) << 13;
   const vf magnitude = (vf)body * splat(0x1p112f);
   const vu special = (vu)(body >= (vu{} + 0x0F800000u));  // infinity and NaN keep the full exponent
@@ -94,7 +118,7 @@ DS_INLINE vh float_to_f16(vf a) {
   vu out = (is_small & small) | (~is_small & normal);
   out = (is_large & (vu{} + 0x7C00u)) | (~is_large & out);
   out = (is_nan & (((mag >> 13) & 0x3FFu) | 0x7E00u)) | (~is_nan & out);
-  return __builtin_convertvector(out | sign, vh);
+  return narrow_words(out | sign);
 }
 #endif
 
@@ -115,6 +139,48 @@ DS_INLINE void store(bf16* p, vf a) {
 }
 DS_INLINE void store(f16* p, vf a) {
   *(vh_at*)p = float_to_f16(a);
+}
+
+// Vectors of a cache line.
+template <class T>
+constexpr int LINE = 64 / (int)sizeof(T) / W;
+
+// Stores that go past the caches, so that a line is not read before it is overwritten: to addresses that are multiples of the
+// vector, the whole of a line one after another, and `end_stream` before another thread may read.
+#if defined(__AVX512F__)
+DS_INLINE void stream(float* p, vf a) {
+  _mm512_stream_ps(p, (__m512)a);
+}
+DS_INLINE void stream_words(void* p, vh h) {
+  _mm256_stream_si256((__m256i*)p, (__m256i)h);
+}
+DS_INLINE void end_stream() {
+  _mm_sfence();
+}
+#elif defined(__AVX2__)
+DS_INLINE void stream(float* p, vf a) {
+  _mm256_stream_ps(p, (__m256)a);
+}
+DS_INLINE void stream_words(void* p, vh h) {
+  _mm_stream_si128((__m128i*)p, (__m128i)h);
+}
+DS_INLINE void end_stream() {
+  _mm_sfence();
+}
+#else
+DS_INLINE void stream(float* p, vf a) {
+  store(p, a);
+}
+DS_INLINE void stream_words(void* p, vh h) {
+  *(vh_at*)p = h;
+}
+DS_INLINE void end_stream() {}
+#endif
+DS_INLINE void stream(bf16* p, vf a) {
+  stream_words(p, float_to_bf16(a));
+}
+DS_INLINE void stream(f16* p, vf a) {
+  stream_words(p, float_to_f16(a));
 }
 
 // The last n < W numbers of a row; the lanes beyond hold `fill`.
@@ -175,6 +241,17 @@ DS_INLINE void put(T* p, vf a, int64_t n) {
   }
 }
 
+#if defined(__AVX512F__)
+DS_INLINE float sum(vf a) {
+  return _mm512_reduce_add_ps((__m512)a);
+}
+#elif defined(__AVX2__)
+DS_INLINE float sum(vf a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+#else
 DS_INLINE float sum(vf a) {
   float lane[W];
   *(vf_at*)lane = a;
@@ -183,6 +260,7 @@ DS_INLINE float sum(vf a) {
   }
   return lane[0];
 }
+#endif
 
 // The value as the storage will hold it: what is normalised is what is stored, and what the backward pass reads again.
 DS_INLINE vf as_stored(vf a, const float*) {
@@ -206,6 +284,37 @@ DS_INLINE void for_row(int64_t D, const F& body) {
   int64_t d = 0;
   for (; d + W <= D; d += W) body(whole_t<true>{}, d, (int64_t)W);
   if (d < D) body(whole_t<false>{}, d, D - d);
+}
+
+// N whole vectors, or for 0 the rest of a row that is less than one.
+template <int N>
+struct vectors_t {
+  static constexpr int count = N > 0 ? N : 1;
+  static constexpr bool whole = N > 0;
+  template <class T>
+  static DS_INLINE vf get(const T* p, int64_t n) {
+    return cpu::get<whole>(p, n);
+  }
+  // `STREAM`: past the caches where this is a line of its own.
+  template <bool STREAM, class T>
+  static DS_INLINE void put(T* p, vf a, int64_t n) {
+    if constexpr (STREAM && N == LINE<T>) {
+      stream(p, a);
+    } else {
+      cpu::put<whole>(p, a, n);
+    }
+  }
+};
+
+// body(vectors_t<U>{}, d, n) over a row, U vectors at a time, then one at a time, then the rest of n < W.
+template <int U, class F>
+DS_INLINE void for_vectors(int64_t D, const F& body) {
+  int64_t d = 0;
+  for (; d + U * W <= D; d += U * W) body(vectors_t<U>{}, d, (int64_t)W);
+  if constexpr (U > 1) {
+    for (; d + W <= D; d += W) body(vectors_t<1>{}, d, (int64_t)W);
+  }
+  if (d < D) body(vectors_t<0>{}, d, D - d);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 TARGET = "0x020a000000000000"  # torch 2.10: the oldest whose C shim has parallel_for
 HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
-HOST_FLAGS += ["-Wall", "-Wno-maybe-uninitialized"]  # GCC 12 sees its own AVX-512 header as uninitialised
+HOST_FLAGS += ["-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # as which GCC 12 sees its own AVX-512 header
 LINK_FLAGS = ["-shared", "-Wl,-s"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
