@@ -28,7 +28,7 @@ def conduct(
     *,
     show: Show,
     say: Callable[[str], None],
-    engine: str = "local",
+    engine: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Do all that a study still lacks.
@@ -37,8 +37,8 @@ def conduct(
         study: what to carry out.
         show: called with (stage, progress of the runs or None).
         say: takes sentences that a person should see.
-        engine: where the runs are trained: "local", "slurm" or "ray". Default: "local".
-        options: of the engine; see ``ditscale.scaling.execute.open_engine``. Default: none.
+        engine: where the runs are trained: "local", "slurm" or "ray". Default: the study's.
+        options: of the engine, before those of the study; see ``ditscale.scaling.execute.open_engine``. Default: none.
 
     Returns:
         The outcome, as in outcome.json.
@@ -55,12 +55,14 @@ def conduct(
             show(stage, progress)
 
         config = study.config
+        place = engine or config.engine
+        settings = (dict(config.engine_options) if place == config.engine else {}) | dict(options or {})
         for complaint in study.records()[1]:
             say(f"{complaint}; its run is trained again")
 
         def train(runs: list[PlannedRun], workers: int, threads: int, stage: str) -> None:
-            place = open_engine(engine, study, workers=workers, threads=threads, options=options)
-            execute(study, runs, place, show=lambda progress: tick(stage, progress), say=say)
+            opened = open_engine(place, study, workers=workers, threads=threads, options=settings)
+            execute(study, runs, opened, show=lambda progress: tick(stage, progress), say=say)
 
         train(study.grid, config.workers, config.threads, "training the grid")
         study.write_table()

@@ -16,10 +16,9 @@ from typing import Any
 
 from ditscale.dit.files import read_json
 from ditscale.errors import InputError
-from ditscale.scaling.jobs import Engine, Job
+from ditscale.scaling.jobs import ENGINES, Engine, Job
 from ditscale.scaling.study import PlannedRun, Study
 
-ENGINES = ("local", "slurm", "ray")
 # The end of a metrics file that surely holds its last whole line.
 _TAIL_BYTES = 4096
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ditscale.errors import InputError
 
+ENGINES = ("local", "slurm", "ray")
 # How often a job is begun again after its process died, before the study stops and says so.
 ATTEMPTS = 3
 _ASK_SECONDS = 1.0

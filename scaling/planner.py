@@ -207,7 +207,7 @@ def plan(
         raise InputError(f"inference-images: expected 0 or more, got {inference_images!r}")
     if sum(v is not None for v in (budget, target_loss, hours)) != 1:
         raise InputError("budget: expected exactly one of budget, target-loss and hours")
-    rate, machine = _machine(gpu, mfu, flops_per_second, gpus)
+    rate, machine = machine_rate(gpu, mfu, flops_per_second, gpus)
     if hours is not None:
         if rate is None:
             raise InputError("gpu: expected a machine (--gpu or --flops-per-second) to turn hours into FLOPs")
@@ -255,9 +255,10 @@ def plan(
     return out
 
 
-def _machine(
+def machine_rate(
     gpu: str | None, mfu: float | None, flops_per_second: float | None, gpus: int
 ) -> tuple[float | None, dict[str, Any] | None]:
+    """FLOP/s of one machine in training, and what is known of it; None and None where none is named."""
     if flops_per_second is not None:
         share = flops_per_second / peak_flops(gpu) if gpu else None
         return flops_per_second, {

@@ -27,6 +27,7 @@ from ditscale.dit.config import DiTConfig, read_toml
 from ditscale.dit.files import read_json, write_atomically, write_json
 from ditscale.dit.flops import CONVENTION, count
 from ditscale.errors import InputError
+from ditscale.scaling.jobs import ENGINES
 
 SCHEMA = 1
 
@@ -53,6 +54,9 @@ class StudyConfig:
         execution: fields of ``ditscale.dit.training.Execution``: how each run is carried out.
         workers: processes that train at once. Default: 2.
         threads: threads of each. Default: 1.
+        engine: where the runs are trained, "local", "slurm" or "ray"; like its options no part of what the study is.
+            Default: "local".
+        engine_options: of "slurm" (submitit's parameters) or "ray" (its address, a task's resources). Default: none.
         seed: of the study. Default: 0.
 
     Raises:
@@ -75,6 +79,8 @@ class StudyConfig:
     execution: Mapping[str, Any] = field(default_factory=dict)
     workers: int = 2
     threads: int = 1
+    engine: str = "local"
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,6 +101,12 @@ class StudyConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        if self.engine not in ENGINES:
+            raise InputError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.engine == "local" and self.engine_options:
+            raise InputError(
+                f"engine_options: expected none for the local engine, got {next(iter(self.engine_options))}"
+            )
         widths = tuple(self.widths)
         if (
             len(widths) == 1
@@ -110,7 +122,7 @@ class StudyConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> StudyConfig:
-        """Read a study from TOML: the fields at the top, ``[model]`` and ``[training]`` as tables."""
+        """Read a study from TOML: the fields at the top, ``[model]``, ``[training]``, ``[execution]`` as tables."""
         values = read_toml(path)
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
@@ -226,6 +238,11 @@ def design(config: StudyConfig) -> list[PlannedRun]:
     return grid
 
 
+def _without_place(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's fields without those that say where its runs are trained."""
+    return {name: value for name, value in config.items() if not name.startswith("engine")}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -272,8 +289,9 @@ class Study:
         if path.is_file():
             study = cls(folder)
             mine = json.loads(json.dumps(dataclasses.asdict(config), default=dict))
-            if study.plan["config"] != mine:
+            if _without_place(study.plan["config"]) != _without_place(mine):
                 raise InputError(f"{folder}: expected an empty folder or this study, got another study's")
+            study.config = config  # which may name another place to train
             return study
         if present:
             raise InputError(f"{folder}: expected an empty folder or a study's, got {present[0]!r} in it")

@@ -32,27 +32,42 @@ def register(app: typer.Typer) -> None:
 def design(
     config: Annotated[Path, typer.Argument(help="A study in TOML.")],
     out: Annotated[Path | None, typer.Option(help="Make the study's folder here. Default: only show.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Say how many hours of this machine it takes: h100, a100, ...")
+    ] = None,
+    mfu: Annotated[float | None, typer.Option(help="Measured share of the GPU's peak.")] = None,
     as_json: Json = False,
 ) -> None:
     """Lay out the grid of a study from the exact ledger."""
+    from ditscale.scaling.planner import machine_rate
     from ditscale.scaling.study import Study, StudyConfig
     from ditscale.scaling.study import design as lay_out
 
+    rate, machine = machine_rate(gpu, mfu, None, 1)
     plan = StudyConfig.from_toml(config)
     grid = Study.create(out, plan).grid if out is not None else lay_out(plan)
+    total = sum(row.flops for row in grid)
+    if machine is not None and rate is not None:
+        machine |= {"grid_hours": total / rate / 3600, "target_hours": plan.target / rate / 3600}
     if as_json:
         rows = [row.to_dict() for row in grid]
-        typer.echo(json.dumps({"name": plan.name, "target_budget": plan.target, "grid": rows}))
+        typer.echo(json.dumps({"name": plan.name, "target_budget": plan.target, "grid": rows, "machine": machine}))
         return
     _print_grid(grid, {})
-    total = sum(row.flops for row in grid)
     typer.echo(f"{len(grid)} runs, {total:.3g} training FLOPs, then {plan.target:.3g} for the predicted run")
+    if machine is not None:
+        typer.echo(
+            f"{machine['grid_hours']:.3g} h and {machine['target_hours']:.3g} h on one {gpu} at MFU "
+            f"{machine['mfu']:.2f} ({machine['mfu_source']})"
+        )
 
 
 def run(
     study: Annotated[Path, typer.Argument(help="A study in TOML (with --out), or a study's folder.")],
     out: Annotated[Path | None, typer.Option(help="The study's folder, where a TOML file is given.")] = None,
-    engine: Annotated[str, typer.Option(help="Where the runs are trained: local, slurm or ray.")] = "local",
+    engine: Annotated[
+        str | None, typer.Option(help="Where the runs are trained: local, slurm or ray. Default: as the study says.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE for slurm (submitit's parameters) or ray; give it again for more."),
@@ -137,7 +152,9 @@ def _options(given: list[str]) -> dict[str, Any]:
     return options
 
 
-def _carry_out(study: Study, *, as_json: bool, engine: str = "local", options: dict[str, Any] | None = None) -> None:
+def _carry_out(
+    study: Study, *, as_json: bool, engine: str | None = None, options: dict[str, Any] | None = None
+) -> None:
     from ditscale.scaling.conduct import conduct
     from ditscale.scaling.execute import Interrupted
 

@@ -176,3 +176,15 @@ def test_a_study_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
         record = json.loads((folder / "runs" / prediction["run_id"] / "run.json").read_text())
         assert prediction["made_at"] <= record["started_at"]
     assert results[0] == results[1]
+
+
+def test_where_a_study_is_trained_is_no_part_of_it(tmp_path):
+    study = Study.create(tmp_path / "study", small())
+    moved = Study.create(tmp_path / "study", small(engine="slurm", engine_options={"slurm_partition": "gpu"}))
+    assert moved.config.engine == "slurm" and moved.grid == study.grid
+    with pytest.raises(InputError, match="another study's"):
+        Study.create(tmp_path / "study", small(seed=1))
+    with pytest.raises(InputError, match="engine: expected one of local, slurm, ray, got 'k8s'"):
+        small(engine="k8s")
+    with pytest.raises(InputError, match="engine_options: expected none for the local engine, got num_gpus"):
+        small(engine_options={"num_gpus": 1})
