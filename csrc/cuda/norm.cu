@@ -25,10 +25,11 @@ __device__ __forceinline__ void finish_moments(
   *rstd = 1.0f / sqrtf((variance < 0.f ? 0.f : variance) + eps);
 }
 
-// Mean and deviation of ROWS rows held as packs: the sums, then the centred squares, over registers.
+// Mean and deviation of ROWS rows held as packs: the sums, then the centred squares, over registers. A buffer is written again
+// only behind the barrier of the other one: without means there is one sum, and `turn` alternates between the two.
 template <class T, int N, int ROWS>
 __device__ __forceinline__ void row_moments(
-    const Pack<T, N> (&x)[ROWS], bool active, int64_t D, float eps, bool rms, float (*buffer)[2 * ROWS * 32],
+    const Pack<T, N> (&x)[ROWS], bool active, int64_t D, float eps, bool rms, float (*buffer)[2 * ROWS * 32], int64_t turn,
     float (&mean)[ROWS], float (&rstd)[ROWS]) {
   float total[ROWS];
 #pragma unroll
@@ -55,7 +56,7 @@ __device__ __forceinline__ void row_moments(
       centred[2 * i + 1] += c * c;
     }
   }
-  block_sum<2 * ROWS>(centred, buffer[1]);
+  block_sum<2 * ROWS>(centred, buffer[rms ? turn % 2 : 1]);
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) finish_moments(centred[2 * i], centred[2 * i + 1], D, eps, rms, &mean[i], &rstd[i]);
 }
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(FAST_THREADS<T>) forward_fast(ForwardArgs a, i
       }
     }
     float mean[ROWS], rstd[ROWS];
-    row_moments<T, N, ROWS>(x, active, a.D, a.eps, a.rms, buffer, mean, rstd);
+    row_moments<T, N, ROWS>(x, active, a.D, a.eps, a.rms, buffer, (t0 - first) / ROWS, mean, rstd);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       if (t0 + i >= last) break;
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(FAST_THREADS<T>)
         ++b;
       }
     }
-    if (a.rstd == nullptr) row_moments<T, N, ROWS>(x, active, a.D, a.eps, a.rms, buffer, mean, rstd);
+    if (a.rstd == nullptr) row_moments<T, N, ROWS>(x, active, a.D, a.eps, a.rms, buffer, 1, mean, rstd);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       pair[2 * i] = pair[2 * i + 1] = 0.f;
