@@ -4,6 +4,7 @@ asked for with ``-m slow``. On each a worker is killed in the middle of a run, a
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -70,9 +71,10 @@ class Killer:
         for run_id in [] if self.killed else progress.active:
             folder = self.study.run_folder(run_id)
             if list(folder.glob("checkpoint-*.json")):
-                self.killed += holders(folder / ".lock")
-                for pid in self.killed:
-                    os.kill(pid, signal.SIGKILL)
+                for pid in holders(folder / ".lock"):
+                    with contextlib.suppress(ProcessLookupError):  # it ended by itself, or with another of them
+                        os.kill(pid, signal.SIGKILL)
+                        self.killed.append(pid)
 
 
 def holders(path):
