@@ -53,5 +53,6 @@ def test_example_configurations_are_possible():
     from ditscale.scaling.study import StudyConfig, design
 
     assert TrainConfig.from_dict(read_toml(ROOT / "examples/train.toml")).steps > 100
-    config = StudyConfig.from_toml(ROOT / "examples/study.toml")
-    assert len(design(config)) == len(config.budgets) * config.sizes
+    for name in ("study.toml", "study_h100.toml"):
+        config = StudyConfig.from_toml(ROOT / "examples" / name)
+        assert len(design(config)) == len(config.budgets) * config.sizes, name
