@@ -14,6 +14,13 @@
 #include <optional>
 #include <tuple>
 
+// Turns what a function of the C shim returns into an exception; torch 2.10 and 2.11 have it under another name.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define DS_SHIM_CHECK STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define DS_SHIM_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace ditscale {
 
 using torch::headeronly::ScalarType;
@@ -52,10 +59,10 @@ inline Tensor allocate(std::initializer_list<int64_t> sizes, int32_t dtype, cons
     run *= size[d] > 1 ? size[d] : 1;
   }
   int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  DS_SHIM_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  DS_SHIM_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  DS_SHIM_CHECK(
       aoti_torch_empty_strided(dims, size, stride, dtype, device_type, device_index, &handle));
   Tensor out(handle);
   if (poisoned() && device_type == aoti_torch_device_type_cpu()) {
@@ -66,7 +73,7 @@ inline Tensor allocate(std::initializer_list<int64_t> sizes, int32_t dtype, cons
 
 inline int32_t dtype_of(const Tensor& t) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  DS_SHIM_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
 }
 
@@ -84,10 +91,10 @@ inline Shape shape_of(const Tensor& x) {
 // Torch picks the kernel by the device of any one argument: the others must be there too.
 inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
   int32_t type = 0, index = 0, type_x = 0, index_x = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type_x));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index_x));
+  DS_SHIM_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  DS_SHIM_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  DS_SHIM_CHECK(aoti_torch_get_device_type(x.get(), &type_x));
+  DS_SHIM_CHECK(aoti_torch_get_device_index(x.get(), &index_x));
   STD_TORCH_CHECK(type == type_x && index == index_x, name, ": expected a tensor on the device of x");
 }
 

@@ -38,7 +38,7 @@ inline CurrentStream current_stream() {
 // Makes the tensor's device current and knows the stream that torch runs on there.
 struct OnDevice {
   explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(t.get_device_index(), &stream));
+    DS_SHIM_CHECK(current_stream()(t.get_device_index(), &stream));
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
