@@ -53,6 +53,8 @@ def test_recomputed_blocks_change_no_bit_and_are_charged(tmp_path):
 
 
 @pytest.mark.slow  # the compiler takes half a minute
+# Dynamo looks at .grad of what is no leaf, and hides the warning unless warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_blocks_train_alike(tmp_path):
     plain = train(tiny(), tmp_path / "plain")
     compiled = train(tiny(), tmp_path / "compiled", execution=Execution(compile=True))
