@@ -16,16 +16,14 @@ from ditscale.kernels import library
 # What Triton's interpreter and the emulated CUDA kernels run by default: a call of every kind, each dtype, the widths of DiT-S,
 # DiT-XL and the widest, one that is not aligned. They take a thousand times as long as a CPU kernel; the rest is slow tests.
 QUICK_INTERPRETED = {
-    "test_values_and_gradients": "one-of-each-fp32|dit-s-bf16|dit-xl-bf16|dit-xl-fp32|head-128-fp16|odd-fp16",
+    "test_values_and_gradients": "one-of-each-fp32|dit-s-bf16|dit-xl-fp32|odd-fp16",
     "test_cross_attention": "33-200-fp16",
     "test_grouped_queries": "4-2-40",
     "test_lengths": "bf16",
     "test_key_bias": "mask-bf16",
     "test_packed_sequences": "fp16",
     "test_packed_sequences_across": "",
-    "test_negative_and_zero_scale": "",
-    "test_peaked_weights": "30",
-    "test_random_calls": "-[0-3]]",
+    "test_random_calls": "-[01]]",
     "test_packed_is_the_same_to_the_bit": "odd-bf16",
     "test_empty": "",
     "test_nan_of_a_query_stays_in_its_row": "bf16|fp32",
