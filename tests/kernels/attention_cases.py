@@ -13,8 +13,8 @@ from torch import Tensor
 from ditscale import kernels
 from ditscale.kernels import library
 
-# What Triton's interpreter and the emulated CUDA kernels run by default: a call of every kind, each dtype, the widths of DiT-S,
-# DiT-XL and the widest, one that is not aligned. They take a thousand times as long as a CPU kernel; the rest is slow tests.
+# What Triton's interpreter and the emulated CUDA kernels run by default: a call of every kind, each dtype, the widths of DiT-S
+# and DiT-XL, one that is not aligned. They take a thousand times as long as a CPU kernel; the rest is slow tests.
 QUICK_INTERPRETED = {
     "test_values_and_gradients": "one-of-each-fp32|dit-s-bf16|dit-xl-fp32|odd-fp16",
     "test_cross_attention": "33-200-fp16",
