@@ -104,9 +104,13 @@ def measure_quality(
         scenes ``caption_match``, and everything that they depend on.
 
     Raises:
-        InputError: the data or the feature network cannot be had.
+        InputError: the data or the feature network cannot be had, or the model draws latents.
     """
     settings = settings or QualitySettings()
+    if plan.model.latent_factor > 1:  # the reference would be latents, which no feature network knows
+        raise InputError(
+            f"samples: expected a model of pixels to measure, got one of latents (latent_factor {plan.model.latent_factor})"
+        )
     network = open_network(settings.features, device=device)
     prompts = _fresh(plan, seed_for(settings.seed, "prompts"))
     real = reference_features(network, _fresh(plan, seed_for(settings.seed, "reference")), settings.reference)

@@ -230,6 +230,12 @@ def test_inception_by_torch_fidelity(tmp_path, monkeypatch):
     assert torch.equal(network.features(images), random(images)[0])
 
 
+def test_a_model_of_latents_is_refused_before_anything_is_drawn():
+    latent = dataclasses.replace(MODEL, image_size=32, latent_factor=8, in_channels=4, patch=2)
+    with pytest.raises(InputError, match="expected a model of pixels"):
+        measure_quality(DiT(latent), PLAN.flow, dataclasses.replace(PLAN, model=latent), FEW)
+
+
 @pytest.mark.parametrize("spec", ["vgg", "scenes:x", "clip", "inception:/nowhere/weights.pth", "clip:/nowhere"])
 def test_networks_that_cannot_be_had_are_named(spec):
     with pytest.raises(InputError):
