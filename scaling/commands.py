@@ -206,10 +206,16 @@ def plan(
     flops_per_second: Annotated[float | None, typer.Option(help="Measured throughput of one machine.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     hparams: Annotated[str | None, typer.Option(help="A law of batch and learning rate: a name or a file.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels on a side.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML with the DiT's other fields.")] = None,
-    aspect: Annotated[float, typer.Option(help="Width over depth of the DiT.")] = 64.0,
-    head_width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels on a side. Default: of --config, of the study, else 256.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML with the DiT's other fields. Default: the study's models, else a DiT/2.")
+    ] = None,
+    aspect: Annotated[
+        float | None, typer.Option(help="Width over depth of the DiT. Default: the study's rule, else 64.")
+    ] = None,
+    head_width: Annotated[int | None, typer.Option(help="Width of a head. Default: the study's rule, else 64.")] = None,
     params_kind: Annotated[str | None, typer.Option(help="What the law's N counts: per_token or total.")] = None,
     inference_images: Annotated[float, typer.Option(help="Images to be generated in the model's life.")] = 0.0,
     evaluations_per_image: Annotated[float, typer.Option(help="Forward passes an image.")] = 50.0,

@@ -10,6 +10,8 @@ from ditscale.dit.flops import count, count_params
 from ditscale.errors import InputError
 
 PARAM_KINDS = ("per_token", "total")
+# Width over depth of Liang et al. (arXiv:2410.08184), and a head's width, where nothing else is asked for.
+ASPECT, HEAD_WIDTH = 64.0, 64
 _MAX_DEPTH = 256
 # How far the ratio of width to depth may leave the rule for a closer parameter count, and what that costs: a
 # tenth of a relative error in the ratio weighs as much as a hundredth in the parameters.
@@ -22,8 +24,8 @@ def design_config(
     *,
     template: DiTConfig | None = None,
     params_kind: str = "per_token",
-    aspect: float = 64.0,
-    head_width: int = 64,
+    aspect: float = ASPECT,
+    head_width: int = HEAD_WIDTH,
 ) -> DiTConfig:
     """The DiT nearest to a parameter count under a depth-to-width rule.
 
@@ -32,7 +34,7 @@ def design_config(
         template: every field but width, depth and heads. Default: a DiT/2 on 256-pixel latents.
         params_kind: which parameters are meant: "per_token" (those that work on every token: what 6ND counts)
             or "total" (with adaLN modulation, time layers and embeddings).
-        aspect: width over depth. Default: 64, as Liang et al. (arXiv:2410.08184).
+        aspect: width over depth. Default: 64.
         head_width: of every head; the width is a multiple of it. Default: 64.
 
     Raises:
@@ -90,6 +92,7 @@ def describe(config: DiTConfig, budget: float, batch: int | None) -> dict[str, A
         "patch": config.patch,
         "image_size": config.image_size,
         "latent_factor": config.latent_factor,
+        "model": config.to_dict(),
         "params": count_params(config).total,
         "params_per_token": count_params(config).per_token,
         "params_per_sample": count_params(config).per_sample,

@@ -85,9 +85,7 @@ def choose_and_predict(study: Study) -> tuple[PlannedRun, dict[str, Any]]:
     """
     runs = study_table(study)
     wanted = _target_size(study, fit_isoflop(runs).n_law)[0]
-    ladder = study.config.ladder(2.0 * wanted)
-    planned = [plan_run(study.config, model, study.config.target, "prediction") for model in ladder]
-    target = min(planned, key=lambda run: abs(np.log(run.params_per_token / wanted)))
+    target = plan_run(study.config, study.config.nearest(wanted), study.config.target, "prediction")
     forecast = Forecaster(runs).forecast(float(target.params_per_token), float(target.images), float(target.flops))
     if not np.isfinite(forecast.interval_95).all():
         raise InputError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from ditscale.scaling.tradeoffs import compute_for, cost_of_being_wrong, flatnes
 
 if TYPE_CHECKING:
     from ditscale.dit.config import DiTConfig
+    from ditscale.scaling.study import Study
 
 
 @dataclass
@@ -33,7 +36,8 @@ class Plan:
         tokens, images: D in both units where the number of tokens of an image is known.
         configuration: an integer DiT near the optimum, trained on the whole budget (see
             ``configurations.py``), or None.
-        batch_tokens, lr: batch in tokens and peak learning rate, None without a hyper-parameter law.
+        batch_tokens, lr: batch in tokens and peak learning rate: of a hyper-parameter law, else of the study behind
+            the law; None without either.
         hours: wall time, and ``gpu_hours``, ``gpus``, ``gpu``, ``mfu``, ``mfu_source``; None without a
             machine.
         flatness: how much smaller or larger a model costs 1 % more loss at the same compute, None without a
@@ -145,8 +149,8 @@ def plan(
     hparams: Any = None,
     template: DiTConfig | None = None,
     image_size: int | None = None,
-    aspect: float = 64.0,
-    head_width: int = 64,
+    aspect: float | None = None,
+    head_width: int | None = None,
     params_kind: str | None = None,
     configure: bool = True,
     inference_images: float = 0.0,
@@ -165,13 +169,15 @@ def plan(
         mfu: share of its peak that training reaches, measured. Default: 0.4, and the plan says that it is
             assumed.
         flops_per_second: of one machine in training, measured; instead of ``gpu`` and ``mfu``.
-        batch: images a step, for the number of steps. Default: from the hyper-parameter law, else unknown.
+        batch: images a step, for the number of steps. Default: from the hyper-parameter law, else the study's, else
+            unknown.
         hparams: a law of batch and learning rate: a published name, or a fit of :func:`fit_hparams` or its
             file.
-        template: the DiT's other fields. Default: a DiT/2 on 256-pixel latents.
+        template: the DiT's other fields. Default: the models of the study, where the law is a study's folder or
+            laws.json, else a DiT/2 on 256-pixel latents.
         image_size: pixels on a side, instead of the template's.
-        aspect: width over depth. Default: 64.
-        head_width: Default: 64.
+        aspect: width over depth. Default: the study's rule, else 64.
+        head_width: Default: the study's rule, else 64.
         params_kind: which parameters N means: "per_token" or "total". Default: what the column of one's own runs
             counts, "per_token" for published laws.
         configure: design an integer DiT. Default: True.
@@ -237,7 +243,8 @@ def plan(
     else:
         out.images = out.data
     out.quality = {k: v.value for k, v in best.items() if k not in ("params", "data", "loss")}
-    _shape(out, chosen, configure, template, image_size, aspect, head_width, params_kind, batch, hparams)
+    models = _models(law, template, image_size, aspect, head_width)
+    _shape(out, chosen, models, configure, params_kind, batch, hparams)
     if machine and rate:
         total = compute / rate / 3600.0
         out.machine = {**machine, "gpu_hours": total, "hours": total / gpus}
@@ -276,25 +283,73 @@ def machine_rate(
     return peak_flops(gpu) * share, {"gpu": gpu, "gpus": gpus, "mfu": share, "mfu_source": source}
 
 
+@dataclass(frozen=True)
+class _Models:
+    """What a plan chooses its DiT from.
+
+    Attributes:
+        tokens: of one image.
+        nearest: (parameters, which of them count) -> the DiT.
+        batch, lr: that all of them train with, None where that is open.
+    """
+
+    tokens: int
+    nearest: Callable[[float, str], DiTConfig]
+    batch: int | None = None
+    lr: float | None = None
+
+
+def _models(
+    law: Any, template: DiTConfig | None, image_size: int | None, aspect: float | None, head_width: int | None
+) -> _Models:
+    """The study's own models where the law is a study's and no other template or rule was asked for."""
+    from ditscale.dit.config import DiTConfig
+    from ditscale.scaling.configurations import ASPECT, HEAD_WIDTH, design_config
+
+    study = _study_behind(law) if template is None else None
+    if study is not None:
+        family = study.config if image_size is None else study.config.at(image_size)
+        base = family.size(family.widths[0] if family.widths else family.head_width)
+        training = study.plan["training"]
+        if aspect is None and head_width is None:
+            return _Models(base.tokens, family.nearest, training["batch"], training["lr"])
+    else:
+        base = template or DiTConfig()
+        base = base if image_size is None else base.replace(image_size=image_size)
+        training = {}
+
+    def nearest(params: float, kind: str) -> DiTConfig:
+        rule = {"aspect": ASPECT if aspect is None else aspect, "head_width": head_width or HEAD_WIDTH}
+        return design_config(params, template=base, params_kind=kind, **rule)
+
+    return _Models(base.tokens, nearest, training.get("batch"), training.get("lr"))
+
+
+def _study_behind(law: Any) -> Study | None:
+    """The study whose folder, or whose laws.json, a law is read from."""
+    if not isinstance(law, (str, Path)):
+        return None
+    folder = Path(law)
+    folder = folder.parent if folder.name == "laws.json" else folder
+    if not (folder / "study.json").is_file():
+        return None
+    from ditscale.scaling.study import Study
+
+    return Study(folder)
+
+
 def _shape(
     out: Plan,
     law: Allocation,
+    models: _Models,
     configure: bool,
-    template: DiTConfig | None,
-    image_size: int | None,
-    aspect: float,
-    head_width: int,
     params_kind: str | None,
     batch: int | None,
     hparams: Any,
 ) -> None:
-    from ditscale.dit.config import DiTConfig
-    from ditscale.scaling.configurations import describe, design_config
+    from ditscale.scaling.configurations import describe
 
-    base = template or DiTConfig()
-    if image_size is not None:
-        base = base.replace(image_size=image_size)
-    tokens_per_image = base.tokens
+    tokens_per_image = models.tokens
     if law.data_unit == "images" and out.data is not None:
         out.tokens = out.data * tokens_per_image
     elif out.data is not None:
@@ -309,13 +364,18 @@ def _shape(
             out.lr = hyper.lr(*run)
         if isinstance(hyper, HyperLaw):
             out.intervals.update({name: ends(*run) for name, ends in hyper.intervals.items()})
+    if batch is None and models.batch is not None:
+        batch = models.batch
+    if out.batch_tokens is None and batch is not None and models.batch is not None:
+        out.batch_tokens = float(batch * tokens_per_image)
+    out.lr = models.lr if out.lr is None else out.lr
     if not configure:
         return
     if not law.allocates:
         out.warnings.append("no configuration: this law's size is not a number of parameters")
         return
     kind = params_kind or law.counts
-    config = design_config(out.params, template=base, params_kind=kind, aspect=aspect, head_width=head_width)
+    config = models.nearest(out.params, kind)
     shape = describe(config, out.budget, batch)
     shape["params_kind"] = kind
     out.configuration = shape

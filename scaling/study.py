@@ -27,6 +27,7 @@ from ditscale.dit.config import DiTConfig, read_toml
 from ditscale.dit.files import read_json, write_atomically, write_json
 from ditscale.dit.flops import CONVENTION, count
 from ditscale.errors import InputError
+from ditscale.scaling.configurations import counted
 from ditscale.scaling.jobs import ENGINES
 
 SCHEMA = 1
@@ -152,6 +153,14 @@ class StudyConfig:
                 break
             models.append(model)
         return models
+
+    def nearest(self, params: float, kind: str = "per_token") -> DiTConfig:
+        """The study's model whose number of parameters is nearest: those that work per token, or their "total"."""
+        return min(self.ladder(2.0 * params), key=lambda model: abs(math.log(counted(model, kind) / params)))
+
+    def at(self, image_size: int) -> StudyConfig:
+        """The same study of images of another size in pixels."""
+        return dataclasses.replace(self, model={**self.model, "image_size": image_size})
 
     def optimum(self, budget: float) -> float:
         """The prior's best per-token parameter count at a budget."""

@@ -15,6 +15,7 @@ from ditscale.errors import InputError
 from ditscale.scaling import RunTable, fit_isoflop, fit_surface, plan
 from ditscale.scaling.configurations import counted, design_config
 from ditscale.scaling.gpus import peak_flops
+from ditscale.scaling.study import Study, StudyConfig
 
 
 def test_the_published_plan() -> None:
@@ -213,3 +214,47 @@ def test_a_studys_laws_hold_no_clock_and_plan_all_the_same(tmp_path: Path) -> No
     fit = fit_surface(study(noise=0.004))
     (tmp_path / "laws.json").write_text(json.dumps(without_times({"surface": fit.to_json()})))
     assert plan(str(tmp_path), budget=1e20).params == pytest.approx(plan(fit, budget=1e20).params, rel=1e-12)
+
+
+def test_a_studys_plan_is_of_its_own_models(tmp_path: Path) -> None:
+    study_of = StudyConfig(
+        name="narrow",
+        budgets=(10**12, 10**13, 10**14),
+        target=10**15,
+        prior_coefficient=0.36,
+        prior_exponent=0.47,
+        head_width=8,
+        depth=3,
+        model={"image_size": 32, "latent_factor": 1, "in_channels": 3, "patch": 8, "condition": "none"},
+        training={"batch": 24, "lr": 5e-3},
+    )
+    own = Study.create(tmp_path, study_of)
+    table = study(noise=0.004)
+    columns = {"params_per_token": table.params, "images": table.data, "flops": table.flops, "loss": table.loss}
+    fit = fit_surface(RunTable.from_columns(columns, params="params_per_token"))
+    (tmp_path / "laws.json").write_text(json.dumps({"surface": fit.to_json()}))
+    for law in (tmp_path, tmp_path / "laws.json"):
+        p = plan(law, budget=1e20)
+        c = p.configuration
+        assert c is not None
+        # Depth, patch, pixels, channels and conditioning of the study, and its width nearest to N_opt.
+        model = DiTConfig.from_dict(c["model"])
+        assert model == study_of.size(model.width) and model.depth == 3 and model.patch == 8
+        assert c["params_per_token"] == pytest.approx(p.params, rel=0.02)
+        assert p.tokens == pytest.approx(16 * p.images)
+        # What its runs trained with, where no other law of batch and rate was given.
+        assert (c["batch"], p.lr, p.batch_tokens) == (24, own.plan["training"]["lr"], 24 * 16)
+        assert c["steps"] == c["images"] // 24
+    larger = plan(tmp_path, budget=1e20, image_size=64).configuration
+    assert larger is not None and larger["tokens_per_image"] == 64 and larger["depth"] == 3
+    deeper = plan(tmp_path, budget=1e20, aspect=32, head_width=32).configuration
+    assert deeper is not None and deeper["depth"] > 10 and deeper["patch"] == 8
+    other = plan(tmp_path, budget=1e20, template=DiTConfig(patch=4), batch=7)
+    assert other.configuration is not None and other.configuration["patch"] == 4
+    assert other.lr is None and other.configuration["batch"] == 7
+    tuned = plan(tmp_path, budget=1e20, hparams="steplaw2025")
+    assert tuned.lr == pytest.approx(1.7973 * tuned.params**-0.71292 * tuned.tokens**0.30749)
+    assert tuned.configuration is not None and tuned.configuration["batch"] != 24
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(InputError, match="expected a study of schema 1, got a damaged one"):
+        plan(tmp_path, budget=1e20)
