@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 File = Annotated[
-    Path, typer.Argument(help="CSV, JSONL, JSON or Parquet with one finished run a row, or a study's folder.")
+    Path,
+    typer.Argument(help="CSV, JSONL, JSON or Parquet with one finished run a row, trackio's .db, or a study's folder."),
 ]
 Column = Annotated[str | None, typer.Option(help="Column of this role. Default: the column of that name.")]
 Where = Annotated[str | None, typer.Option(help="Keep rows for which this holds: 'params > 1e7 and lr == 0.001'.")]

@@ -319,8 +319,13 @@ def _models(
         training = {}
 
     def nearest(params: float, kind: str) -> DiTConfig:
-        rule = {"aspect": ASPECT if aspect is None else aspect, "head_width": head_width or HEAD_WIDTH}
-        return design_config(params, template=base, params_kind=kind, **rule)
+        return design_config(
+            params,
+            template=base,
+            params_kind=kind,
+            aspect=ASPECT if aspect is None else aspect,
+            head_width=HEAD_WIDTH if head_width is None else head_width,
+        )
 
     return _Models(base.tokens, nearest, training.get("batch"), training.get("lr"))
 

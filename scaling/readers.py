@@ -1,10 +1,10 @@
-"""Reading run tables: CSV, JSON lines, JSON, Parquet, exports of trackers, study folders."""
+"""Reading run tables: CSV, JSON lines, JSON, Parquet, trackers' files and exports, study folders."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditscale.errors import InputError
+from ditscale.scaling.trackers import flatten, has_records, read_trackio, unpack
 
 # A law is fitted to finished runs; a longer file is a log of steps and must be reduced to one row a run first.
 MAX_ROWS = 50_000
 # A JSON document is read as a whole.
 MAX_JSON_BYTES = 128 * 2**20
 _SAMPLE = 65_536
+_PACKED = {
+    b"\x1f\x8b": "a gzip file; unpack it first",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; export it as CSV",
+    b"\x28\xb5\x2f\xfd": "a zstandard file; unpack it first",
+}
 
 Columns = dict[str, list[Any]]
 
@@ -34,8 +40,17 @@ def read_columns(path: Path) -> tuple[Columns, NDArray[np.int64]]:
         raise InputError(f"{path}: expected a file or a study folder, got nothing there")
     suffix = path.suffix.lower()
     try:
-        if suffix in (".parquet", ".pq"):
+        begins = b""
+        if path.is_file():  # what a pipe holds can be read once
+            with path.open("rb") as stream:
+                begins = stream.read(16)
+        if begins.startswith(b"SQLite format 3"):
+            return _from_records(read_trackio(path, MAX_ROWS), str(path), first=1)
+        if suffix in (".parquet", ".pq") or begins.startswith(b"PAR1"):
             return _parquet(path)
+        for magic, kind in _PACKED.items():
+            if begins.startswith(magic):
+                raise InputError(f"{path}: expected a table as text (CSV, JSON lines) or Parquet, got {kind}")
         if suffix in (".jsonl", ".ndjson"):
             return _json_lines(path)
         if suffix == ".json":
@@ -82,7 +97,15 @@ def _csv(path: Path) -> tuple[Columns, NDArray[np.int64]]:
             raise InputError(f"{path}: expected a CSV table, got {error} in line {reader.line_num}") from None
     if not lines:
         raise InputError(f"{path}: expected at least one row below the header, got none")
-    return {name: _numbers(column) for name, column in zip(header, cells, strict=True)}, np.array(lines)
+    columns = {name: _numbers(column) for name, column in zip(header, cells, strict=True)}
+    return _unpacked(columns, np.array(lines), path)
+
+
+def _unpacked(columns: Columns, rows: NDArray[np.int64], path: Path) -> tuple[Columns, NDArray[np.int64]]:
+    """A table whose cells hold whole configs (wandb's runs as pandas writes them) with one column a setting."""
+    if not has_records(columns):
+        return columns, rows
+    return _from_records(unpack(columns, rows, str(path)), str(path), first=1)[0], rows
 
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
@@ -185,33 +208,17 @@ def _parquet(path: Path) -> tuple[Columns, NDArray[np.int64]]:
             raise InputError(f"{path}: expected every column name once, got {name!r} twice")
     if table.num_rows == 0:
         raise InputError(f"{path}: expected at least one row, got none")
-    return {n: table.column(n).to_pylist() for n in names}, np.arange(1, table.num_rows + 1)
+    return _unpacked({n: table.column(n).to_pylist() for n in names}, np.arange(1, table.num_rows + 1), path)
 
 
-def _from_records(records: list[Mapping[str, Any]], source: str, *, first: int) -> tuple[Columns, NDArray[np.int64]]:
+def _from_records(
+    records: Sequence[Mapping[str, Any]], source: str, *, first: int
+) -> tuple[Columns, NDArray[np.int64]]:
     if not records:
         raise InputError(f"{source}: expected at least one run, got none")
-    flat = [_flatten(r) for r in records]
+    flat = [flatten(r) for r in records]
     names = dict.fromkeys(name for r in flat for name in r)
     return {n: [r.get(n) for r in flat] for n in names}, np.arange(first, first + len(flat))
-
-
-def _flatten(record: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[str, Any]:
-    """Nested values as ``outer.inner``; a tracker's ``config``, ``summary`` and ``metrics`` lose their prefix."""
-    out: dict[str, Any] = {}
-    for key, value in record.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and depth < 4:
-            if set(value) == {"value"} or set(value) == {"value", "desc"}:  # wandb wraps config entries so
-                out[name] = value["value"]
-                continue
-            wrapper = depth == 0 and key in ("config", "summary", "summary_metrics", "metrics")
-            out.update(_flatten(value, "" if wrapper else f"{name}.", depth + 1))
-        elif isinstance(value, bool):
-            out[name] = str(value).lower()
-        elif not isinstance(value, list):
-            out[name] = value
-    return out
 
 
 def _study_records(folder: Path) -> list[Mapping[str, Any]]:

@@ -55,7 +55,7 @@ class RunTable:
         last_step: bool = False,
         pool: bool = False,
     ) -> RunTable:
-        """Read runs from CSV, JSONL, JSON, Parquet, a wandb or trackio export, or a study folder.
+        """Read runs from CSV, JSONL, JSON, Parquet, trackio's file, a wandb or trackio export, or a study folder.
 
         Rows that are equal in every column count once: they are one run, exported twice.
 

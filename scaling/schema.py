@@ -54,7 +54,7 @@ POOL_COLUMNS = tuple(name for column in COLUMNS if column.alike for name in (col
 # Of these, what a comparison of two designs or data sets is about.
 COMPARED_COLUMNS = ("architecture", "data", "dataset", "data_set", "data_sha256")
 # A tracker's step log has several rows a run; a law takes one.
-RUN_COLUMNS = ("run_name", "run_id", "run", "name", "Name")
+RUN_COLUMNS = ("run_id", "run_name", "run", "name", "Name")
 STEP_COLUMNS = ("step", "_step", "global_step", "Step")
 
 

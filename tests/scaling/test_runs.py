@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import sqlite3
 import time
 from pathlib import Path
 
@@ -231,6 +234,129 @@ def test_a_trackers_step_log_is_reduced_when_told_to_and_refused_otherwise(tmp_p
     assert len(RunTable.read(path, pool=True)) == 12
     with pytest.raises(InputError, match="last-step: expected a column of runs"):
         RunTable.read(_csv(tmp_path, _as_csv()), last_step=True)
+
+
+def _trackio(path: Path, *, old: bool = False) -> Path:
+    """A project's file as trackio 0.43 makes it (with ``old``, before runs had ids)."""
+    run_id = "" if old else "run_id TEXT NOT NULL, "
+    key = "run_name" if old else "run_id, run_name"
+    database = sqlite3.connect(path)
+    database.execute(
+        f"CREATE TABLE metrics (id INTEGER PRIMARY KEY AUTOINCREMENT, {run_id}timestamp TEXT NOT NULL, "
+        "run_name TEXT NOT NULL, step INTEGER NOT NULL, metrics TEXT NOT NULL)"
+    )
+    database.execute(
+        f"CREATE TABLE configs (id INTEGER PRIMARY KEY AUTOINCREMENT, {run_id}run_name TEXT NOT NULL, "
+        "config TEXT NOT NULL, created_at TEXT NOT NULL)"
+    )
+    for i, row in enumerate(ROWS):
+        name = [f"run-{i}"] if old else [f"id{i}", "same name"]
+        marks = ", ".join("?" * len(name))
+        config = {"model": {"params": row["params"]}, "images": row["images"], "flops": row["flops"], "lr": row["lr"]}
+        database.execute(
+            f"INSERT INTO configs ({key}, config, created_at) VALUES ({marks}, ?, '')", [*name, json.dumps(config)]
+        )
+        for step, values in (
+            (200, {"loss": row["loss"], "lr": 0.0}),
+            (100, {"loss": 9.0, "val": 0.7}),
+            (300, {"lr": 0.0}),
+        ):
+            insert = f"INSERT INTO metrics ({key}, timestamp, step, metrics) VALUES ({marks}, '', ?, ?)"
+            database.execute(insert, [*name, step, json.dumps(values)])
+    database.commit()
+    database.close()
+    return path
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("flag", [False, True])
+def test_trackios_own_file(tmp_path: Path, old: bool, flag: bool) -> None:
+    table = RunTable.read(_trackio(tmp_path / "project.db", old=old), params="model.params", last_step=flag)
+    assert table.params.tolist() == [1e6, 2e6, 3e6, 4e6]
+    assert table.loss.tolist() == [r["loss"] for r in ROWS]  # of step 200: at 300 none was logged
+    assert table.column("val").tolist() == [0.7] * 4 and table.column("step").tolist() == [300] * 4
+    assert table.column("lr").tolist() == [1e-3] * 4  # the setting, not the rate at which the run ended
+    assert table.columns["metrics.lr"].tolist() == [0.0] * 4
+
+
+def test_trackios_file_while_it_is_written_to(tmp_path: Path) -> None:
+    writer = sqlite3.connect(_trackio(tmp_path / "project.db"))
+    writer.execute("PRAGMA journal_mode = WAL")
+    with writer:
+        writer.execute("UPDATE metrics SET metrics = '{\"loss\": 0.125}' WHERE step = 200")
+    assert RunTable.read(tmp_path / "project.db", params="model.params").loss.tolist() == [0.125] * 4
+    with writer:
+        writer.execute("UPDATE metrics SET metrics = '{\"loss\": \"NaN\"}' WHERE run_id = 'id2'")
+    with pytest.raises(InputError, match="loss: expected a positive number in row 3 .*project.db, got nan"):
+        RunTable.read(tmp_path / "project.db", params="model.params")
+    writer.close()
+
+
+def test_what_is_no_trackio_file(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE people (name TEXT)")
+    with pytest.raises(InputError, match=r"expected a trackio project \(a table metrics\), got tables \['people'\]"):
+        RunTable.read(path)
+    bad = _trackio(tmp_path / "bad.db")
+    with sqlite3.connect(bad) as database:
+        database.execute("UPDATE configs SET config = 'lr 3'")
+    with pytest.raises(InputError, match="expected JSON objects of logged values, got 'lr 3'"):
+        RunTable.read(bad)
+    empty = _trackio(tmp_path / "empty.db")
+    with sqlite3.connect(empty) as database:
+        database.execute("DELETE FROM metrics")
+    with pytest.raises(InputError, match="expected at least one run with logged values"):
+        RunTable.read(empty)
+    cut = tmp_path / "cut.db"
+    cut.write_bytes(_trackio(tmp_path / "whole.db").read_bytes()[:5000])
+    with pytest.raises(InputError, match="expected a trackio project's SQLite file, got") as caught:
+        RunTable.read(cut)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["python", "json", "parquet"])
+def test_wandbs_runs_with_whole_configs_in_cells(tmp_path: Path, text: str) -> None:
+    # wandb's guide exports runs as a pandas table of config, summary and name, each cell a dictionary's text.
+    records = []
+    for i, row in enumerate(ROWS):
+        config = {"params": {"value": row["params"]}, "data": {"images": row["images"], "flip": True}, "lr": row["lr"]}
+        summary = {"flops": row["flops"], "loss": row["loss"], "lr": 0.0, "grad": float("nan"), "best": None}
+        records.append({"": i, "summary": summary, "config": config, "name": f"run-{i}"})
+    if text == "parquet":
+        path = tmp_path / "runs.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        write = str if text == "python" else json.dumps
+        path = tmp_path / "runs.csv"
+        with path.open("w", newline="") as stream:
+            rows = csv.writer(stream)
+            rows.writerow(records[0])
+            rows.writerows([write(v) if isinstance(v, dict) else v for v in r.values()] for r in records)
+    table = RunTable.read(path, images="data.images")
+    assert table.params.tolist() == [1e6, 2e6, 3e6, 4e6] and table.data.tolist() == [r["images"] for r in ROWS]
+    assert table.loss.tolist() == [r["loss"] for r in ROWS] and table.column("lr").tolist() == [1e-3] * 4
+    assert len(table.where("name != 'run-0' and `data.flip` == 'true'")) == 3
+
+
+def test_a_damaged_config_cell_is_named(tmp_path: Path) -> None:
+    path = _csv(tmp_path, 'name,config\na,"{\'lr\': 1}"\nb,"{lr: 2}"\n')
+    with pytest.raises(InputError, match=r"config: expected JSON or a Python dictionary in row 3 .*, got '\{lr: 2\}'"):
+        RunTable.read(path)
+    # Braces in any other column are text.
+    other = _csv(tmp_path, "params,loss,note\n1,2,{a}\n2,3,{b}\n")
+    assert RunTable.read(other).columns["note"].tolist() == ["{a}", "{b}"]
+
+
+@pytest.mark.parametrize(("name", "word"), [("runs.csv.gz", "a gzip file"), ("runs.xlsx", "a spreadsheet")])
+def test_packed_files_are_told_by_what_they_hold(tmp_path: Path, name: str, word: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(_as_csv().encode()) if "gz" in name else b"PK\x03\x04" + bytes(60))
+    with pytest.raises(InputError, match=word):
+        RunTable.read(path)
+    parquet = tmp_path / "renamed.csv"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), parquet)
+    assert len(RunTable.read(parquet)) == 4
 
 
 def test_a_run_that_was_exported_twice_counts_once(tmp_path: Path) -> None:
