@@ -153,10 +153,18 @@ def power(
     x: Annotated[str, typer.Option(help="Column of x, such as compute.")] = "flops",
     y: Annotated[str, typer.Option(help="Column of y, such as a loss or FID.")] = "loss",
     floor: Annotated[str, typer.Option(help="none, free, or a number.")] = "none",
+    optimal: Annotated[
+        bool, typer.Option("--optimal", help="Of each budget, only the run of least loss: the compute-optimal path.")
+    ] = False,
     feature_network: Annotated[
-        str | None, typer.Option(help="y is a quality metric such as FID on these features: inception-v3, ...")
+        str | None,
+        typer.Option(
+            help="y is a quality metric such as FID on these features: inception-v3, ... Default: as the runs say."
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Of a quality metric: generated images a value.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Of a quality metric: generated images a value. Default: as the runs say.")
+    ] = None,
     seed_noise: Annotated[float, typer.Option(help="Of a quality metric: spread between seeds, as a share.")] = 0.01,
     where: Where = None,
     last_step: LastStep = False,
@@ -169,21 +177,24 @@ def power(
 ) -> None:
     """Fit y = floor + coefficient * x ** exponent."""
     from ditscale.scaling.power import fit_power
-    from ditscale.scaling.quality import fit_quality
+    from ditscale.scaling.quality import FEATURE_METRICS, fit_quality_of_runs
 
     table = _table(file, where=where, last_step=last_step, pool=pool)
-    if feature_network is not None:
-        quality = fit_quality(
-            table.column(x),
-            table.column(y),
+    if feature_network is not None or (y in FEATURE_METRICS and "feature_network" in table.columns):
+        quality = fit_quality_of_runs(
+            table,
             metric=y,
+            x=x,
             feature_network=feature_network,
             samples=samples,
             floor=floor,
             seed_noise=seed_noise,
+            optimal=optimal,
+            pool=pool,
         )
         _print(quality, as_json)
         return
+    table = table.best_of_budgets() if optimal else table
     result = fit_power(
         table.column(x),
         table.column(y),
@@ -193,6 +204,10 @@ def power(
         seed=seed,
         interval_method=intervals,
     )
+    if y in FEATURE_METRICS:
+        result.warnings.append(
+            f"{y} without --feature-network: values on different features are different metrics, and seed noise is not counted"
+        )
     _print(result, as_json)
 
 
@@ -207,6 +222,9 @@ def plan(
     flops_per_second: Annotated[float | None, typer.Option(help="Measured throughput of one machine.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     hparams: Annotated[str | None, typer.Option(help="A law of batch and learning rate: a name or a file.")] = None,
+    quality: Annotated[
+        Path | None, typer.Option(help="A saved law of quality (`fit power --y frechet_distance --json`).")
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Pixels on a side. Default: of --config, of the study, else 256.")
     ] = None,
@@ -240,6 +258,7 @@ def plan(
             flops_per_second=flops_per_second,
             batch=batch,
             hparams=hparams,
+            quality=quality,
             template=DiTConfig.from_toml(config) if config else None,
             image_size=image_size,
             aspect=aspect,

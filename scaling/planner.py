@@ -15,11 +15,15 @@ from ditscale.scaling.gpus import ASSUMED_MFU, peak_flops
 from ditscale.scaling.hyper import HyperLaw, hyper_law
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.nextruns import NextRuns, suggest_runs
+from ditscale.scaling.quality import saved_quality
 from ditscale.scaling.tradeoffs import compute_for, cost_of_being_wrong, flatness, with_inference
 
 if TYPE_CHECKING:
     from ditscale.dit.config import DiTConfig
     from ditscale.scaling.study import Study
+
+
+_QUALITY_NAMES = {"fid": "FID", "frechet_distance": "Fréchet"}
 
 
 @dataclass
@@ -32,7 +36,9 @@ class Plan:
         loss: its predicted loss, None where the law has none.
         intervals: 95 % intervals by name (that of the loss is for one new run), None where the law comes
             without.
-        fid: predicted quality, None where the law has none.
+        fid: predicted FID, None where no law has it.
+        quality: every predicted quality by its metric, and ``feature_network``, whose features a quality law of one's own
+            compares.
         tokens, images: D in both units where the number of tokens of an image is known.
         configuration: an integer DiT near the optimum, trained on the whole budget (see
             ``configurations.py``), or None.
@@ -64,6 +70,7 @@ class Plan:
     tokens: float | None = None
     images: float | None = None
     quality: dict[str, float] = field(default_factory=dict)
+    feature_network: str | None = None
     configuration: dict[str, Any] | None = None
     batch_tokens: float | None = None
     lr: float | None = None
@@ -89,12 +96,13 @@ class Plan:
             tail = f"   95 % [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else ""
             return f"  {name:14s}{value:12.5g} {unit}{tail}"
 
+        features = f"on {self.feature_network} features" if self.feature_network else ""
         lines: list[str | None] = [f"plan for {self.budget:.4g} training FLOPs by {self.law} ({self.source})"]
         lines += [
             line("parameters", self.params, "params"),
             line("data", self.data, "data", self.data_unit),
             line("loss", self.loss, "loss"),
-            line("FID", self.fid, "fid"),
+            *(line(_QUALITY_NAMES.get(k, k), v, k, features) for k, v in self.quality.items()),
             line("learning rate", self.lr, "lr"),
             line("batch", self.batch_tokens, "batch_tokens", "tokens"),
         ]
@@ -147,6 +155,7 @@ def plan(
     flops_per_second: float | None = None,
     batch: int | None = None,
     hparams: Any = None,
+    quality: Any = None,
     template: DiTConfig | None = None,
     image_size: int | None = None,
     aspect: float | None = None,
@@ -173,6 +182,7 @@ def plan(
             unknown.
         hparams: a law of batch and learning rate: a published name, or a fit of :func:`fit_hparams` or its
             file.
+        quality: a law of quality against compute, of :func:`ditscale.scaling.quality.fit_quality_of_runs`, or its file.
         template: the DiT's other fields. Default: the models of the study, where the law is a study's folder or
             laws.json, else a DiT/2 on 256-pixel latents.
         image_size: pixels on a side, instead of the template's.
@@ -242,7 +252,14 @@ def plan(
         out.tokens = out.data
     else:
         out.images = out.data
-    out.quality = {k: v.value for k, v in best.items() if k not in ("params", "data", "loss")}
+    out.quality = {k: v.value for k, v in best.items() if k not in ("params", "data", "loss", "lr", "batch_tokens")}
+    if quality is not None:
+        of_images = saved_quality(quality)
+        prediction = of_images.predict(compute)
+        out.quality[of_images.metric] = prediction.value
+        out.intervals[of_images.metric] = prediction.new_run
+        out.feature_network = of_images.feature_network
+        out.fid = prediction.value if of_images.metric == "fid" else out.fid
     models = _models(law, template, image_size, aspect, head_width)
     _shape(out, chosen, models, configure, params_kind, batch, hparams)
     if machine and rate:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ditscale.errors import InputError
-from ditscale.scaling.jsonable import plain
+from ditscale.scaling.jsonable import load, plain
 from ditscale.scaling.power import PowerFit, fit_power
 from ditscale.scaling.results import Prediction
+from ditscale.scaling.runs import RunTable
 
 # Repeats of one DiT recipe: B/4 68.4, 68.9 and 68.3 (seeds, under 1 %), XL/2 19.5 and 18.1 (JAX and PyTorch,
 # 7 %); DiT's README, facebookresearch/DiT.
 SEED_NOISE = 0.01
-PORT_NOISE = 0.07
+# Metrics that compare features of images, and what their values depend on beside the model (as ``ditscale evaluate``
+# writes it into a run's record).
+FEATURE_METRICS = ("frechet_distance", "fid", "precision", "recall")
+SETTINGS = (
+    "feature_network",
+    "feature_network_sha256",
+    "quality_samples",
+    "reference_images",
+    "reference_data",
+    "sampler",
+    "sampler_steps",
+    "guidance",
+)
+_FEW_SAMPLES = 10_000
 
 
 class QualityFit:
@@ -24,7 +40,10 @@ class QualityFit:
         power: the power law (with a floor where one was asked).
         metric, feature_network, samples: what was measured, on which features, with how many images.
         seed_noise: relative spread between seeds, the least noise of a new measurement.
+        notes: what was done to the runs before.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, power: PowerFit, metric: str, feature_network: str, samples: int | None, seed_noise: float
@@ -67,13 +86,30 @@ class QualityFit:
             "feature_network": self.feature_network,
             "samples": self.samples,
             "seed_noise": self.seed_noise,
+            "notes": list(self.notes),
         }
         return plain(content)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> QualityFit:
+        """Rebuild from :meth:`to_json`.
+
+        Raises:
+            InputError: the record is no saved quality law.
+        """
+        names = ("metric", "feature_network", "samples", "seed_noise", "floor_mode")
+        if not set(names) <= set(record):
+            raise InputError("quality: expected a fit saved by `ditscale fit power --y METRIC --json`, got none")
+        return cls(PowerFit.from_json(record), *(record[name] for name in names[:4]))
 
     def summary(self) -> str:
         """A readable table."""
         samples = f", {self.samples} samples" if self.samples else ""
-        return f"{self.metric} on {self.feature_network} features{samples}\n{self.power.summary()}"
+        lines = [f"{self.metric} on {self.feature_network} features{samples}", self.power.summary()]
+        lines.append(
+            f"  a new measurement is taken to scatter by {100 * self.seed_noise:g} % at least: seeds differ by that"
+        )
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def __str__(self) -> str:
         return self.summary()
@@ -112,8 +148,86 @@ def fit_quality(
         raise InputError(f"seed-noise: expected a number of at least 0, got {seed_noise!r}")
     power = fit_power(flops, value, floor=floor)
     power.fit.assume_noise(seed_noise)
-    if samples is not None and samples < 10_000:
+    if samples is not None and samples < _FEW_SAMPLES:
         power.warnings.append(
             f"{samples} samples: FID from few samples is biased upwards, and unequally between models"
         )
     return QualityFit(power, metric, feature_network, samples, float(seed_noise))
+
+
+def fit_quality_of_runs(
+    runs: RunTable,
+    *,
+    metric: str = "frechet_distance",
+    x: str = "flops",
+    feature_network: str | None = None,
+    samples: int | None = None,
+    floor: str | float = "none",
+    seed_noise: float = SEED_NOISE,
+    optimal: bool = False,
+    pool: bool = False,
+) -> QualityFit:
+    """Fit a quality metric of finished runs, as ``ditscale evaluate --samples`` enters it into their records.
+
+    Args:
+        runs: with compute and the metric; runs without the metric are left out.
+        metric: its column. Default: "frechet_distance".
+        x: column of compute. Default: "flops".
+        feature_network, samples: see :func:`fit_quality`. Default: the runs' own columns ``feature_network`` and
+            ``quality_samples``.
+        floor, seed_noise: see :func:`fit_quality`. A floor from outside may be ``frechet_distance_real``, what as many real
+            images score.
+        optimal: of each budget, only the run of least loss: the law along the compute-optimal path. The run is not chosen by
+            its own metric, whose noise would then pass for quality. Default: False.
+        pool: accept values of different samplers, numbers of samples or references. Default: False.
+
+    Returns:
+        QualityFit.
+
+    Raises:
+        InputError: no run has the metric; runs differ in how it was measured; no feature network is known.
+    """
+    if metric not in runs.columns:
+        runs.column(metric)  # says which columns there are
+    measured = np.array([isinstance(v, (int, float)) and v == v for v in runs.columns[metric].tolist()])
+    if not measured.any():
+        raise InputError(f"{metric}: expected a number in at least one run of {runs.source}, got none")
+    if not measured.all():
+        runs = runs.take(measured, f"kept {int(measured.sum())} of {len(runs)} runs: those with {metric}")
+    if not pool:
+        runs.check_poolable(SETTINGS)
+    if optimal:
+        runs = runs.best_of_budgets()
+    network = feature_network or _only(runs, "feature_network") or ""
+    count = _only(runs, "quality_samples") if samples is None else samples
+    if feature_network and (found := _only(runs, "feature_network")) not in (None, feature_network):
+        raise InputError(f"feature-network: expected {found!r}, as the runs say, got {feature_network!r}")
+    fit = fit_quality(
+        runs.column(x),
+        runs.column(metric),
+        feature_network=str(network),
+        metric=metric,
+        samples=None if count is None else int(count),
+        floor=floor,
+        seed_noise=seed_noise,
+    )
+    fit.notes = runs.notes
+    return fit
+
+
+def _only(runs: RunTable, name: str) -> Any:
+    """The first value of a column that should have one, None where there is none."""
+    values = runs.columns[name].tolist() if name in runs.columns else []
+    return next((v for v in values if v not in (None, "") and v == v), None)
+
+
+def saved_quality(source: QualityFit | str | Path) -> QualityFit:
+    """A quality law, or the file of one.
+
+    Raises:
+        InputError: the file cannot be read or holds none.
+    """
+    if isinstance(source, QualityFit):
+        return source
+    record = load(source)
+    return QualityFit.from_json(record if isinstance(record, Mapping) else {})

@@ -240,13 +240,22 @@ class RunTable:
             notes=(*self.notes, "tokens derived as C/(6N)"),
         )
 
-    def check_poolable(self) -> None:
+    def best_of_budgets(self) -> RunTable:
+        """At every budget the run of least loss: the runs nearest to the compute-optimal path."""
+        budgets = self.budgets
+        best = [int(i[np.argmin(self.loss[i])]) for b in np.unique(budgets) for i in [np.flatnonzero(budgets == b)]]
+        return self.take(np.sort(best), f"kept the run of least loss at each of {len(best)} budgets")
+
+    def check_poolable(self, names: Sequence[str] = POOL_COLUMNS) -> None:
         """Refuse runs whose losses or schedules are not comparable.
+
+        Args:
+            names: columns of which each must have one value. Default: those of a loss's convention.
 
         Raises:
             InputError: names the column and two of its values.
         """
-        for name in POOL_COLUMNS:
+        for name in names:
             if name not in self.columns:
                 continue
             values = self._at_odds(name)

@@ -21,6 +21,7 @@ from ditscale.dit.image_commands import evaluate
 from ditscale.dit.training import TrainConfig, train
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable
+from ditscale.scaling.quality import FEATURE_METRICS, SETTINGS
 
 MODEL = DiTConfig(
     image_size=16, latent_factor=1, in_channels=3, patch=4, width=16, depth=1, heads=2, frequency_width=16,
@@ -164,6 +165,8 @@ def test_evaluating_a_run_enters_its_record_and_the_run_table(tmp_path, capsys):
     )
     table = RunTable.read(str(tmp_path / "runs.jsonl"))
     assert {"frechet_distance", "precision", "recall", "caption_match", "feature_network"} <= set(table.columns)
+    # A quality law asks for all of these by name.
+    assert set(SETTINGS) <= set(table.columns) and "frechet_distance" in FEATURE_METRICS
     evaluate(runs=folders[:1], as_json=True, threads=1)
     assert "frechet_distance" not in json.loads(capsys.readouterr().out)
 

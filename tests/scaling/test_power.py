@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from law_helpers import study
 
 from ditscale.errors import InputError
-from ditscale.scaling import fit_power
+from ditscale.scaling import RunTable, fit_power, plan
 from ditscale.scaling.power import PowerFit
-from ditscale.scaling.quality import fit_quality
+from ditscale.scaling.quality import fit_quality, fit_quality_of_runs
 
 # The seven sizes of arXiv:2602.15253, whose data-rich sweep gives alpha 0.266, c 1.444, and whose
 # data-limited one is flat.
@@ -106,3 +110,72 @@ def test_quality_names_its_features_and_keeps_the_seed_noise() -> None:
     with pytest.raises(InputError, match="feature-network"):
         fit_quality(x, exact, feature_network="")
     assert fit_quality(x, exact, feature_network="inception-v3", samples=5000).warnings
+
+
+def _evaluated(folder: Path, *, noise: float = 0.0, **changes: object) -> Path:
+    """A study folder whose runs were evaluated: records with the keys that `ditscale evaluate --samples` writes."""
+    rng = np.random.default_rng(1)
+    table = study(budgets=np.geomspace(1e17, 1e19, 6))
+    for i, (n, d, c, loss, budget) in enumerate(
+        zip(table.params, table.data, table.flops, table.loss, table.budgets, strict=True)
+    ):
+        best = n == table.params[table.budgets == budget][3]  # the middle size is the optimal one
+        record = {"run_id": f"r{i}", "role": "fit", "status": "finished", "params": n, "images": d, "flops": c}
+        record |= {"loss": loss, "budget": budget}
+        if i != 1:  # a run that was not evaluated
+            distance = 2.2566e6 * c**-0.234 * np.exp(noise * rng.standard_normal()) * (1.0 if best else 1.3)
+            record |= {"frechet_distance": distance, "frechet_distance_real": 2.0, "precision": 0.5, "recall": 0.4}
+            record |= {"feature_network": "ditscale-scenes-v1", "feature_network_sha256": "ab", "quality_samples": 2000}
+            record |= {
+                "reference_images": 10000,
+                "reference_data": "emoji-scenes/train",
+                "neighbours": 3,
+                "guidance": 1.0,
+            }
+            record |= {"guidance_interval": [0.0, 1.0], "sampler": "heun", "sampler_steps": 25, "quality_seed": 0}
+        if i == 2:
+            record |= changes
+        (folder / "runs" / f"r{i}").mkdir(parents=True)
+        (folder / "runs" / f"r{i}" / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_quality_of_a_studys_runs_end_to_end(tmp_path: Path) -> None:
+    runs = RunTable.read(_evaluated(tmp_path / "study"))
+    fit = fit_quality_of_runs(runs, optimal=True)
+    assert (fit.metric, fit.feature_network, fit.samples) == ("frechet_distance", "ditscale-scenes-v1", 2000)
+    assert fit.power.fit.n == 6  # one a budget, chosen by its loss
+    assert fit.params["exponent"] == pytest.approx(-0.234, rel=1e-6)
+    assert any("kept 41 of 42 runs: those with frechet_distance" in note for note in fit.notes)
+    assert "ditscale-scenes-v1 features, 2000 samples" in fit.summary() and "seeds differ by that" in fit.summary()
+    assert any("2000 samples" in w for w in fit.warnings)
+    # Every run counts where the path is not asked for: then the sizes' own differences are noise.
+    assert fit_quality_of_runs(runs).power.fit.n == 41
+    # Exact values, yet a new seed moves the distance: the interval of one new measurement is never narrower, file or not.
+    path = tmp_path / "fid.json"
+    path.write_text(json.dumps(fit.to_json(), allow_nan=False))
+    for law in (fit, path):
+        p = plan("liang2024", budget=1e20, quality=law)
+        assert p.quality["frechet_distance"] == pytest.approx(2.2566e6 * 1e20**-0.234, rel=1e-6)
+        assert p.feature_network == "ditscale-scenes-v1"
+        low, high = p.intervals["frechet_distance"]
+        assert 2.77 * 0.01 <= np.log(high / low) / 2 < 2 * 2.77 * 0.01
+        assert "on ditscale-scenes-v1 features" in p.summary() and p.fid != p.quality["frechet_distance"]
+    (tmp_path / "other.json").write_text(json.dumps(fit_power([1, 2, 4], [4, 3, 2]).to_json()))
+    with pytest.raises(InputError, match="quality: expected a fit saved by"):
+        plan("liang2024", budget=1e20, quality=tmp_path / "other.json")
+
+
+def test_quality_measured_in_two_ways_is_not_pooled(tmp_path: Path) -> None:
+    for name, value in (("quality_samples", 500), ("guidance", 2.0), ("feature_network_sha256", "cd")):
+        runs = RunTable.read(_evaluated(tmp_path / name, **{name: value}))
+        with pytest.raises(InputError, match=f"{name}: expected one value over all runs"):
+            fit_quality_of_runs(runs)
+        assert fit_quality_of_runs(runs, pool=True).feature_network == "ditscale-scenes-v1"
+    runs = RunTable.read(_evaluated(tmp_path / "plain"))
+    with pytest.raises(
+        InputError, match="feature-network: expected 'ditscale-scenes-v1', as the runs say, got 'inception-v3'"
+    ):
+        fit_quality_of_runs(runs, feature_network="inception-v3")
+    with pytest.raises(InputError, match="fid: expected a column of that name"):
+        fit_quality_of_runs(runs, metric="fid")
