@@ -1,7 +1,7 @@
-"""Train the embedded feature network and write it into the package: about 12 minutes on one core.
+"""Train the embedded feature network and write it into the package: a quarter of an hour on one core.
 
 Run: python tools/train_scene_network.py [--images N] [--out FILE]
-Not part of the package: the file that it writes is. Equal seeds, versions and threads give equal files.
+Not part of the package: the file that it writes is.
 """
 
 from __future__ import annotations
