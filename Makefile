@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo
+JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tools/build -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
 .PHONY: help demo test test-slow test-installed bench lint clean
 help:
 	@echo "make demo    a scaling law on embedded images, and a prediction that is then tested (about 10 minutes)"
-	@echo "make test    the test suite"
+	@echo "make test    the test suite, JOBS=2 files at a time"
 	@echo "make test-slow       the slow tests too"
 	@echo "make test-installed  the built wheel, in an environment of its own"
 	@echo "make bench   the kernels, blocks and steps beside PyTorch's, timed (10 minutes on a quiet machine)"
@@ -26,10 +27,10 @@ demo: $(VENV)/.ready
 	$(BIN)/ditscale demo --out $(OUT)
 
 test: $(VENV)/.ready
-	$(BIN)/python -P -m pytest
+	$(BIN)/python -P -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.ready
-	$(BIN)/python -P -m pytest -m "slow or not slow"
+	$(BIN)/python -P -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow"
 
 # The wheel in an environment of its own, run from elsewhere: what a user gets, not what a checkout has.
 test-installed: $(VENV)/.ready

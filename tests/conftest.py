@@ -18,6 +18,9 @@ os.environ["DITSCALE_POISON"] = "1"
 _cache = tempfile.mkdtemp(prefix="ditscale-test-cache-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ["DITSCALE_CACHE"] = _cache
+# Workers share the cores: with two threads each, each waits for the other's.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 # Without a GPU Triton's kernels run in its interpreter, which it asks for once, when it is imported: whichever test comes first.
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ["TRITON_INTERPRET"] = "1"
