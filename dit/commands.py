@@ -185,8 +185,16 @@ def progress_bar(name: str, *, show: bool) -> Any:
     def drawn() -> Iterator[Callable[[int, int, float], None]]:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         times = (TextColumn("loss {task.fields[loss]:.4f}"), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, *times, console=Console(stderr=True), disable=not show) as progress:
-            task = progress.add_task(name, total=None, loss=float("nan"))
-            yield lambda done, steps, loss: progress.update(task, completed=done, total=steps, loss=loss)
+        progress = Progress(*columns, *times, console=Console(stderr=True), disable=not show)
+        task = progress.add_task(name, total=None, loss=float("nan"))
+
+        with contextlib.ExitStack() as stack:
+
+            def advance(done: int, steps: int, loss: float) -> None:
+                if not progress.live.is_started:  # with the first step: a mistake in what was asked stands alone
+                    stack.enter_context(progress)
+                progress.update(task, completed=done, total=steps, loss=loss)
+
+            yield advance
 
     return drawn()

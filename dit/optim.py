@@ -57,7 +57,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.shape not in ("linear", "cosine"):
-            raise InputError(f"schedule shape: expected linear or cosine, got {self.shape!r}")
+            raise InputError(f"decay_shape: expected linear or cosine, got {self.shape!r}")
         if min(self.steps, self.warmup, self.decay) < 0 or self.warmup + self.decay > self.steps:
             raise InputError(
                 f"schedule: expected warmup + decay <= steps, got {self.warmup} + {self.decay} > {self.steps}"

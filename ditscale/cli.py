@@ -7,7 +7,8 @@ Exit codes: 0 done; 1 the work was done and what it found is bad (a failed check
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +18,8 @@ from ditscale.errors import BackendUnavailable, InputError
 # Typer brings its own copy of click from 0.25 on and needs click before; both have these two above BadParameter.
 _PARENTS: dict[str, Any] = {parent.__name__: parent for parent in typer.BadParameter.__mro__}
 _UsageError, _ClickException = _PARENTS["UsageError"], _PARENTS["ClickException"]
+# A message holds what came, and that may be a file's worth of characters.
+_LONGEST = 1000
 
 app = typer.Typer(
     name="ditscale",
@@ -28,8 +31,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     pass
 
 
@@ -59,7 +72,7 @@ def main() -> None:
         _fail(str(error))
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "ditscale"
-        _fail(f"{error.format_message()} (see: {command} --help)")
+        _fail(f"{_usage(error)} (see: {command} --help)")
     except _ClickException as error:
         _fail(error.format_message())
     except (typer.Abort, KeyboardInterrupt):
@@ -68,9 +81,33 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: expected a place that can be read or written, got {error.strerror}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _usage(error: Any) -> str:
+    """What is wrong with the words of a command. (Where there are none, the help stands on stdout already.)"""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return "expected a command, got none"
+    message = str(error.format_message())
+    values = _given(getattr(getattr(error, "param", None), "opts", ())) if isinstance(error, typer.BadParameter) else []
+    # Some versions of typer say what was expected and not what came.
+    return message if not values or repr(values[-1]) in message else f"{message}, got {values[-1]!r}"
+
+
+def _given(options: Sequence[str]) -> list[str]:
+    """The values of an option on the command line."""
+    words = sys.argv[1:]
+    after = [value for name, value in zip(words, words[1:], strict=False) if name in options]
+    return after + [word.partition("=")[2] for word in words if word.partition("=")[0] in options and "=" in word]
+
+
 def _fail(message: str) -> None:
-    sys.stderr.write("ditscale: " + " ".join(message.split()) + "\n")
+    line = " ".join(message.split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST - 200]} ... {line[-195:]}"
+    sys.stderr.write(f"ditscale: {line}\n")
     sys.exit(2)

@@ -15,10 +15,15 @@ from typing import Any
 
 from ditscale.dit.files import folder_lock, read_json, write_json
 from ditscale.errors import InputError
+from ditscale.scaling.checks import need_least
 from ditscale.scaling.execute import Progress, execute, open_engine
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.outlook import choose_and_predict, fit_laws
 from ditscale.scaling.study import PlannedRun, Study, plan_run
+
+# What is told of an outcome at the end.
+_OUTCOME = ("predicted_loss", "interval_95", "measured_loss", "relative_error", "inside_interval")
+_OUTCOME += ("extrapolation_factor", "flops_spent", "seconds")
 
 Show = Callable[[str, "Progress | None"], None]
 
@@ -93,11 +98,11 @@ def _predict(study: Study, laws_path: Path) -> tuple[dict[str, Any], PlannedRun]
     path = study.folder / "prediction.json"
     law_hash = hashlib.sha256(laws_path.read_bytes()).hexdigest()
     if path.exists():
-        prediction = read_json(path)
-        if prediction.get("law_sha256") != law_hash:
+        prediction = _read(path, "law_sha256", "width", "loss", "interval_95", "budget", "params", "images")
+        if prediction["law_sha256"] != law_hash:
             raise InputError(
                 f"{path}: expected the prediction of the law {law_hash[:12]} in laws.json, got one of "
-                f"{str(prediction.get('law_sha256'))[:12]}; a prediction is not made twice: use a new folder"
+                f"{str(prediction['law_sha256'])[:12]}; a prediction is not made twice: use a new folder"
             )
         model = study.config.size(prediction["width"])
         return prediction, plan_run(study.config, model, study.config.target, "prediction")
@@ -125,7 +130,7 @@ def _settle(study: Study, prediction: dict[str, Any], target: PlannedRun, clock:
     """Compare, and write the outcome once."""
     path = study.folder / "outcome.json"
     if path.exists():
-        return read_json(path)
+        return _read(path, *_OUTCOME)
     records = {record["run_id"]: record for record in study.records()[0]}
     measured = records[target.run_id]["loss"]
     if measured is None:
@@ -150,6 +155,15 @@ def _settle(study: Study, prediction: dict[str, Any], target: PlannedRun, clock:
     return outcome
 
 
+def _read(path: Path, *fields: str) -> dict[str, Any]:
+    """A stage's file; InputError where it is damaged."""
+    content = read_json(path)
+    missing = [name for name in fields if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise InputError(f"{path}: expected the field {missing[0]!r}, got a damaged file without it")
+    return dict(content)
+
+
 class _Clock:
     """Wall time spent on a study over all its sessions."""
 
@@ -157,7 +171,7 @@ class _Clock:
         self.path = path
         self.before = 0.0
         if path.exists():
-            self.before = float(read_json(path)["seconds"])
+            self.before = need_least(f"{path}: seconds", _read(path, "seconds")["seconds"])
         self.start = self.saved = time.monotonic()
 
     def seconds(self) -> float:

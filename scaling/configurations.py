@@ -8,11 +8,13 @@ from typing import Any
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.flops import count, count_params
 from ditscale.errors import InputError
+from ditscale.scaling.checks import need_positive, need_whole
 
 PARAM_KINDS = ("per_token", "total")
 # Width over depth of Liang et al. (arXiv:2410.08184), and a head's width, where nothing else is asked for.
 ASPECT, HEAD_WIDTH = 64.0, 64
 _MAX_DEPTH = 256
+_LEAST_ASPECT, _MOST_ASPECT = 0.01, 10_000
 # How far the ratio of width to depth may leave the rule for a closer parameter count, and what that costs: a
 # tenth of a relative error in the ratio weighs as much as a hundredth in the parameters.
 _ASPECT_SLACK = 1.5
@@ -42,10 +44,10 @@ def design_config(
     """
     if params_kind not in PARAM_KINDS:
         raise InputError(f"params-kind: expected per_token or total, got {params_kind!r}")
-    for name, value in (("params", params), ("aspect", aspect)):
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"{name}: expected a positive number, got {value!r}")
-    if isinstance(head_width, bool) or head_width < 4 or head_width % 4:
+    need_positive("params", params)
+    if not _LEAST_ASPECT <= need_positive("aspect", aspect) <= _MOST_ASPECT:
+        raise InputError(f"aspect: expected {_LEAST_ASPECT:g} to {_MOST_ASPECT:,}, got {aspect!r}")
+    if need_whole("head-width", head_width, 4) % 4:
         raise InputError(f"head-width: expected a positive multiple of 4, got {head_width!r}")
     base = template or DiTConfig()
     best: tuple[float, DiTConfig] | None = None

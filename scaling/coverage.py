@@ -11,6 +11,7 @@ import scipy
 
 import ditscale
 from ditscale.errors import InputError
+from ditscale.scaling.checks import need_whole
 from ditscale.scaling.forecast import Forecaster
 from ditscale.scaling.isoflop import fit_isoflop
 from ditscale.scaling.jsonable import plain
@@ -231,8 +232,8 @@ def coverage_table(
     Raises:
         InputError: fewer than 10 draws, or an unknown method.
     """
-    if draws < 10:
-        raise InputError(f"draws: expected at least 10, got {draws}")
+    need_whole("draws", draws, 10)
+    need_whole("seed", seed, 0)
     for method in methods:
         if method not in METHODS:
             raise InputError(f"methods: expected some of {', '.join(METHODS)}, got {method!r}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from ditscale.errors import InputError
 from ditscale.scaling import engine
+from ditscale.scaling.checks import need_whole
 from ditscale.scaling.engine import Array
 from ditscale.scaling.laws import Law
 from ditscale.scaling.losses import Loss, parse_loss, robust_sigma
@@ -58,8 +59,8 @@ def fit_law(
     loss = parse_loss(loss_fn)
     if space not in SPACES:
         raise InputError(f"space: expected log or raw, got {space!r}")
-    if isinstance(starts, bool) or not isinstance(starts, (int, np.integer)) or starts < 1:
-        raise InputError(f"starts: expected a whole number of at least 1, got {starts!r}")
+    need_whole("starts", starts, 1)
+    need_whole("seed", seed, 0)
     y = _vector("loss", target)
     x = {name: _vector(name, inputs.get(name)) for name in law.inputs}
     for name, value in x.items():

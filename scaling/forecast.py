@@ -13,6 +13,7 @@ from scipy import optimize, stats
 
 from ditscale.errors import InputError
 from ditscale.scaling.candidates import Fitted, eligible, fit_candidate
+from ditscale.scaling.checks import need_positive
 from ditscale.scaling.cost import CostLaw
 from ditscale.scaling.holdout import Backtest, backtest
 from ditscale.scaling.jsonable import plain
@@ -252,8 +253,8 @@ def _new_run(
     cost = CostLaw.measured(runs.params, runs.data, runs.flops)
     given = {"params": params, runs.data_unit: d, "flops": flops}
     for name, value in given.items():
-        if value is not None and not (np.isfinite(value) and value > 0):
-            raise InputError(f"{name}: expected a positive number, got {value!r}")
+        if value is not None:
+            need_positive(name, value)
     if sum(v is not None for v in given.values()) < 2:
         raise InputError(f"params: expected two of params, {runs.data_unit} and flops of the new run")
     if flops is None:

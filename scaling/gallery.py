@@ -13,7 +13,8 @@ _GUIDANCE = 2.0
 def draw_gallery(study: Study, target: PlannedRun) -> None:
     """Write samples.png and samples.json into the folders of the largest budget's runs and of the predicted run.
 
-    Prompts are captions of the validation split, whose base images no model has seen.
+    Prompts are captions of the validation split, whose base images no model has seen. Models of latents are drawn where
+    the study's ``execution.vae`` names the autoencoder that decodes them, and left out without.
     """
     import torch
 
@@ -27,17 +28,23 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
         folder = study.run_folder(run.run_id)
         path = folder / "samples.png"
         weights = folder / "weights.safetensors"
-        if path.exists() or not weights.exists():
-            continue
         plan = TrainConfig.from_dict(run.training)
-        prompts = open_stream(plan, "validation").batch(0, _PICTURES)
+        vae = study.config.execution.get("vae")
+        if path.exists() or not weights.exists() or (plan.model.latent_factor > 1 and vae is None):
+            continue
+        stream = open_stream(plan, "validation")
+        prompts = stream.batch(0, _PICTURES)
         _, y = batch_tensors(prompts, plan.model)
         generator = torch.Generator().manual_seed(study.config.seed)
-        side = plan.model.input_side
-        noise = torch.randn(_PICTURES, plan.model.in_channels, side, side, generator=generator)
+        noise = torch.randn(_PICTURES, *plan.model.input_shape, generator=generator)
         guidance = 1.0 if y is None else _GUIDANCE
         model, objective = load_weights(weights)
         images = draw_samples(model, noise, y, objective=objective, steps=_STEPS, guidance=guidance)
+        if plan.model.latent_factor > 1:
+            from ditscale.dit.encoding import Autoencoder
+            from ditscale.dit.rundata import RunData
+
+            images = Autoencoder.load(vae).decode(RunData.of(stream).unscaled(images))
         settings = {"sampler": "heun", "steps": _STEPS, "guidance": guidance, "captions": list(prompts.captions)}
         write_json(folder / "samples.json", settings)
         save_grid(path, images, columns=_PICTURES)

@@ -20,6 +20,7 @@ from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling.cells import NEAR_OPTIMAL, Cell, fit_cell
+from ditscale.scaling.checks import need_draws
 from ditscale.scaling.engine import Array
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.registry import Power
@@ -199,6 +200,7 @@ def fit_hparams(
         InputError: fewer than 3 cells whose minimum lies inside their grid, or cells too small for a
             quadratic.
     """
+    need_draws(bootstrap, seed)
     runs = table if isinstance(table, RunTable) else RunTable.read(table, **columns)
     n, d, loss, rates = runs.params, runs.data, runs.loss, runs.column(lr)
     batches = runs.column(batch) if batch and batch in runs.columns else None

@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from ditscale.errors import InputError
+from ditscale.scaling.checks import need_draws
 from ditscale.scaling.curves import Curve, Vertex, find_vertex, pooled_sigma
 from ditscale.scaling.engine import Array
 from ditscale.scaling.intervals import Interval, t_interval
@@ -206,6 +207,7 @@ def fit_isoflop(
         raise InputError(f"vertex: expected parabola or cubic, got {vertex!r}")
     if space not in ("raw", "log"):
         raise InputError(f"space: expected raw or log, got {space!r}")
+    need_draws(bootstrap, seed)
     degree = 2 if vertex == "parabola" else 3
     n, d, loss, budgets = runs.params, runs.data, runs.loss, runs.budgets
     levels = np.unique(budgets)

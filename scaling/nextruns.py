@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ditscale.errors import InputError
+from ditscale.scaling.checks import need_positive
 from ditscale.scaling.engine import Array
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.surface import SurfaceFit
@@ -87,8 +88,7 @@ def suggest_runs(
     if quantity not in QUANTITIES:
         raise InputError(f"quantity: expected loss or params, got {quantity!r}")
     for name, value in (("target", target), ("spend", spend), ("count", count)):
-        if not (np.isfinite(value) and value > 0):
-            raise InputError(f"{name}: expected a positive number, got {value!r}")
+        need_positive(name, value)
     if fit.cost is None or fit.flops_range is None or not fit.allocates:
         raise InputError("law: expected a surface of N and D fitted with measured compute")
     law = fit.fit

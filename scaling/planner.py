@@ -11,6 +11,7 @@ import numpy as np
 
 from ditscale.errors import InputError
 from ditscale.scaling.allocation import Allocation, allocation
+from ditscale.scaling.checks import need_least, need_positive
 from ditscale.scaling.gpus import ASSUMED_MFU, peak_flops
 from ditscale.scaling.hyper import HyperLaw, hyper_law
 from ditscale.scaling.jsonable import plain
@@ -215,12 +216,11 @@ def plan(
         ("evaluations-per-image", evaluations_per_image),
         ("spend", spend),
     ):
-        if value is not None and not (np.isfinite(value) and value > 0):
-            raise InputError(f"{name}: expected a positive number, got {value!r}")
+        if value is not None:
+            need_positive(name, value)
     if mfu is not None and mfu > 1:
         raise InputError(f"mfu: expected a share of the peak between 0 and 1, got {mfu!r}")
-    if not (np.isfinite(inference_images) and inference_images >= 0):
-        raise InputError(f"inference-images: expected 0 or more, got {inference_images!r}")
+    need_least("inference-images", inference_images)
     if sum(v is not None for v in (budget, target_loss, hours)) != 1:
         raise InputError("budget: expected exactly one of budget, target-loss and hours")
     rate, machine = machine_rate(gpu, mfu, flops_per_second, gpus)

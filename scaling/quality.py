@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ditscale.errors import InputError
+from ditscale.scaling.checks import need_least, need_whole
 from ditscale.scaling.jsonable import load, plain
 from ditscale.scaling.power import PowerFit, fit_power
 from ditscale.scaling.results import Prediction
@@ -144,8 +143,9 @@ def fit_quality(
     """
     if not feature_network:
         raise InputError("feature-network: expected the network whose features the metric compares, got none")
-    if not (np.isfinite(seed_noise) and seed_noise >= 0):
-        raise InputError(f"seed-noise: expected a number of at least 0, got {seed_noise!r}")
+    need_least("seed-noise", seed_noise)
+    if samples is not None:
+        need_whole("samples", samples, 1)
     power = fit_power(flops, value, floor=floor)
     power.fit.assume_noise(seed_noise)
     if samples is not None and samples < _FEW_SAMPLES:

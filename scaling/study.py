@@ -18,7 +18,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ from ditscale.dit.config import DiTConfig, read_toml
 from ditscale.dit.files import read_json, write_atomically, write_json
 from ditscale.dit.flops import CONVENTION, count
 from ditscale.errors import InputError
+from ditscale.scaling.checks import need_whole
 from ditscale.scaling.configurations import counted
 from ditscale.scaling.jobs import ENGINES
 
 SCHEMA = 1
+# More widths than a study will ever choose from: a prior that asks for more is a slip of the pen.
+_MOST_WIDTHS, _MOST_SIZES = 2_000, 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,37 +89,35 @@ class StudyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        budgets = tuple(self.budgets)
-        if (
-            len(budgets) < 3
-            or any(not _is_number(b) or b <= 0 for b in budgets)
-            or list(budgets) != sorted(set(budgets))
-        ):
-            raise InputError(f"budgets: expected at least 3 positive FLOP counts, rising, got {list(budgets)!r}")
+        if not isinstance(self.name, str):
+            raise InputError(f"name: expected a text, got {self.name!r}")
+        for name in ("model", "training", "execution", "engine_options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise InputError(f"{name}: expected a table of fields, got {getattr(self, name)!r}")
+        budgets = self.budgets
+        if not _rises(budgets, 3, lambda b: _is_number(b) and b > 0):
+            raise InputError(f"budgets: expected at least 3 positive FLOP counts, rising, got {budgets!r}")
         object.__setattr__(self, "budgets", tuple(int(b) for b in budgets))
         if not _is_number(self.target) or self.target <= budgets[-1]:
             raise InputError(
                 f"target: expected more FLOPs than the largest budget {budgets[-1]:.4g}, got {self.target!r}"
             )
         object.__setattr__(self, "target", int(self.target))
-        for name, least in (("sizes", 4), ("head_width", 1), ("workers", 1), ("threads", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        need_whole("sizes", self.sizes, 4, _MOST_SIZES)
+        for name, least in (("head_width", 1), ("workers", 1), ("threads", 1), ("seed", 0)):
+            need_whole(name, getattr(self, name), least)
         if self.engine not in ENGINES:
             raise InputError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
         if self.engine == "local" and self.engine_options:
             raise InputError(
                 f"engine_options: expected none for the local engine, got {next(iter(self.engine_options))}"
             )
-        widths = tuple(self.widths)
-        if (
-            len(widths) == 1
-            or any(not isinstance(w, int) or w < 1 for w in widths)
-            or list(widths) != sorted(set(widths))
-        ):
-            raise InputError(f"widths: expected at least 2 whole numbers, rising, or none, got {list(widths)!r}")
-        object.__setattr__(self, "widths", widths)
+        if self.depth is not None and not _is_count(self.depth):
+            raise InputError(f"depth: expected a whole number of at least 1, or none, got {self.depth!r}")
+        widths = self.widths
+        if widths not in ((), []) and not _rises(widths, 2, _is_count):
+            raise InputError(f"widths: expected at least 2 whole numbers, rising, or none, got {widths!r}")
+        object.__setattr__(self, "widths", tuple(widths))
         for name, above in (("span", 1.0), ("prior_coefficient", 0.0), ("prior_exponent", 0.0), ("aspect", 0.0)):
             value = getattr(self, name)
             if not _is_number(value) or value <= above:
@@ -147,12 +149,15 @@ class StudyConfig:
         given = self.widths or (self.head_width, 2 * self.head_width)
         beyond = itertools.count(given[-1] + given[-1] - given[-2], given[-1] - given[-2])
         models: list[DiTConfig] = []
-        for width in itertools.chain(given, beyond):
+        for width in itertools.islice(itertools.chain(given, beyond), _MOST_WIDTHS):
             model = self.size(width)
             if count(model).params.per_token > most_params and models:
-                break
+                return models
             models.append(model)
-        return models
+        raise InputError(
+            f"prior_coefficient, prior_exponent: expected sizes within {_MOST_WIDTHS:,} widths, got {most_params:.3g} "
+            f"parameters, which width {models[-1].width} does not have"
+        )
 
     def nearest(self, params: float, kind: str = "per_token") -> DiTConfig:
         """The study's model whose number of parameters is nearest: those that work per token, or their "total"."""
@@ -164,7 +169,12 @@ class StudyConfig:
 
     def optimum(self, budget: float) -> float:
         """The prior's best per-token parameter count at a budget."""
-        return self.prior_coefficient * budget**self.prior_exponent
+        try:
+            return self.prior_coefficient * float(budget) ** self.prior_exponent
+        except OverflowError:
+            raise InputError(
+                f"prior_exponent: expected a size that a model can have at {budget:.4g} FLOPs, got {self.prior_exponent!r}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -252,8 +262,20 @@ def _without_place(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("engine")}
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _rises(values: Any, least: int, holds: Callable[[Any], bool]) -> bool:
+    """Whether these are at least so many rising values for each of which this holds."""
+    if not isinstance(values, (list, tuple)) or len(values) < least or not all(map(holds, values)):
+        return False
+    return list(values) == sorted(set(values))
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # (A TOML file's whole number may be too large for a float.)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
 
 
 class Study:
@@ -278,8 +300,10 @@ class Study:
             self.grid = [
                 PlannedRun(**{f.name: row[f.name] for f in dataclasses.fields(PlannedRun)}) for row in self.plan["grid"]
             ]
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: expected a study of schema {SCHEMA}, got a damaged one ({error})") from error
+        if not self.grid:
+            raise InputError(f"{path}: expected a study of schema {SCHEMA}, got one without runs")
 
     @classmethod
     def create(cls, folder: str | Path, config: StudyConfig) -> Study:

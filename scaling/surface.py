@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from ditscale.errors import InputError
+from ditscale.scaling.checks import need_draws, need_positive
 from ditscale.scaling.cost import CostLaw
 from ditscale.scaling.engine import Array
 from ditscale.scaling.fit import fit_law
@@ -24,7 +25,6 @@ from ditscale.scaling.results import NOT_IDENTIFIABLE, LawFit, Prediction
 from ditscale.scaling.runs import RunTable
 
 _MIN_LEVELS = 3
-_MAX_DRAWS = 100_000
 # Runs whose compute differs by less than this factor stand at one budget.
 _ONE_BUDGET = 1.3
 # A model gives every parameter set at every point; where set i at point i is wanted, this many at a time.
@@ -346,8 +346,7 @@ def fit_surface(
     begun = time.perf_counter()
     runs = as_table(table, columns)
     form = surface_law(law)
-    if isinstance(bootstrap, bool) or not 0 <= bootstrap <= _MAX_DRAWS:
-        raise InputError(f"bootstrap: expected 0 to {_MAX_DRAWS:,} draws, got {bootstrap!r}")
+    need_draws(bootstrap, seed)
     if bootstrap and interval_method == "auto" and len(runs) >= MANY_RUNS:
         interval_method = "case"
     n, d, loss = runs.params, runs.data, runs.loss
@@ -465,7 +464,4 @@ def _budget_groups(runs: RunTable) -> Array | None:
 
 
 def _budget(flops: Any) -> float:
-    value = float(flops)
-    if not (np.isfinite(value) and value > 0):
-        raise InputError(f"budget: expected a positive number of FLOPs, got {flops!r}")
-    return value
+    return need_positive("budget", flops, of="of FLOPs")

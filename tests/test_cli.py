@@ -60,6 +60,10 @@ def test_flops_prints_the_ledger():
         (("report", "/nonexistent"), "/nonexistent"),
         (("study", "status", "/nonexistent"), "/nonexistent"),
         (("study", "run", "nowhere.toml"), "--out"),
+        (("flops", "DiT-XL/2", "--batch", "many"), "got 'many'"),
+        (("flops", "DiT-XL/2", "--batch=many"), "got 'many'"),
+        (("flops", "x" * 9000), " ... "),
+        (("plan", "--law", "x" * 9000, "--budget", "1e20"), "law"),
     ],
     ids=lambda value: "-".join(value)[:30] if isinstance(value, tuple) else "",
 )
@@ -67,6 +71,19 @@ def test_a_mistake_is_one_line_and_code_2(arguments, named):
     done = ditscale(*arguments, code=2)
     assert done.stdout == "" and done.stderr.count("\n") == 1 and named in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [(), ("fit",), ("study",), ("bench",)], ids=" ".join)
+def test_no_command_is_a_mistake_that_shows_the_help(command):
+    done = ditscale(*command, code=2)
+    assert "Usage" in done.stdout and done.stderr.startswith("ditscale: expected a command, got none")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_version_is_printed():
+    from ditscale import __version__
+
+    assert ditscale("--version").stdout == ditscale("version").stdout == f"{__version__}\n"
 
 
 def test_a_demo_into_a_foreign_folder_changes_nothing(tmp_path):

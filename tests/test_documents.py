@@ -30,9 +30,95 @@ def test_readme_flops_are_the_counter_s():
         assert str(number) in README
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-)
+def test_readme_fits_run():
+    # The README reads a demo's folder; the runs of one stand in a file.
+    (block,) = (b for b in BLOCKS if "RunTable" in b)
+    there = f'RunTable.read("{ROOT / "examples/emoji_runs.csv"}", where="role == \'fit\'", '
+    code = block.replace('RunTable.read("demo", ', there)
+    assert code != block
+    seen: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), seen)
+    low, high = seen["forecast"].interval_95
+    assert low < seen["forecast"].value < high
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_guides_code_runs(tmp_path, monkeypatch):
+    """The snippets of each guide, one after the other as a reader would; those of a trained study need one."""
+    import torch
+    from PIL import Image
+
+    from ditscale.dit import DiT, DiTConfig
+
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        Image.new("RGB", (70, 80), (i, 2 * i, 3 * i)).save(tmp_path / "photos" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    small = DiTConfig.preset("DiT-S/8")
+    given = {
+        "docs/flops.md": {"torch": torch,
+            "model": DiT(small), "x": torch.randn(1, 4, 32, 32), "t": torch.ones(1), "y": torch.zeros(1, dtype=torch.int64),
+            "config": small, "batch": 8, "seconds": 0.5,
+        }
+    }  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    ran = 0
+    for page in ("docs/data.md", "docs/flops.md", "docs/kernels.md", "docs/models.md"):
+        names = dict(given.get(page, {}))
+        for code in snippets(page):
+            exec(compile(code, page, "exec"), names)
+            # What a comment says that a line gives, in quotes, it gives.
+            for line, said in re.findall(r'^(\S+)  # (".*")$', code, flags=re.MULTILINE):
+                assert repr(eval(line, names)) == repr(eval(said)), line
+                ran += 1
+    assert ran
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def commands_in(text: str) -> set[str]:
+    """Every ``ditscale ...`` that a page tells its reader to type, in blocks and between backticks."""
+    fences = re.findall(r"^```(?:|sh|bash)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [re.split(r"\s{2,}|\s# ", line)[0] for block in fences for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", text)
+    found = (re.search(r"(?:^|-m )ditscale (?!\.)(.*)", line.strip()) for line in lines)
+    return {match.group(1) for match in found if match}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist_with_their_options(page):
+    import typer
+
+    from ditscale import cli
+
+    app = typer.Typer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "app", app)
+        cli._gather()
+    root = typer.main.get_command(app)
+    for text in commands_in((ROOT / page).read_text(encoding="utf-8")):
+        words = text.replace("[", " ").replace("]", " ").split()
+        commands = [root]
+        while words and hasattr(commands[0], "commands"):
+            commands = [commands[0].commands[name] for name in words.pop(0).split("|")]  # KeyError: no such command
+        for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+            for command in commands:
+                assert option in {o for p in command.params for o in p.opts}, f"{page}: ditscale {text}: {option}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`make ([\w-]+)`|^make ([\w-]+)", text, flags=re.MULTILINE))
+    assert {a or b for a, b in named} <= targets
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)", text):

@@ -20,6 +20,8 @@ from ditscale.errors import InputError
 
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
+_MOST_SEED = 2**63 - 1
+_MOST_COUNT = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +126,19 @@ class TrainConfig:
         _ = self.profiles  # checks the averages
         for field in ("batch", "evaluation_images", "evaluation_times", "ema_snapshots"):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{field}: expected a whole number of at least 1, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_COUNT:
+                raise InputError(f"{field}: expected a whole number from 1 to {_MOST_COUNT:,}, got {value!r}")
+        for field in ("seed", "evaluation_seed"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_SEED:
+                raise InputError(f"{field}: expected a whole number from 0 to 2 ** 63 - 1, got {value!r}")
+        if not isinstance(self.data, str) or not self.data:
+            raise InputError(f"data: expected a name or a folder's path, got {self.data!r}")
+        if not isinstance(self.flip, bool):
+            raise InputError(f"flip: expected true or false, got {self.flip!r}")
         for field in ("lr", "clip", "muon_lr"):
             value = getattr(self, field)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            if not (_is_number(value) and value > 0):
                 raise InputError(f"{field}: expected a positive number, got {value!r}")
         for field in (
             "warmup_fraction",
@@ -140,14 +150,17 @@ class TrainConfig:
             "beta2",
         ):
             value = getattr(self, field)
-            if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            if not (_is_number(value) and 0 <= value <= 1):
                 raise InputError(f"{field}: expected a number from 0 to 1, got {value!r}")
+        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"weight_decay: expected a number of at least 0, got {self.weight_decay!r}")
         if self.steps < 1:
             asked = f"{self.images} images" if self.images is not None else f"{self.flops:.4g} FLOPs"
             raise InputError(
                 f"{'images' if self.images is not None else 'flops'}: expected enough for one batch of {self.batch} "
                 f"({self.batch * self.flops_per_image:.4g} FLOPs), got {asked}"
             )
+        _ = self.schedule  # checks the decay's shape
 
     @property
     def flops_per_image(self) -> int:
@@ -201,6 +214,8 @@ class TrainConfig:
         objective = values.get("objective")
         if isinstance(objective, Mapping):
             objective = objective_from_dict(objective)
+        elif objective is not None and not isinstance(objective, Objective):
+            raise InputError(f"objective: expected a table with its name, got {objective!r}")
         return cls(**{**values, "model": model, "objective": objective})
 
     @property
@@ -213,6 +228,13 @@ class TrainConfig:
         text = json.dumps(_changed(self), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         return f"d{self.model.width}-l{self.model.depth}-{digest}"
+
+
+def _is_number(value: Any) -> bool:
+    # (A TOML file's whole number may be larger than torch's.)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _changed(config: Any) -> dict[str, Any]:

@@ -95,11 +95,20 @@ def train(
 
         def claim() -> RunRecord | None:
             stack.enter_context(folder_lock(folder))
+            if not (folder / "config.json").exists():
+                stack.push(_release)
             return _claim(folder, config, speak)
 
+        def _release(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+            """A run that could not begin leaves its folder to the corrected one."""
+            if isinstance(error, InputError) and run is None:
+                (folder / "config.json").unlink(missing_ok=True)
+
+        run: _Run | None = None
         record = ranks.on_first(claim)
         if record is None:
-            record = _Run(config, execution, ranks, folder, listeners).train()
+            run = _Run(config, execution, ranks, folder, listeners)
+            record = run.train()
             record |= dict(extra or {})  # type: ignore[typeddict-item]
             ranks.on_first(lambda: _settle(folder, record))
         return record

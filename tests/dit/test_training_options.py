@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 
@@ -246,3 +247,43 @@ def test_new_fields_leave_run_ids_alone():
     changed = [{"clip": 2.0}, {"seed": 1}, {"ema": "power"}, {"model": tiny().model.replace(depth=2)}, {"images": 52}]
     assert len({tiny(**change).run_id for change in ({}, *changed)}) == 1 + len(changed)
     assert tiny(images=None, flops=1e8).run_id == tiny(images=None, flops=10**8).run_id
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": math.nan}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"evaluation_seed": 1.5}, "evaluation_seed"),
+        ({"evaluation_images": 10**26}, "evaluation_images"),
+        ({"evaluation_times": 10**26}, "evaluation_times"),
+        ({"data": 3}, "data"),
+        ({"data": ""}, "data"),
+        ({"flip": "yes"}, "flip"),
+        ({"lr": True}, "lr"),
+        ({"lr": 10**400}, "lr"),
+        ({"beta1": "x"}, "beta1"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"weight_decay": math.nan}, "weight_decay"),
+        ({"decay_shape": "steep"}, "decay_shape"),
+        ({"objective": "ddpm"}, "objective"),
+        ({"objective": 0}, "objective"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_impossible_values_are_named(change, named):
+    with pytest.raises(InputError, match=f"^{named}: expected"):
+        TrainConfig.from_dict(tiny(images=64).to_dict() | change)
+
+
+def test_a_run_that_cannot_begin_leaves_its_folder_to_the_corrected_one(tmp_path):
+    config = tiny(images=64)
+    for wrong in ({"data": str(tmp_path / "nowhere")}, {"flip": True}):
+        with pytest.raises(InputError):
+            train(TrainConfig.from_dict(config.to_dict() | wrong), tmp_path / "run")
+        assert not [p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock"]
+    train(config, tmp_path / "run", should_stop=None)
+    with pytest.raises(InputError, match="another run"):
+        train(TrainConfig.from_dict(config.to_dict() | {"data": str(tmp_path / "nowhere")}), tmp_path / "run")
+    assert (tmp_path / "run/config.json").exists()

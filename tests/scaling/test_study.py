@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -12,10 +13,15 @@ import time
 
 import pytest
 
+from ditscale.dit import DiT, DiTConfig
 from ditscale.dit.data import emoji_vocabulary
 from ditscale.dit.flops import count
+from ditscale.dit.training import TrainConfig
+from ditscale.dit.weights import save_weights
 from ditscale.errors import InputError
+from ditscale.scaling import conduct
 from ditscale.scaling.demo_study import demo_study
+from ditscale.scaling.gallery import draw_gallery
 from ditscale.scaling.study import Study, StudyConfig, design
 
 
@@ -79,15 +85,33 @@ def test_the_demo_s_design_keeps_its_promises():
         ({"budgets": (3e9, 2e9, 1e9)}, "budgets"),
         ({"target": 1e9}, "target"),
         ({"sizes": 3}, "sizes"),
+        ({"sizes": 10**26}, "sizes"),
         ({"span": 0.5}, "span"),
         ({"widths": (16, 8)}, "widths"),
         ({"workers": 0}, "workers"),
+        ({"name": 3}, "name"),
+        ({"budgets": 1e9}, "budgets"),
+        ({"budgets": ("a", "b", "c")}, "budgets"),
+        ({"budgets": (10**400, 10**401, 10**402)}, "budgets"),
+        ({"widths": 8}, "widths"),
+        ({"widths": (True, 8)}, "widths"),
+        ({"depth": 0}, "depth"),
+        ({"depth": 1.5}, "depth"),
+        ({"model": 3}, "model: expected a table"),
+        ({"training": [1]}, "training: expected a table"),
+        ({"execution": "x"}, "execution: expected a table"),
     ],
     ids=lambda value: str(value)[:24],
 )
 def test_impossible_studies_are_named(change, named):
     with pytest.raises(InputError, match=named):
         small(**change)
+
+
+@pytest.mark.parametrize("change", [{"prior_exponent": 1e9}, {"prior_exponent": 3.0}, {"prior_coefficient": 1e12}])
+def test_a_prior_that_asks_for_endless_widths_is_named(change):
+    with pytest.raises(InputError, match="prior_exponent"):
+        design(small(**change))
 
 
 def test_a_budget_too_small_for_its_models_is_named():
@@ -103,9 +127,59 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="another study"):
         Study.create(tmp_path / "study", small(seed=1))
     assert Study.create(tmp_path / "study", small()).config == small()
-    (tmp_path / "study/study.json").write_text('{"grid": 3}')
-    with pytest.raises(InputError, match=r"study\.json"):
-        Study(tmp_path / "study")
+    whole = json.loads((tmp_path / "study/study.json").read_text())
+    for damage in ([], {"grid": 3}, whole | {"grid": []}, whole | {"config": "x"}, whole | {"grid": ["x"]}):
+        (tmp_path / "study/study.json").write_text(json.dumps(damage))
+        with pytest.raises(InputError, match=r"study\.json"):
+            Study(tmp_path / "study")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("prediction.json", [], "law_sha256"),
+        ("prediction.json", {"law_sha256": "0"}, "width"),
+        ("outcome.json", {"predicted_loss": 1.0}, "interval_95"),
+        ("clock.json", {"seconds": "long"}, "seconds"),
+        ("clock.json", 3, "seconds"),
+    ],
+)
+def test_a_damaged_stage_is_named_and_left_as_it_is(tmp_path, name, content, named):
+    (tmp_path / "laws.json").write_text("{}")
+    path = tmp_path / name
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"{name}.*{named}"):
+        if name == "prediction.json":
+            conduct._predict(argparse.Namespace(folder=tmp_path), tmp_path / "laws.json")
+        elif name == "outcome.json":
+            conduct._settle(argparse.Namespace(folder=tmp_path), {}, None, None)
+        else:
+            conduct._Clock(path)
+    assert json.loads(path.read_text()) == content
+
+
+LATENT = {"latent_factor": 8, "image_size": 256, "in_channels": 4, "learn_sigma": False}
+VIDEO = {"latent_factor": 1, "image_size": 16, "in_channels": 3, "frames": 2, "learn_sigma": False}
+
+
+@pytest.mark.parametrize("model", [LATENT, VIDEO], ids=["latent", "video"])
+def test_a_gallery_draws_every_model_it_can(tmp_path, model):
+    model = DiTConfig(condition="none", patch=4, width=16, depth=1, heads=2, **model)
+    data = "emoji_clips" if model.is_video else "emoji_scenes"
+    training = TrainConfig(model=model, data=data, images=16).to_dict()
+    run = argparse.Namespace(run_id="one", budget=1, training=training)
+    save_weights(
+        tmp_path / "weights.safetensors",
+        dict(DiT(model).named_parameters()),
+        model,
+        TrainConfig(model=model, images=16).flow,
+    )
+    study = argparse.Namespace(
+        config=argparse.Namespace(budgets=(1,), seed=0, execution={}), grid=[run], run_folder=lambda run_id: tmp_path
+    )
+    draw_gallery(study, run)
+    # Nothing here makes pictures of latents; that is no reason to lose the study's end.
+    assert (tmp_path / "samples.png").exists() == (model.latent_factor == 1)
 
 
 def test_toml_reads_back(tmp_path):
