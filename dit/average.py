@@ -50,6 +50,9 @@ class Profile:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise InputError(f"ema: expected one of {', '.join(RULES)}, got {self.rule!r}")
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+            field = {"share": "ema_share", "fixed": "ema_decay", "power": "ema_widths"}[self.rule]
+            raise InputError(f"{field}: expected a number, got {self.value!r}")
         if self.rule == "share" and not 0 < self.value <= 1:
             raise InputError(f"ema_share: expected a share above 0 and up to 1, got {self.value!r}")
         if self.rule == "fixed" and not 0 <= self.value < 1:

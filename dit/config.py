@@ -22,6 +22,7 @@ CONDITIONS = ("class", "caption", "none")
 MODULATIONS = ("adaln-zero", "adaln", "adaln-single", "none")
 CONTEXTS = ("pooled", "in-context", "cross-attention", "joint")
 ATTENTIONS = ("full", "space-time", "alternating")
+_MOST_RATIO = 1e9  # of the feed-forward width over D, and of an expert's rows over the even share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +175,8 @@ class DiTConfig:
         for field in ("learn_sigma", "guidance_embed", "rope", "cross_norm"):
             if not isinstance(getattr(self, field), bool):
                 raise InputError(f"{field}: expected true or false, got {getattr(self, field)!r}")
+        if not isinstance(self.name, str):
+            raise InputError(f"name: expected a text, got {self.name!r}")
         _need_choice("condition", self.condition, CONDITIONS)
         _need_choice("modulation", self.modulation, MODULATIONS)
         _need_choice("context", self.context, CONTEXTS)
@@ -195,8 +198,11 @@ class DiTConfig:
             raise InputError(f"rope: expected an even head width, got {self.width // self.heads}")
         if isinstance(self.mlp_ratio, bool) or not isinstance(self.mlp_ratio, (int, float)):
             raise InputError(f"mlp_ratio: expected a number, got {self.mlp_ratio!r}")
-        if not math.isfinite(self.mlp_ratio) or self.mlp_width < 1:
-            raise InputError(f"mlp_ratio: expected a finite ratio that gives at least 1 unit, got {self.mlp_ratio!r}")
+        if not 0 < self.mlp_ratio <= _MOST_RATIO or self.mlp_width < 1:
+            raise InputError(
+                f"mlp_ratio: expected a finite ratio of at most {_MOST_RATIO:g} that gives at least 1 unit, "
+                f"got {self.mlp_ratio!r}"
+            )
         if self.frequency_width % 2:
             raise InputError(f"frequency_width: expected an even number, got {self.frequency_width}")
         self._check_condition()
@@ -230,8 +236,10 @@ class DiTConfig:
             if self.context == "joint":
                 raise InputError(f"experts: expected 0 where context is joint, got {self.experts}")
             capacity = self.expert_capacity
-            if capacity is not None and not (_is_number(capacity) and capacity > 0):
-                raise InputError(f"expert_capacity: expected a number above 0, got {capacity!r}")
+            if capacity is not None and not (_is_number(capacity) and 0 < capacity <= _MOST_RATIO):
+                raise InputError(
+                    f"expert_capacity: expected a number above 0, at most {_MOST_RATIO:g}, got {capacity!r}"
+                )
         if self.attention != "full" and self.context not in ("pooled", "cross-attention"):
             raise InputError(f"attention: expected full where context is {self.context}, got {self.attention!r}")
         shares = self.token_keep
@@ -349,7 +357,7 @@ class DiTConfig:
     @classmethod
     def from_table(cls, table: Mapping[str, Any], *, source: str = "model") -> DiTConfig:
         """Build from a parsed table: its ``model`` table, or itself; ``preset`` names a base to change."""
-        values = table.get("model", table)
+        values = table.get("model", table) if isinstance(table, Mapping) else table
         if not isinstance(values, Mapping):
             raise InputError(f"{source}: expected [model] to be a table, got {type(values).__name__}")
         values = dict(values)

@@ -22,8 +22,10 @@ from ditscale.scaling.outlook import choose_and_predict, fit_laws
 from ditscale.scaling.study import PlannedRun, Study, plan_run
 
 # What is told of an outcome at the end.
-_OUTCOME = ("predicted_loss", "interval_95", "measured_loss", "relative_error", "inside_interval")
-_OUTCOME += ("extrapolation_factor", "flops_spent", "seconds")
+_OUTCOME = (
+    *("predicted_loss", "interval_95", "measured_loss", "relative_error", "inside_interval"),
+    *("extrapolation_factor", "flops_spent", "seconds"),
+)
 
 Show = Callable[[str, "Progress | None"], None]
 

@@ -40,7 +40,7 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
         guidance = 1.0 if y is None else _GUIDANCE
         model, objective = load_weights(weights)
         images = draw_samples(model, noise, y, objective=objective, steps=_STEPS, guidance=guidance)
-        if plan.model.latent_factor > 1:
+        if vae is not None and plan.model.latent_factor > 1:
             from ditscale.dit.encoding import Autoencoder
             from ditscale.dit.rundata import RunData
 

@@ -122,6 +122,8 @@ class TrainConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise InputError(f"{field}: expected one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        if not isinstance(self.ema_widths, (list, tuple)):
+            raise InputError(f"ema_widths: expected a list of relative widths, got {self.ema_widths!r}")
         object.__setattr__(self, "ema_widths", tuple(self.ema_widths))
         _ = self.profiles  # checks the averages
         for field in ("batch", "evaluation_images", "evaluation_times", "ema_snapshots"):

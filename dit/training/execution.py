@@ -71,6 +71,8 @@ class Execution:
         seconds = self.checkpoint_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
             raise InputError(f"execution.checkpoint_seconds: expected a number of at least 0, got {seconds!r}")
+        if not isinstance(self.sinks, (str, list, tuple)):
+            raise InputError(f"execution.sinks: expected some of {', '.join(SINKS)}, got {self.sinks!r}")
         sinks = (self.sinks,) if isinstance(self.sinks, str) else tuple(self.sinks)
         for sink in sinks:
             if sink not in SINKS:
@@ -80,6 +82,8 @@ class Execution:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Execution:
         """From a parsed table; unknown fields raise InputError."""
+        if not isinstance(values, Mapping):
+            raise InputError(f"execution: expected a table of fields, got {values!r}")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -57,6 +57,9 @@ def test_sizes() -> None:
         ({"width": 18, "heads": 2}, "width"),  # four parts of a sine-cosine position
         ({"heads": True}, "heads"),
         ({"image_size": 100}, "image_size"),
+        ({"mlp_ratio": 1e308}, "mlp_ratio"),
+        ({"experts": 4, "expert_capacity": 1e308}, "expert_capacity"),
+        ({"name": 3}, "name"),
         ({"image_width": 100}, "image_width"),
         ({"frames": 3, "patch_frames": 2}, "frames"),
         ({"condition": "mood"}, "condition"),

@@ -269,6 +269,11 @@ def test_new_fields_leave_run_ids_alone():
         ({"decay_shape": "steep"}, "decay_shape"),
         ({"objective": "ddpm"}, "objective"),
         ({"objective": 0}, "objective"),
+        ({"ema_share": "x"}, "ema_share"),
+        ({"ema": "fixed", "ema_decay": [0.9]}, "ema_decay"),
+        ({"ema": "power", "ema_widths": ("x",)}, "ema_widths"),
+        ({"ema_widths": 0.1}, "ema_widths"),
+        ({"model": 3}, "model"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -287,3 +292,9 @@ def test_a_run_that_cannot_begin_leaves_its_folder_to_the_corrected_one(tmp_path
     with pytest.raises(InputError, match="another run"):
         train(TrainConfig.from_dict(config.to_dict() | {"data": str(tmp_path / "nowhere")}), tmp_path / "run")
     assert (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize("table", [3, [], "x", {"sinks": 3}, {"checkpoint_seconds": True}], ids=str)
+def test_an_impossible_execution_is_named(table):
+    with pytest.raises(InputError, match="^execution.*: expected"):
+        Execution.from_dict(table)
