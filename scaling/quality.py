@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ditscale.errors import InputError
 from ditscale.scaling.checks import need_least, need_whole
 from ditscale.scaling.jsonable import load, plain
