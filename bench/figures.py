@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ditscale.bench.report import best_of_ours, figure_name, headline, ratio, roofline_name, with_roof
+from ditscale.bench.report import best_of_ours, by_device, figure_name, headline, ratio, roofline_name, with_roof
 from ditscale.bench.rows import Row, measured
 from ditscale.errors import InputError
 
@@ -65,7 +65,7 @@ def _save(figure: Any, path: Path, rows: Sequence[Row]) -> Path:
 
 
 def draw_all(rows: Sequence[Row], out: str | Path) -> list[Path]:
-    """``roofline-<op>-<device type>.svg`` for every operator that has a roof, and ``speedups-<device type>.svg``.
+    """Of each device ``roofline-<op>-<device>.svg`` for every operator that has a roof, and ``speedups-<device>.svg``.
 
     Raises:
         InputError: there are no times to draw, or the folder cannot be written.
@@ -74,13 +74,11 @@ def draw_all(rows: Sequence[Row], out: str | Path) -> list[Path]:
     if not rows:
         raise InputError("rows: expected measured rows to draw, got none")
     paths = []
-    for device in dict.fromkeys(r["device"]["name"] for r in rows):
-        mine = [r for r in rows if r["device"]["name"] == device]
-        kind = mine[0]["device"]["type"]
+    for device, mine in by_device(rows).items():
         for op in with_roof(mine):
             of_op = [r for r in mine if r["op"] == op and r.get("roof_share")]
-            paths.append(_roofline(of_op, op, Path(out) / roofline_name(op, kind)))
-        paths.append(_speedups(mine, Path(out) / figure_name(kind)))
+            paths.append(_roofline(of_op, op, Path(out) / roofline_name(op, device)))
+        paths.append(_speedups(mine, Path(out) / figure_name(device)))
     return paths
 
 

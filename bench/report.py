@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ditscale.bench.devices import slug
 from ditscale.bench.rows import Row, measured
 from ditscale.errors import InputError
 
@@ -39,12 +40,20 @@ def best_of_ours(rows: Iterable[Row]) -> Row | None:
     return next((r for r in ours if r.get("auto")), ours[0] if ours else None)
 
 
+def by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each device, by its :func:`~ditscale.bench.devices.slug`, in the order in which they came."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(slug(row["device"]), []).append(row)
+    return found
+
+
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """(device name, case) -> provider -> row, of measured rows, in the order in which they came."""
+    """(device's slug, case) -> provider -> row, of measured rows, in the order in which they came."""
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in measured(rows):
         if row["suite"] != "ceiling":
-            found.setdefault((row["device"]["name"], row["case"]), {})[row["provider"]] = row
+            found.setdefault((slug(row["device"]), row["case"]), {})[row["provider"]] = row
     return found
 
 
@@ -101,24 +110,24 @@ def table_cells(rows: Iterable[Row]) -> Table:
 
 def full_table(rows: Iterable[Row]) -> str:
     """Of every device, :func:`table_cells` as Markdown, with the ceilings and what it ran on."""
-    rows = list(rows)
     parts = []
-    for name in dict.fromkeys(r["device"]["name"] for r in rows):
-        mine = [r for r in rows if r["device"]["name"] == name]
+    for device, mine in by_device(rows).items():
         parts += [_markdown(*table_cells(mine)), *_ceilings(mine), _provenance(mine)]
-        kind = mine[0]["device"]["type"]
-        parts += [f"![Roofline of {op}](images/{roofline_name(op, kind)})" for op in with_roof(mine)]
+        parts += [f"![Roofline of {op}](images/{roofline_name(op, device)})" for op in with_roof(mine)]
     return "\n\n".join(part for part in parts if part)
 
 
 def readme_block(rows: Iterable[Row]) -> str:
-    """What stands between the README's markers: of each device a table and a figure, and a plain word where there is none."""
+    """What stands between the README's markers: a table and a figure of the CPU and of the GPU with the most cases, and a plain
+    word where there is none. The other devices stand in :func:`full_table`."""
     rows = list(rows)
     parts = []
     for kind in ("cpu", "cuda"):
-        chosen = [r for r in rows if r["device"]["type"] == kind]
-        for name in dict.fromkeys(r["device"]["name"] for r in measured(chosen)):
-            parts.append(_device_block([r for r in chosen if r["device"]["name"] == name]))
+        devices = by_device(r for r in rows if r["device"]["type"] == kind).items()
+        cases = {device: len(by_case(mine)) for device, mine in devices}
+        if any(cases.values()):
+            most = max(cases, key=lambda device: cases[device])
+            parts.append(_device_block(most, dict(devices)[most]))
     if not parts:
         parts.append("CPU speed is not yet measured: there are no committed rows.")
     if not measured(r for r in rows if r["device"]["type"] == "cuda"):
@@ -126,14 +135,14 @@ def readme_block(rows: Iterable[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def figure_name(kind: str) -> str:
-    """The speed-ups of a device's type as the README shows them, under ``docs/images``."""
-    return f"speedups-{kind}.svg"
+def figure_name(device: str) -> str:
+    """A device's speed-ups as the README shows them, under ``docs/images``; the device by its slug."""
+    return f"speedups-{device}.svg"
 
 
-def roofline_name(op: str, kind: str) -> str:
-    """An operator's distance from the roof on a device's type, under ``docs/images``."""
-    return f"roofline-{op}-{kind}.svg"
+def roofline_name(op: str, device: str) -> str:
+    """An operator's distance from the roof on a device, under ``docs/images``; the device by its slug."""
+    return f"roofline-{op}-{device}.svg"
 
 
 def with_roof(rows: Iterable[Row]) -> list[str]:
@@ -154,8 +163,7 @@ def headline(rows: Iterable[Row]) -> list[dict[str, Row]]:
     return list(found.values())
 
 
-def _device_block(rows: Sequence[Row]) -> str:
-    kind = measured(rows)[0]["device"]["type"]
+def _device_block(device: str, rows: Sequence[Row]) -> str:
     head = ["", "shape", "eager ms", "compile ms", "ours ms", "over eager", "over compile", "of roof"]
     body = []
     for providers in headline(rows):
@@ -171,7 +179,7 @@ def _device_block(rows: Sequence[Row]) -> str:
         f"Of {len(cases)} cases, something else measured faster than ours in {len(losses)}: "
         f"[all cases, those first](docs/benchmarks.md#results)."
     )
-    figure = f"![Speed-ups over eager and compiled PyTorch](docs/images/{figure_name(kind)})"
+    figure = f"![Speed-ups over eager and compiled PyTorch](docs/images/{figure_name(device)})"
     return "\n\n".join([_markdown(head, body), note, figure])
 
 

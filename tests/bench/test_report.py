@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench_rows import case_rows
@@ -14,6 +15,7 @@ from ditscale.bench.report import (
     START,
     between,
     by_case,
+    by_device,
     figure_name,
     full_table,
     insert,
@@ -78,6 +80,17 @@ def test_readme_shows_one_case_of_each_operator_and_pass() -> None:
     assert "Of 2 cases, something else measured faster than ours in 1" in text
 
 
+def _on(device: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"device": row["device"] | {"name": device}} for row in rows]
+
+
+def test_two_devices_of_a_type_keep_their_own_tables_and_figures(tmp_path: Path) -> None:
+    rows = _on("small", WIN) + _on("large", WIN + LOSS)
+    assert len({p.name for p in draw_all(rows, tmp_path)}) == 4
+    assert readme_block(rows) == readme_block(_on("large", WIN + LOSS))  # the one with more cases
+    assert all(f"{device} " in full_table(rows) or f"{device}," in full_table(rows) for device in ("small", "large"))
+
+
 def _page(name: str) -> str:
     path = Path(__file__).resolve().parents[2] / name
     if not path.is_file():
@@ -95,12 +108,11 @@ def test_the_guides_table_is_the_one_of_the_committed_rows() -> None:
 
 def test_the_figures_are_of_the_committed_rows() -> None:
     rows = [r for r in committed() if r["status"] == "measured" and r["suite"] != "ceiling"]
-    for kind in dict.fromkeys(r["device"]["type"] for r in rows):
-        mine = [r for r in rows if r["device"]["type"] == kind]
-        assert f"rows {digest(mine)}" in _page(f"docs/images/{figure_name(kind)}")
+    for device, mine in by_device(rows).items():
+        assert f"rows {digest(mine)}" in _page(f"docs/images/{figure_name(device)}")
         for op in with_roof(mine):
             of_op = [r for r in mine if r["op"] == op and r.get("roof_share")]
-            assert f"rows {digest(of_op)}" in _page(f"docs/images/{roofline_name(op, kind)}"), op
+            assert f"rows {digest(of_op)}" in _page(f"docs/images/{roofline_name(op, device)}"), op
 
 
 def test_the_readme_claims_no_gpu_speed_without_gpu_rows() -> None:
@@ -134,7 +146,10 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path: Path) -> None:
 
 def test_figures_are_drawn_and_equal_rows_give_equal_files(tmp_path: Path) -> None:
     first = draw_all(WIN + LOSS, tmp_path / "a")
-    assert [p.name for p in first] == ["roofline-layernorm_modulate-cpu.svg", "speedups-cpu.svg"]
+    assert [p.name for p in first] == [
+        "roofline-layernorm_modulate-a-cpu-2-threads.svg",
+        "speedups-a-cpu-2-threads.svg",
+    ]
     assert f"rows {digest([*WIN, *LOSS])}" in first[1].read_text()
     again = draw_all(WIN + LOSS, tmp_path / "b")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in again]
