@@ -362,6 +362,8 @@ def compare(
     flops: Column = None,
     loss: Column = None,
     budget: Column = None,
+    where: Where = None,
+    law: Annotated[str, typer.Option(help="The surface that is fitted to each.")] = "surface",
     last_step: LastStep = False,
     pool: Pool = False,
     as_json: Json = False,
@@ -370,8 +372,9 @@ def compare(
     from ditscale.scaling.comparison import compare as set_against
 
     columns = {"params": params, "tokens": tokens, "images": images, "flops": flops, "loss": loss, "budget": budget}
-    tables = [_table(file, **columns, last_step=last_step, pool=pool) for file in (first, second)]
-    _print(set_against(*tables, target=target, names=(str(first), str(second)), pool=pool), as_json)
+    tables = [_table(file, **columns, where=where, last_step=last_step, pool=pool) for file in (first, second)]
+    names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
+    _print(set_against(*tables, target=target, names=names, law=law, pool=pool), as_json)
 
 
 def suggest(

@@ -50,5 +50,7 @@ def load(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: expected a readable JSON file, got {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: expected JSON, got bytes that are no UTF-8 text") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON, got {error}") from None
+        raise InputError(f"{path}: expected JSON, as --json prints it, got something else ({error})") from None

@@ -181,8 +181,13 @@ def _flatness(fit: LawFit) -> None:
         return
     low, high = fit.intervals["exponent"]
     if low <= 0 <= high:
+        holds = f"the exponent's interval [{low:.3g}, {high:.3g}] holds 0 (R² {fit.r2:.3f})"
+        # Beside a free floor the exponent may be open where the fall itself is plain.
+        clear = fit.explains_by_chance < 0.05
         fit.warnings.append(
-            f"no scaling in this range: the exponent's interval [{low:.3g}, {high:.3g}] holds 0 (R² {fit.r2:.3f})"
+            f"the exponent is not determined beside a free floor: {holds}"
+            if clear
+            else f"no scaling in this range: {holds}"
         )
     if "floor" in fit.law.names and "floor" not in fit.at_bounds:
         ends: Array = np.array(fit.intervals["floor"])

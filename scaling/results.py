@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling import engine, intervals, resampling
@@ -143,6 +144,16 @@ class LawFit:
         spread = float(np.average((goal - np.average(goal, weights=self.weights)) ** 2, weights=self.weights))
         left = float(np.average(self.residuals**2, weights=self.weights))
         return 1.0 - left / spread if spread > 0 else float("nan")
+
+    @cached_property
+    def explains_by_chance(self) -> float:
+        """p-value of the F test that the law explains no more than chance would; 1 where it cannot be tested."""
+        free, left = len(self.theta) - 1, self.n - len(self.theta)
+        if left < 1 or not self.r2 > 0:
+            return 1.0
+        if self.r2 >= 1:
+            return 0.0
+        return float(stats.f.sf(self.r2 / (1 - self.r2) * left / free, free, left))
 
     @cached_property
     def share_inside(self) -> float | None:

@@ -17,6 +17,9 @@ from ditscale.scaling.readers import Columns, read_columns
 from ditscale.scaling.schema import POOL_COLUMNS, RUN_COLUMNS, STEP_COLUMNS
 from ditscale.scaling.where import evaluate
 
+_WHICH_N = (
+    "N is params, all of them; --params params_per_token takes those that work on every token, as studies' laws do"
+)
 _ROLES = ("params", "images", "tokens", "flops", "loss", "budget")
 
 
@@ -145,6 +148,8 @@ class RunTable:
             table = table.drop_highest(drop_highest)
         if tokens_from_6nd:
             table = table.with_tokens_from_6nd()
+        if roles.get("params") is None and named.get("params") == "params" and "params_per_token" in data:
+            table = dataclasses.replace(table, notes=(*table.notes, _WHICH_N))
         if not pool:
             table.check_poolable()
         return table

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling.checks import need_draws, need_positive
@@ -421,8 +420,7 @@ def fit_surface(
 
 def _flat(fit: LawFit) -> None:
     """Say so where the surface explains no more of the losses than chance would."""
-    free, left = len(fit.theta) - 1, fit.n - len(fit.theta)
-    if left > 0 and 0 <= fit.r2 < 1 and stats.f.sf(fit.r2 / (1 - fit.r2) * left / free, free, left) > 0.05:
+    if fit.n > len(fit.theta) and fit.r2 >= 0 and fit.explains_by_chance > 0.05:
         fit.warnings.append(
             f"no scaling in this range: the surface explains {100 * fit.r2:.0f} % of the losses' spread"
         )

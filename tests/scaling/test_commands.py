@@ -113,6 +113,29 @@ def test_the_other_commands_answer(run, file: Path, tmp_path: Path) -> None:  # 
         assert code == 0 and len(out) > 80
 
 
+def test_a_comparison_takes_the_same_rows_of_both(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    # A study's own table also has the predicted run, alone at its budget.
+    for name, seed in (("plain", 0), ("better", 1)):
+        table = study(noise=0.004, seed=seed)
+        lone = {"params": 1e9, "tokens": 1e11, "flops": 6e20, "loss": 2.2, "budget": 6e20}
+        columns = {k: [*table.columns[k].tolist(), lone[k]] for k in table.columns}
+        _write(RunTable.from_columns(columns), tmp_path / f"{name}.csv")
+    files = [tmp_path / "plain.csv", tmp_path / "better.csv"]
+    assert "got 1" in run("compare", *files)[2]
+    code, out, _ = run("compare", *files, "--where", "budget < 1e20", "--law", "surface-tied", "--json")
+    o = json.loads(out)
+    assert code == 0 and o["names"] == ["plain", "better"] and o["target"] < 1e20
+
+
+def test_the_size_that_was_taken_by_default_is_said(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    table = study(noise=0.004)
+    columns = {**table.columns, "params_per_token": np.asarray(table.params) / 2}
+    file = _write(RunTable.from_columns(columns), tmp_path / "runs.csv")
+    assert "N is params, all of them" in run("fit", "surface", file)[1]
+    for column in ("params", "params_per_token"):
+        assert "N is params" not in run("fit", "surface", file, "--params", column)[1]
+
+
 def test_summaries_are_readable(run, file: Path) -> None:  # type: ignore[no-untyped-def]
     for arguments in (("fit", "surface", file), ("fit", "isoflop", file), ("fit", "power", file)):
         code, out, _ = run(*arguments)
@@ -167,6 +190,9 @@ BAD = [
     (("backtest", "{file}", "--by", "luck"), "by"),
     (("predict", "{file}", "--flops", "1e20"), "two of params"),
     (("coverage", "--draws", "1"), "draws"),
+    (("plan", "--law", "{file}", "--budget", "1e20"), "expected JSON, as --json prints it"),
+    (("plan", "--law", "liang2024", "--budget", "1e20", "--quality", "/nonexistent"), "expected a readable JSON file"),
+    (("fit", "power", "{file}", "--y", "fid"), "fid: expected a column"),
     (("draw", "{file}", "--out", "/dev/null/x"), "expected JSON"),
     (("fit", "surface", "{file}", "--last-step"), "last-step"),
     (("fit", "power", "{file}", "--feature-network", "x", "--seed-noise", "-1"), "seed-noise"),
