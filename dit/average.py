@@ -15,7 +15,7 @@ squares combination of their profiles (the same paper, section 3.2).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,16 +100,24 @@ class WeightAverage:
     Args:
         weights: by name; the average starts as a copy, in float32.
         profile: the rule for its decay.
+        lay: may bring tensors of a dictionary together in memory, in their place there; gives what there is to go over.
+            Default: every tensor by itself.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], profile: Profile) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        profile: Profile,
+        *,
+        lay: Callable[[dict[str, Tensor]], list[Tensor]] | None = None,
+    ) -> None:
         self.profile = profile
         self.weights: dict[str, Tensor] = {name: w.detach().float().clone() for name, w in weights.items()}
-        self._list = list(self.weights.values())
+        self._list = list(self.weights.values()) if lay is None else lay(self.weights)
 
     @torch.no_grad()
     def update(self, current: Sequence[Tensor], step: int) -> None:
-        """Take in the weights after step ``step`` (counted from 1), in the order of the names."""
+        """Take in the weights after step ``step`` (counted from 1), in the order of the names or as they were laid."""
         torch._foreach_lerp_(self._list, list(current), 1 - self.profile.decay(step))
 
 

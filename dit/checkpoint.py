@@ -19,12 +19,11 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from ditscale.dit.files import read_json, write_atomically, write_json
+from ditscale.dit.files import file_sha256, read_json, write_atomically, write_json
 from ditscale.errors import InputError
 
 _KEPT = 2
 _FILE = "tensors.safetensors"
-_PIECE = 2**22
 
 
 @dataclass(frozen=True)
@@ -105,15 +104,6 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
             complaints.append(f"{directory}: damaged ({error}); falling back to the one before")
     return None, complaints
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, read a piece at a time."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def remove_checkpoints(folder: Path) -> None:

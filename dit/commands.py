@@ -163,6 +163,20 @@ def use_threads(threads: int | None, *, processes: int = 1) -> None:
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
 
 
+def use_device(name: str | None) -> str:
+    """A device by its name; default CUDA where there is one."""
+    import torch
+
+    from ditscale.errors import InputError
+
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"--device: expected cpu or cuda, got {name!r}")
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise InputError("--device: expected a device that is here, got cuda without a GPU")
+    return name or ("cuda" if there else "cpu")
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """While this lasts, Ctrl-C and SIGTERM end up in a list, for the work to come to an orderly end."""

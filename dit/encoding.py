@@ -5,6 +5,7 @@ Both are read from folders on disk, from safetensors only, and never from the ne
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ditscale.dit.config import DiTConfig
+from ditscale.dit.files import file_sha256
 from ditscale.errors import InputError
 
 
@@ -29,11 +31,14 @@ class Autoencoder:
     Attributes:
         module: in evaluation mode, without gradients.
         scale, shift: as above.
+        name, sha256: of the folder and of its weights, for records.
     """
 
     module: Any
     scale: float
     shift: float
+    name: str
+    sha256: str
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Autoencoder:
@@ -43,6 +48,7 @@ class Autoencoder:
             InputError: diffusers is not installed, or the folder is no such thing.
         """
         folder = Path(folder)
+        name = folder.name
         if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
             folder = folder / "vae"
         if "AutoencoderKL" not in model_kind(folder, "_class_name"):
@@ -52,7 +58,8 @@ class Autoencoder:
             folder, lambda: diffusers.AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         )
         module = module.to(device).eval().requires_grad_(False)
-        return cls(module, float(module.config.scaling_factor), float(module.config.shift_factor or 0.0))
+        scale, shift = float(module.config.scaling_factor), float(module.config.shift_factor or 0.0)
+        return cls(module, scale, shift, name, weights_sha256(folder))
 
     @property
     def factor(self) -> int:
@@ -160,6 +167,12 @@ def library(module: str, package: str = "") -> Any:
     except Exception as error:  # a build for another torch fails in its own way
         wanted = package or f"'ditscale[hub]', for {module}"
         raise InputError(f"{module}: expected it to be installed (pip install {wanted}), got {error}") from error
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of the weights in a model's folder: that of its safetensors file, or of the hashes of several."""
+    found = [file_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def model_kind(folder: Path, field: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -16,6 +17,9 @@ try:
     import fcntl
 except ImportError:  # pragma: no cover - Windows has no flock; a second process there is not refused
     fcntl = None  # type: ignore[assignment]
+
+# Bytes that are hashed at a time.
+_PIECE = 1 << 20
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -43,6 +47,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: expected a JSON file, got {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, read a piece at a time; OSError where it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def keep(path: Path | None, data: bytes) -> None:

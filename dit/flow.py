@@ -155,11 +155,14 @@ class ValidationSet:
 
     @torch.no_grad()
     def loss(self, model: nn.Module, objective: Objective, *, batch: int = 64) -> list[float]:
-        """The mean loss at every time, k floats; summed in float64 in a fixed order."""
+        """The mean loss at every time, k floats, on the model's device; summed in float64 in a fixed order."""
+        device = next((p.device for p in model.parameters()), self.images.device)
         was_training = model.training
         model.eval()
         totals = [0.0] * len(self.times)
         for i, x_0, y, eps, t in self.batches(batch):
+            x_0, eps, t = (tensor.to(device) for tensor in (x_0, eps, t))
+            y = each(y, lambda tensor: tensor.to(device))
             totals[i] += float(objective.loss(model, x_0, y, eps, t).double().sum())
         model.train(was_training)
         return [total / len(self.images) for total in totals]

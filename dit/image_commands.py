@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from ditscale.dit.config import DiTConfig
+    from ditscale.dit.encoding import Autoencoder
     from ditscale.dit.rundata import RunData
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its weights.safetensors.")]
 
 
@@ -44,19 +45,24 @@ def sample(
     text_encoder: Annotated[
         Path | None, typer.Option(help="A CLIP or T5 folder, for models that read its features.")
     ] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Draw images from a trained model."""
     import torch
 
+    from ditscale.dit.commands import use_device
+    from ditscale.dit.condition import each
+    from ditscale.dit.encoding import Autoencoder
     from ditscale.dit.pictures import save_grid
     from ditscale.dit.rundata import RunData
     from ditscale.dit.sampling import draw_samples
     from ditscale.dit.weights import load_weights
     from ditscale.errors import InputError
 
+    where = use_device(device)
     model, objective = load_weights(weights_path(run))
-    config = model.config
+    model, config = model.to(where), model.config
     given = {"caption": caption, "class": label}.get(config.condition)
     if (caption and config.condition != "caption") or (label and config.condition != "class"):
         raise InputError(f"--caption, --label: expected what the model takes ({config.condition}), got the other")
@@ -69,12 +75,12 @@ def sample(
     if config.latent_factor > 1 and vae is None:
         raise InputError("--vae: expected the autoencoder of a model of latents, got none")
     data = RunData.read(run)
-    y = condition_tensor(config, given, text_encoder, data)
+    y = each(condition_tensor(config, given, text_encoder, data), lambda tensor: tensor.to(where))
     number = count if not given else len(given)
     noise = torch.randn(number, *config.input_shape, generator=torch.Generator().manual_seed(seed))
     images = draw_samples(
         model,
-        noise,
+        noise.to(where),
         y,
         objective=objective,
         steps=steps,
@@ -87,10 +93,9 @@ def sample(
         eta=eta,
         seed=seed,
     )
-    decode = _decoder(vae, data)
-    if decode is not None:
-        images = decode(images)
-    save_grid(out, images)
+    if vae is not None:
+        images = _decode(Autoencoder.load(vae, device=where), data, images)
+    save_grid(out, images.cpu())
     if as_json:
         typer.echo(json.dumps({"out": str(out), "images": number, "steps": steps, "sampler": sampler, "seed": seed}))
     else:
@@ -115,18 +120,22 @@ def evaluate(
     guidance_to: Annotated[float, typer.Option(help="Greatest share of noise at which to guide.")] = 1.0,
     sample_seed: Annotated[int, typer.Option(help="Of prompts and of the noise of samples.")] = 0,
     vae: Annotated[Path | None, typer.Option(help="A diffusers AutoencoderKL's folder, for models of latents.")] = None,
+    device: Device = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate finished runs' averaged weights: the loss on the fixed validation set and, with --samples, their images."""
-    from ditscale.dit.commands import progress_bar, use_threads
-    from ditscale.dit.evaluation.quality import QualitySettings, measure_quality
+    from ditscale.dit.commands import progress_bar, use_device, use_threads
+    from ditscale.dit.encoding import Autoencoder
+    from ditscale.dit.evaluation.quality import Decoder, QualitySettings, measure_quality
     from ditscale.dit.files import read_json, write_json
     from ditscale.dit.rundata import RunData
     from ditscale.dit.training import TrainConfig, check_record, validation_set
     from ditscale.dit.weights import load_weights
 
     use_threads(threads)
+    where = use_device(device)
+    autoencoder = None if vae is None else Autoencoder.load(vae, device=where)
     settings = None
     if samples:
         settings = QualitySettings(
@@ -145,19 +154,25 @@ def evaluate(
         changes = {"evaluation_images": images, "evaluation_seed": seed}
         plan = TrainConfig.from_dict(plan.to_dict() | {k: v for k, v in changes.items() if v is not None})
         model, objective = load_weights(weights_path(run))
+        model = model.to(where)
         validation = validation_set(plan)
         by_time = validation.loss(model, objective)
         result: dict[str, Any] = {"run": run.name, "loss": math.fsum(by_time) / len(by_time)}
         result |= {"loss_kind": objective.loss_kind, "images": plan.evaluation_images}
         result |= {"timesteps": validation.times.tolist(), "loss_by_timestep": by_time}
         if settings is not None:
+            decoder = None
+            if autoencoder is not None:
+                decode = functools.partial(_decode, autoencoder, RunData.read(run))
+                decoder = Decoder(autoencoder.name, autoencoder.sha256, decode)
             with progress_bar(f"samples of {run.name}", show=not as_json) as advance:
                 quality = measure_quality(
                     model,
                     objective,
                     plan,
                     settings,
-                    decode=_decoder(vae, RunData.read(run)),
+                    decoder=decoder,
+                    device=where,
                     progress=lambda n, of: advance(n, of, math.nan),
                 )
             record = check_record(run / "run.json")
@@ -170,14 +185,9 @@ def evaluate(
         typer.echo(json.dumps(results[0] if len(results) == 1 else {"runs": results}))
 
 
-def _decoder(vae: Path | None, data: RunData | None) -> Callable[[Tensor], Tensor] | None:
-    """From what a model draws to pixels; None where it draws pixels."""
-    if vae is None:
-        return None
-    from ditscale.dit.encoding import Autoencoder
-
-    autoencoder = Autoencoder.load(vae)
-    return lambda latents: autoencoder.decode(latents if data is None else data.unscaled(latents))
+def _decode(autoencoder: Autoencoder, data: RunData | None, latents: Tensor) -> Tensor:
+    """From what a model draws to pixels, by what its run knows of the latents' scale."""
+    return autoencoder.decode(latents if data is None else data.unscaled(latents))
 
 
 def _told(result: dict[str, Any]) -> str:
@@ -187,7 +197,8 @@ def _told(result: dict[str, Any]) -> str:
         return text
     how = f"{result['sampler']} {result['sampler_steps']} steps, guidance {result['guidance']:g}"
     text += (
-        f"\nFréchet distance {result['frechet_distance']:.4g} on {result['feature_network']} features (as many real images: "
+        f"\nFréchet distance {result['frechet_distance']:.4g} on {result['feature_network']} features "
+        f"({result['real_images']} real images to {result['real_reference_images']} others: "
         f"{result['frechet_distance_real']:.4g}), precision {result['precision']:.3f}, recall {result['recall']:.3f}; "
         f"{result['quality_samples']} samples, {how}"
     )

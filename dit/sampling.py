@@ -135,6 +135,22 @@ def draw_samples(
     return z
 
 
+def guided_share(
+    objective: Objective, *, steps: int, sampler: str, guidance_interval: tuple[float, float], shift: float = 1.0
+) -> float:
+    """The share of :func:`draw_samples`' evaluations that lie in the guidance interval; arguments as there."""
+    levels = objective.levels(steps, shift)
+    # Heun's method also asks where a step ends, but at the last.
+    asked = [*levels[:-1], *(levels[1:-1] if sampler == "heun" else ())]
+    least, greatest = guidance_interval
+    return sum(least <= _noise_share(objective, u) <= greatest for u in asked) / len(asked)
+
+
+def _noise_share(objective: Objective, u: Tensor) -> float:
+    """The share of noise at a level: 0 for data, 1 for noise."""
+    return float(u / (objective.signal(u) + u))
+
+
 class _Noise:
     """Standard normal tensors of one shape in a fixed order, the same on every device."""
 
@@ -174,8 +190,7 @@ class _Guided:
     def _guided(self, z: Tensor, u: Tensor) -> Prediction:
         count, objective = self.count, self.objective
         u_B = u.to(z.device).expand(count)
-        share = float(u / (objective.signal(u) + u))
-        if self.twice is None or not self.interval[0] <= share <= self.interval[1]:
+        if self.twice is None or not self.interval[0] <= _noise_share(objective, u) <= self.interval[1]:
             return objective.predict(self.model, z, u_B, self.y)
         drop = torch.arange(2 * count, device=z.device) >= count
         both = objective.predict(self.model, torch.cat([z, z]), torch.cat([u_B, u_B]), self.twice, drop=drop)

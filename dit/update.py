@@ -1,7 +1,8 @@
 """What happens to the weights in a step, after the gradients: norm, clipping, AdamW or Muon, moving averages.
 
 Everything is elementwise over each rank's own part of a weight, so it is the same code for whole, replicated and sharded
-weights. Only the norm is summed over ranks, and only Muon needs whole matrices.
+weights. Only the norm is summed over ranks, and only Muon needs whole matrices. On a CPU, where a call costs more than the
+arithmetic on a small weight, small weights lie in one piece of memory and are gone over together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch.optim.adamw import adamw
 from ditscale.dit.average import Profile, WeightAverage
 from ditscale.dit.muon import momentum_ahead, orthogonal_steps
 from ditscale.errors import InputError
+
+# Weights of at most so many numbers are small: copying their gradients together takes less time than calls for each.
+_SMALL = 2**15
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -86,12 +90,28 @@ class UpdateRule:
 
 @dataclass
 class _Group:
-    """Parameters that step alike."""
+    """Parameters that step alike; the first ``small`` of them lie in one piece of memory."""
 
     lr: float
     weight_decay: float
     muon: bool
     names: list[str]
+    small: int = 0
+
+    def together(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """What there is to go over: a copy of the small ones in one piece, and the large ones."""
+        large = [tensors[name] for name in self.names[self.small :]]
+        if not self.small:
+            return large
+        return [torch.cat([tensors[name].flatten() for name in self.names[: self.small]]), *large]
+
+    def lay(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        """:meth:`together`, the small ones in ``tensors`` replaced by their parts of that piece."""
+        pieces, names = self.together(tensors), self.names[: self.small]
+        if names:
+            parts = pieces[0].split([tensors[name].numel() for name in names])
+            tensors.update({name: part.view_as(tensors[name]) for name, part in zip(names, parts, strict=True)})
+        return pieces
 
 
 class Updater:
@@ -121,10 +141,10 @@ class Updater:
         self._sum_squares = sum_squares
         self._parameters = dict(model.named_parameters())
         self._parts = {name: local_part(p.detach()) for name, p in self._parameters.items()}
-        names = {id(p): name for name, p in self._parameters.items()}
+        named = {id(p): name for name, p in self._parameters.items()}
         self._groups: list[_Group] = []
         for group in groups:
-            members = [names[id(p)] for p in group["params"]]
+            members = [named[id(p)] for p in group["params"]]
             by_muon = [
                 n
                 for n in members
@@ -132,17 +152,30 @@ class Updater:
             ]
             by_adamw = [n for n in members if n not in set(by_muon)]
             if by_adamw:
-                self._groups.append(_Group(group["lr"], group["weight_decay"], False, by_adamw))
+                small = [n for n in by_adamw if self._is_small(n)]
+                # Lengths that fill whole cache lines first, so that what stands behind them begins at one.
+                small.sort(key=lambda n: self._parts[n].numel() % 16 != 0)
+                names = small + [n for n in by_adamw if n not in set(small)]
+                self._groups.append(_Group(group["lr"], group["weight_decay"], False, names, len(small)))
             if by_muon:
                 self._groups.append(_Group(rule.muon_lr, group["weight_decay"], True, by_muon))
         self._muon = {n for g in self._groups if g.muon for n in g.names}
         self._first = {name: torch.zeros_like(p) for name, p in self._parts.items()}
         self._second = {name: torch.zeros_like(p) for name, p in self._parts.items() if name not in self._muon}
-        self.averages = [WeightAverage(self._parts, profile) for profile in rule.averages]
+        # What a step goes over: of every group weights, first and second moments.
+        self._pieces = [
+            (each.lay(self._parts), each.lay(self._first), [] if each.muon else each.lay(self._second))
+            for each in self._groups
+        ]
+        for name in [name for group in self._groups for name in group.names[: group.small]]:
+            self._parameters[name].data = self._parts[name]
+        self.averages = [WeightAverage(self._parts, profile, lay=self._lay) for profile in rule.averages]
+        self._gradients: list[list[Tensor]] = []
 
     def gradient_norm(self) -> Tensor:
         """The norm of the whole gradient, a float32 scalar on the gradients' device."""
-        norm = nn.utils.get_total_norm(self._gradients(self._parts))
+        self._gradients = self._gather()
+        norm = nn.utils.get_total_norm([piece for pieces in self._gradients for piece in pieces])
         return norm if self._sum_squares is None else self._sum_squares(norm.square()).sqrt()
 
     @torch.no_grad()
@@ -150,41 +183,59 @@ class Updater:
         """Clip the gradients by their norm, step, and move the averages on.
 
         Args:
-            norm: as :meth:`gradient_norm` gave it.
+            norm: as :meth:`gradient_norm` gave it, of the gradients that it saw.
             rate: what every group's learning rate is multiplied by.
         """
         self.updates += 1
-        gradients = self._gradients(self._parts)
+        gradients = [piece for pieces in self._gradients for piece in pieces]
         scale = (self.rule.clip / (norm + 1e-6)).clamp(max=1.0)
         if gradients[0].device.type == "cpu":
             for gradient in gradients if float(scale) != 1.0 else ():
                 gradient.mul_(scale)
         else:
             torch._foreach_mul_(gradients, scale)
-        for group in self._groups:
-            (self._muon_step if group.muon else self._adamw_step)(group, group.lr * rate)
+        for group, pieces, grads in zip(self._groups, self._pieces, self._gradients, strict=True):
+            if group.muon:
+                self._muon_step(group, grads, group.lr * rate)
+            else:
+                self._adamw_step(group, grads, *pieces, group.lr * rate)
+        self._gradients = []
         for average in self.averages:
-            average.update(list(self._parts.values()), self.updates)
+            average.update([piece for weights, *_ in self._pieces for piece in weights], self.updates)
 
-    def _gradients(self, names: Iterator[str] | Sequence[str] | Mapping[str, Any]) -> list[Tensor]:
-        found = []
-        for name in names:
-            gradient = self._parameters[name].grad
-            if gradient is None:
+    def _is_small(self, name: str) -> bool:
+        part, whole = self._parts[name], not is_sharded(self._parameters[name])
+        return whole and part.device.type == "cpu" and part.dtype == torch.float32 and part.numel() <= _SMALL
+
+    def _lay(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        return [piece for group in self._groups for piece in group.lay(tensors)]
+
+    def _gather(self) -> list[list[Tensor]]:
+        """Of every group the gradients, laid as its weights are; large ones are the parameters' own."""
+        found = {}
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
                 raise InputError(f"model: expected a gradient of every parameter, got none of {name}")
-            found.append(local_part(gradient))
-        return found
+            found[name] = local_part(parameter.grad)
+        return [group.together(found) for group in self._groups]
 
-    def _adamw_step(self, group: _Group, lr: float) -> None:
-        parts = [self._parts[name] for name in group.names]
-        done = torch.tensor(float(self.updates - 1), device=parts[0].device)
+    def _adamw_step(
+        self,
+        group: _Group,
+        gradients: list[Tensor],
+        weights: list[Tensor],
+        first: list[Tensor],
+        second: list[Tensor],
+        lr: float,
+    ) -> None:
+        done = torch.tensor(float(self.updates - 1), device=weights[0].device)
         adamw(
-            parts,
-            self._gradients(group.names),
-            [self._first[name] for name in group.names],
-            [self._second[name] for name in group.names],
+            weights,
+            gradients,
+            first,
+            second,
             [],
-            list(done.repeat(len(parts)).unbind()),
+            list(done.repeat(len(weights)).unbind()),
             fused=True,
             amsgrad=False,
             beta1=self.rule.beta1,
@@ -195,11 +246,11 @@ class Updater:
             maximize=False,
         )
 
-    def _muon_step(self, group: _Group, lr: float) -> None:
+    def _muon_step(self, group: _Group, gradients: list[Tensor], lr: float) -> None:
         parameters = [self._parameters[name] for name in group.names]
         parts = [self._parts[name] for name in group.names]
         buffers = [self._first[name] for name in group.names]
-        ahead = momentum_ahead(self._gradients(group.names), buffers, self.rule.muon_momentum)
+        ahead = momentum_ahead(gradients, buffers, self.rule.muon_momentum)
         # Momentum is elementwise; only to be made orthogonal must a matrix be whole.
         matrices = [whole(like_parameter(a, p)) for a, p in zip(ahead, parameters, strict=True)]
         dtype = torch.bfloat16 if parts[0].device.type == "cuda" else torch.float32

@@ -63,12 +63,11 @@ def conduct(
 
         config = study.config
         place = engine or config.engine
-        settings = (dict(config.engine_options) if place == config.engine else {}) | dict(options or {})
         for complaint in study.records()[1]:
             say(f"{complaint}; its run is trained again")
 
         def train(runs: list[PlannedRun], workers: int, threads: int, stage: str) -> None:
-            opened = open_engine(place, study, workers=workers, threads=threads, options=settings)
+            opened = open_engine(place, study, workers=workers, threads=threads, options=options)
             execute(study, runs, opened, show=lambda progress: tick(stage, progress), say=say)
 
         train(study.grid, config.workers, config.threads, "training the grid")

@@ -16,7 +16,7 @@ from typing import Any
 
 from ditscale.dit.files import read_json
 from ditscale.errors import InputError
-from ditscale.scaling.jobs import ENGINES, Engine, Job
+from ditscale.scaling.jobs import ENGINES, Engine, EngineOptions, Job
 from ditscale.scaling.study import PlannedRun, Study
 
 # The end of a metrics file that surely holds its last whole line.
@@ -57,30 +57,31 @@ def open_engine(
 
     Args:
         name: "local", "slurm" or "ray".
-        study: whose runs it will do.
+        study: whose runs it will do; its ``engine_options`` count where its ``engine`` is this one.
         workers: processes of "local".
         threads: of each process or task.
-        options: of "slurm" and "ray"; see there. Default: none.
+        options: of "slurm" and "ray"; see there. They go before the study's. Default: none.
 
     Raises:
         InputError: no such engine, or it cannot be used here.
     """
-    options = options or {}
+    theirs = study.config.engine_options if study.config.engine == name else {}
+    given = EngineOptions(theirs, options or {})
     if name == "local":
-        if options:
-            raise InputError(f"--option: expected none for the local engine, got {next(iter(options))}")
+        if given.call:
+            raise InputError(f"--option: expected none for the local engine, got {next(iter(given.call))}")
         from ditscale.scaling.local_pool import LocalPool
 
         return LocalPool(workers, threads)
     if name == "slurm":
         from ditscale.scaling.slurm import Slurm
 
-        return Slurm(study.folder.resolve(), {"cpus_per_task": threads} | dict(options))
+        return Slurm(study.folder.resolve(), threads, given)
     if name == "ray":
         from ditscale.scaling.on_ray import OnRay
 
-        return OnRay(threads, options)
-    raise InputError(f"--engine: expected one of {', '.join(ENGINES)}, got {name!r}")
+        return OnRay(threads, given)
+    raise InputError(f"engine: expected one of {', '.join(ENGINES)}, got {name!r}")
 
 
 def execute(

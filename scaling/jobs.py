@@ -7,7 +7,7 @@ study's folder: the run goes on from its last checkpoint, and two at once are ke
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -44,6 +44,33 @@ class Job:
     def done(self) -> bool:
         """Whether the run has its record."""
         return (Path(self.folder) / "run.json").is_file()
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of an engine, and who gave them.
+
+    Args:
+        study: the study's ``engine_options``. Default: none.
+        call: those of ``--option``, which go before. Default: none.
+    """
+
+    study: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What holds."""
+        return {**self.study, **self.call}
+
+    def source(self, error: object) -> str:
+        """Who gave the option that an error speaks of; where it speaks of none, all that gave any."""
+        told = str(error)
+        for name in sorted(self.values, key=len, reverse=True):
+            if name in told:
+                return f"--option {name}" if name in self.call else f"engine_options.{name}"
+        given = [who for who, options in (("engine_options", self.study), ("--option", self.call)) if options]
+        return ", ".join(given) or "--option"
 
 
 class News(NamedTuple):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ditscale.errors import InputError
-from ditscale.scaling.jobs import Attempts, Job, News, do_job
+from ditscale.scaling.jobs import Attempts, EngineOptions, Job, News, do_job
 
 _STOP_SECONDS = 120.0
 
@@ -28,27 +28,27 @@ class OnRay:
 
     poll_seconds = 1.0
 
-    def __init__(self, threads: int, options: Mapping[str, Any]) -> None:
+    def __init__(self, threads: int, options: EngineOptions) -> None:
         try:
             import ray
         except ImportError as error:
             message = "expected the package ray to be installed (pip install 'ditscale[ray]'), got none"
-            raise InputError(f"--engine ray: {message} ({error})") from error
-        self._ray, options = ray, dict(options)
-        address = options.pop("address", "auto")
+            raise InputError(f"engine ray: {message} ({error})") from error
+        self._ray, values = ray, options.values
+        address = values.pop("address", "auto")
         self._joined = not ray.is_initialized()
         if self._joined:
             try:
                 ray.init(address=address, log_to_driver=False)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise InputError(f"--engine ray: expected a cluster at {address!r}, got {error}") from error
+                raise InputError(f"engine ray: expected a cluster at {address!r}, got {error}") from error
         try:
             # Attempts are counted here, where a job that has its record is not begun again.
-            settings = {"num_cpus": threads, "max_retries": 0} | options
+            settings = {"num_cpus": threads, "max_retries": 0} | values
             self._task = ray.remote(_task).options(**settings)
         except (TypeError, ValueError) as error:
             self.close()
-            raise InputError(f"--option: expected options of a Ray task, got {error}") from error
+            raise InputError(f"{options.source(error)}: expected options of a Ray task, got {error}") from error
         self._threads = threads
         self._jobs: dict[Any, Job] = {}
         self._attempts = Attempts()

@@ -218,8 +218,6 @@ def plan(
     ):
         if value is not None:
             need_positive(name, value)
-    if mfu is not None and mfu > 1:
-        raise InputError(f"mfu: expected a share of the peak between 0 and 1, got {mfu!r}")
     need_least("inference-images", inference_images)
     if sum(v is not None for v in (budget, target_loss, hours)) != 1:
         raise InputError("budget: expected exactly one of budget, target-loss and hours")
@@ -283,6 +281,8 @@ def machine_rate(
     gpu: str | None, mfu: float | None, flops_per_second: float | None, gpus: int
 ) -> tuple[float | None, dict[str, Any] | None]:
     """FLOP/s of one machine in training, and what is known of it; None and None where none is named."""
+    if mfu is not None and not 0 < mfu <= 1:
+        raise InputError(f"mfu: expected a share of the peak between 0 and 1, got {mfu!r}")
     if flops_per_second is not None:
         share = flops_per_second / peak_flops(gpu) if gpu else None
         return flops_per_second, {

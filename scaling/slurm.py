@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ditscale.errors import InputError
-from ditscale.scaling.jobs import Attempts, Job, News, do_job
+from ditscale.scaling.jobs import Attempts, EngineOptions, Job, News, do_job
 
 _STOP_SECONDS = 120.0
 
@@ -33,6 +33,7 @@ class Slurm:
 
     Args:
         folder: of the study, on a disk that the nodes see; Slurm's logs go to its ``slurm`` folder.
+        threads: CPUs of a task, where no option says otherwise.
         options: parameters of submitit's executor, such as ``timeout_min``, ``gpus_per_node``, ``cpus_per_task``,
             ``slurm_partition``, ``slurm_account`` and ``slurm_array_parallelism``.
 
@@ -42,21 +43,21 @@ class Slurm:
 
     poll_seconds = 2.0
 
-    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, threads: int, options: EngineOptions) -> None:
         try:
             import submitit
         except ImportError as error:
             message = "expected the package submitit to be installed (pip install 'ditscale[slurm]'), got none"
-            raise InputError(f"--engine slurm: {message} ({error})") from error
+            raise InputError(f"engine slurm: {message} ({error})") from error
         if shutil.which("sbatch") is None:
-            raise InputError("--engine slurm: expected Slurm's commands here, got no sbatch")
+            raise InputError("engine slurm: expected Slurm's commands here, got no sbatch")
         self._executor = submitit.AutoExecutor(folder=folder / "slurm", cluster="slurm")
         try:
-            self._executor.update_parameters(
-                **{"name": f"ditscale-{folder.name}", "timeout_min": 24 * 60} | dict(options)
-            )
+            defaults = {"name": f"ditscale-{folder.name}", "timeout_min": 24 * 60, "cpus_per_task": threads}
+            self._executor.update_parameters(**defaults | options.values)
         except (NameError, TypeError, ValueError) as error:
-            raise InputError(f"--option: expected parameters of submitit's executor, got {error}") from error
+            source = options.source(error)
+            raise InputError(f"{source}: expected parameters of submitit's executor, got {error}") from error
         self._jobs: list[tuple[Job, Any]] = []
         self._attempts = Attempts()
         self._missing: set[str] = set()
@@ -68,7 +69,7 @@ class Slurm:
             with self._executor.batch():
                 submitted = [self._executor.submit(_Resumable(), job) for job in jobs]
         except (subprocess.CalledProcessError, RuntimeError) as error:
-            raise InputError(f"--engine slurm: expected sbatch to take the jobs, got {error}") from error
+            raise InputError(f"engine slurm: expected sbatch to take the jobs, got {error}") from error
         self._jobs += zip(jobs, submitted, strict=True)
 
     def poll(self) -> News:

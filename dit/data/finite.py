@@ -64,7 +64,7 @@ class FiniteImages:
     captions, labels: of every sample; label -1 where it has no class.
     classes: names of the labels.
     order_key: names the stream for the order of its epochs, seed included.
-    shape: of a sample, (3, size, size) for pictures.
+    shape: of a sample, (3, height, width) for pictures.
     split, held_out: which part, and the share of the validation split.
     vocabulary: default the `words` most frequent words of all captions, of both splits so that they agree.
     words: size of that vocabulary, its two special entries included; default every word.
@@ -168,7 +168,8 @@ class FiniteImages:
 
     def _settings(self) -> str:
         """What beside the samples decides what the stream shows; for `sha256`."""
-        settings = (self.shape[-1], self.caption_length, self.vocabulary.sha256)
+        shape = self.shape[-1] if self.shape[-1] == self.shape[-2] else self.shape[-2:]
+        settings = (shape, self.caption_length, self.vocabulary.sha256)
         return repr((*settings, "flip") if self.flip else settings)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,11 +22,12 @@ CAPTIONS = "captions.jsonl"
 
 
 class ImageFolder(FiniteImages):
-    """Images below a folder, cropped to a centred square and scaled to `size`.
+    """Images below a folder, cropped about their centres to the shape that is asked for, and scaled.
 
     path: searched with its sub-folders, links included, for png, jpg, jpeg, webp and bmp files that are not
         hidden.
-    size: height and width in pixels after scaling (LANCZOS).
+    size: height in pixels after scaling (LANCZOS), and width where that is not given.
+    width: in pixels, where images are no squares; default `size`.
     seed: decides the order of every epoch.
     split: "all", or "train" and "validation", which share no file: the name's hash decides, so that adding
         files moves none.
@@ -51,6 +52,7 @@ class ImageFolder(FiniteImages):
         path: str | os.PathLike[str],
         size: int,
         *,
+        width: int | None = None,
         seed: int = 0,
         split: Split = "all",
         held_out: float = 0.05,
@@ -75,7 +77,7 @@ class ImageFolder(FiniteImages):
             labels=[index[name.split("/")[0]] if "/" in name else -1 for name in names],
             classes=classes,
             order_key=f"image folder {seed}",
-            shape=(3, size, size),
+            shape=(3, size, size if width is None else width),
             split=split,
             held_out=held_out,
             vocabulary=vocabulary,
@@ -104,11 +106,11 @@ class ImageFolder(FiniteImages):
 
     def _read(self, sample: int) -> NDArray[np.uint8]:
         path = self.path / self.names[sample]
-        return read_image(path, self.shape[-1], str(path))
+        return read_image(path, self.shape[1:], str(path))
 
 
-def read_image(source: Path | IO[bytes], size: int, name: str) -> NDArray[np.uint8]:
-    """uint8 [3, size, size]: the centred square of an image file, scaled with LANCZOS, transparency on white.
+def read_image(source: Path | IO[bytes], shape: Sequence[int], name: str) -> NDArray[np.uint8]:
+    """uint8 [3, *shape] (height, width): the middle of an image file, scaled with LANCZOS, transparency on white.
 
     Honours the orientation that a camera wrote down. Raises InputError, which says `name`, when the file cannot be read as
     an image.
@@ -117,12 +119,12 @@ def read_image(source: Path | IO[bytes], size: int, name: str) -> NDArray[np.uin
 
     try:
         with Image.open(source) as file:
-            return square(file, size)
+            return fitted(file, shape)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: expected an image, got {error}") from error
 
 
-def square(image: Any, size: int) -> NDArray[np.uint8]:
+def fitted(image: Any, shape: Sequence[int]) -> NDArray[np.uint8]:
     """A PIL image as `read_image` gives it."""
     from PIL import Image, ImageOps
 
@@ -130,8 +132,9 @@ def square(image: Any, size: int) -> NDArray[np.uint8]:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    return np.ascontiguousarray(np.asarray(fitted).transpose(2, 0, 1))
+    height, width = shape
+    pixels = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
 
 
 def _image_names(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditscale.dit.data.finite import FiniteImages, Split, folder_name
-from ditscale.dit.data.folder import square
+from ditscale.dit.data.folder import fitted
 from ditscale.dit.data.words import Vocabulary
 from ditscale.errors import InputError
 
@@ -25,7 +25,7 @@ class HubImages(FiniteImages):
     """Images of a data set that ``save_to_disk`` wrote.
 
     path: its folder.
-    size, seed, split, held_out, vocabulary, words, caption_length, flip, cache_bytes: as `ImageFolder` has them. Where the
+    size, width, seed, split, held_out, vocabulary, words, caption_length, flip, cache_bytes: as `ImageFolder` has them. Where the
         data set has a part "validation" (or "test") beside "train", that is the validation split; otherwise a row's
         number decides.
 
@@ -40,6 +40,7 @@ class HubImages(FiniteImages):
         path: str | os.PathLike[str],
         size: int,
         *,
+        width: int | None = None,
         seed: int = 0,
         split: Split = "all",
         held_out: float = 0.05,
@@ -73,7 +74,7 @@ class HubImages(FiniteImages):
             labels=labels or [-1] * len(self._rows),
             classes=names or [str(i) for i in range(max(labels, default=-1) + 1)] if labels else (),
             order_key=f"hub images {seed}",
-            shape=(3, size, size),
+            shape=(3, size, size if width is None else width),
             split="all" if apart else split,
             held_out=held_out,
             vocabulary=vocabulary,
@@ -98,7 +99,7 @@ class HubImages(FiniteImages):
     def _read(self, sample: int) -> NDArray[np.uint8]:
         name, row = self._rows[self.chosen[sample]]
         try:
-            return square(self._parts[name][row][self._image], self.shape[-1])
+            return fitted(self._parts[name][row][self._image], self.shape[1:])
         except (OSError, ValueError, SyntaxError, AttributeError) as error:
             raise InputError(f"{self.path}: expected an image in row {row} of {name}, got {error}") from error
 

@@ -22,6 +22,7 @@ def open_source(
     split: Literal["train", "validation"],
     *,
     size: int,
+    width: int | None = None,
     frames: int = 1,
     seed: int,
     caption_length: int,
@@ -33,7 +34,8 @@ def open_source(
     data: "emoji_scenes" or "emoji_clips"; or a folder: with ``*.tar`` files `ImageShards`, with ``*.safetensors`` files
         `LatentShards`, a data set that Hugging Face ``datasets`` saved `HubImages`, else `ImageFolder`.
     split, seed, caption_length, flip: as the streams have them.
-    size: of pictures in pixels; latents have their own.
+    size, width: of pictures in pixels, height and width; latents have their own, embedded pictures are square. Default of
+        width: size.
     frames: of emoji clips.
     words: size of the vocabulary; None for one of all words.
 
@@ -55,4 +57,4 @@ def open_source(
         kind = ImageShards  # type: ignore[assignment]
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         kind = HubImages  # type: ignore[assignment]
-    return kind(path, size, seed=seed, split=split, caption_length=caption_length, words=words, flip=flip)
+    return kind(path, size, width=width, seed=seed, split=split, caption_length=caption_length, words=words, flip=flip)

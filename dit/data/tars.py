@@ -39,7 +39,7 @@ class ImageShards(FiniteImages):
     """Images in tar shards in the layout of WebDataset: ``0001.jpg``, ``0001.txt``, ``0002.jpg``, ...
 
     path: a folder with ``*.tar`` files, not compressed; they are read at random places, so they belong on a disk.
-    size, seed, split, held_out, vocabulary, words, caption_length, flip: as `ImageFolder` has them; the splits go by
+    size, width, seed, split, held_out, vocabulary, words, caption_length, flip: as `ImageFolder` has them; the splits go by
         shard and key.
     cache_bytes: decoded images are kept up to this many bytes; default none.
 
@@ -57,6 +57,7 @@ class ImageShards(FiniteImages):
         path: str | os.PathLike[str],
         size: int,
         *,
+        width: int | None = None,
         seed: int = 0,
         split: Split = "all",
         held_out: float = 0.05,
@@ -81,7 +82,7 @@ class ImageShards(FiniteImages):
             labels=labels,
             classes=[str(label) for label in range(max(labels) + 1)],
             order_key=f"image shards {seed}",
-            shape=(3, size, size),
+            shape=(3, size, size if width is None else width),
             split=split,
             held_out=held_out,
             vocabulary=vocabulary,
@@ -111,7 +112,7 @@ class ImageShards(FiniteImages):
         member = self._members[self.chosen[sample]]
         shard = self.shards[member.shard]
         data = _bytes(shard, member)
-        return read_image(io.BytesIO(data), self.shape[-1], f"{shard}: {self.names[sample]}")
+        return read_image(io.BytesIO(data), self.shape[1:], f"{shard}: {self.names[sample]}")
 
 
 def _bytes(shard: Path, member: _Member) -> bytes:

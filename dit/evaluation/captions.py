@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ditscale.dit.data import ImageStream
 from ditscale.dit.evaluation.networks import as_floats
-from ditscale.dit.evaluation.scene_network import scene_network, word_targets
+from ditscale.dit.evaluation.scene_network import SceneNetwork, scene_network, word_targets
 from ditscale.errors import InputError
 
 CANDIDATES = 32
@@ -49,9 +49,12 @@ def caption_match(
 
 
 @torch.no_grad()
-def matched(images: Tensor, tokens: Tensor, candidates: int, seed: int) -> float:
-    """Share of images uint8 [n, 3, H, W] whose own caption, tokens [n, K], scores above those of ``candidates - 1`` others."""
-    network = scene_network()
+def matched(images: Tensor, tokens: Tensor, candidates: int, seed: int, network: SceneNetwork | None = None) -> float:
+    """Share of images uint8 [n, 3, H, W] whose own caption, tokens [n, K], scores above those of ``candidates - 1`` others.
+
+    ``network`` judges. Default: the shipped one.
+    """
+    network = network or scene_network()
     said = word_targets(tokens, network.words).float()
     evidence = torch.cat([network.log_odds(network(as_floats(part, "cpu"))) for part in images.split(256)])
     evidence = evidence - torch.logit(network.base_rates, 1e-6)

@@ -6,7 +6,7 @@ the hash of its weights into the records.
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditscale.dit.encoding import library, loaded, model_kind
+from ditscale.dit.encoding import library, loaded, model_kind, weights_sha256
 from ditscale.dit.evaluation.scene_network import NAME, scene_network, scene_network_sha256
+from ditscale.dit.files import file_sha256
 from ditscale.dit.foreign import read_tensors
 from ditscale.errors import InputError
 
@@ -59,7 +60,7 @@ def open_network(spec: str, *, device: torch.device | str = "cpu") -> FeatureNet
     if kind not in KINDS or (kind == "scenes") == bool(place):
         raise InputError(f"features: expected scenes, inception:FILE, clip:FOLDER or dinov2:FOLDER, got {spec!r}")
     if kind == "scenes":
-        network = scene_network().to(device)
+        network = copy.deepcopy(scene_network()).to(device)  # the shared one stays on the CPU
         return FeatureNetwork(NAME, scene_network_sha256(), lambda images: network(as_floats(images, device)))
     if kind == "inception":
         return _inception(Path(place), device)
@@ -73,7 +74,10 @@ def as_floats(images: Tensor, device: torch.device | str) -> Tensor:
 
 def _inception(path: Path, device: torch.device | str) -> FeatureNetwork:
     """The TensorFlow Inception of FID, by torch-fidelity; 2,048 features of its last pooling."""
-    sha256 = file_sha256(path)
+    try:
+        sha256 = file_sha256(path)
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file, got {error.strerror or error}") from error
     fidelity: Any = library("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
     with tempfile.TemporaryDirectory() as folder:
         # It unpickles what it is given, so it is given a copy of the tensors alone.
@@ -113,22 +117,4 @@ def _vision_transformer(kind: str, folder: Path, device: torch.device | str) -> 
         out = network(pixel_values=(x - shift) / scale)
         return (out.image_embeds if kind == "clip" else out.pooler_output).float()
 
-    weights = [file_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
-    digest = weights[0] if len(weights) == 1 else hashlib.sha256("".join(weights).encode()).hexdigest()
-    return FeatureNetwork(f"{kind}:{folder.name}", digest, features)
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's content; InputError where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-    except OSError as error:
-        raise InputError(f"{path}: expected a readable file, got {error.strerror or error}") from error
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while piece := file.read(1 << 20):
-        digest.update(piece)
-    return digest.hexdigest()
+    return FeatureNetwork(f"{kind}:{folder.name}", weights_sha256(folder), features)

@@ -12,11 +12,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ditscale.cache import cached_path
-from ditscale.dit.condition import Condition
-from ditscale.dit.data import EmojiScenes, ImageBatch, ImageStream
+from ditscale.dit.condition import Condition, each
+from ditscale.dit.data import EmojiScenes, ImageBatch, ImageStream, to_float
 from ditscale.dit.evaluation.captions import caption_match
 from ditscale.dit.evaluation.metrics import Features, Moments, frechet_distance, precision_recall
 from ditscale.dit.evaluation.networks import FeatureNetwork, open_network
@@ -24,7 +25,7 @@ from ditscale.dit.extras import count_sampling
 from ditscale.dit.files import keep
 from ditscale.dit.model import DiT
 from ditscale.dit.objective import Objective, need_number
-from ditscale.dit.sampling import draw_samples
+from ditscale.dit.sampling import draw_samples, guided_share
 from ditscale.dit.training import TrainConfig, batch_tensors, open_stream
 from ditscale.dit.training.batches import seed_for
 from ditscale.errors import InputError
@@ -36,7 +37,7 @@ class QualitySettings:
 
     Args:
         samples: images to draw. Few samples raise the Fréchet distance; compare runs at equal numbers. Default: 2,000.
-        reference: images of the data to compare with. Default: 10,000.
+        reference: images of the data to compare with; a folder of fewer is taken whole. Default: 10,000.
         features: the network, see :func:`ditscale.dit.evaluation.networks.open_network`. Default: "scenes".
         sampler, steps, guidance, guidance_interval: see :func:`ditscale.dit.sampling.draw_samples`. Defaults: "heun", 25, 1
             and all.
@@ -72,13 +73,27 @@ class QualitySettings:
         need_number("guidance", self.guidance)
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """What brings latents to pixels, those that a model draws and those of its data alike.
+
+    Attributes:
+        name, sha256: of the autoencoder and its weights, for records and the cache.
+        decode: from latents [n, C, ...] as the model draws them to images [n, 3, ...], about [-1, 1].
+    """
+
+    name: str
+    sha256: str
+    decode: Callable[[Tensor], Tensor]
+
+
 def measure_quality(
     model: DiT,
     objective: Objective,
     plan: TrainConfig,
     settings: QualitySettings | None = None,
     *,
-    decode: Callable[[Tensor], Tensor] | None = None,
+    decoder: Decoder | None = None,
     describe: Callable[[ImageBatch], Condition] | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -93,33 +108,35 @@ def measure_quality(
         objective: that it was trained with.
         plan: of its run, which names the data.
         settings: Default: ``QualitySettings()``.
-        decode: brings what the model draws to images [n, 3, H, W] in [-1, 1]. Default: none, it draws pixels.
+        decoder: of a model of latents: samples and reference are both decoded, so that what is judged is the model and not
+            the autoencoder. Default: none, the model draws pixels.
         describe: conditions as the model takes them, of images of the data. Default: their labels or words.
         device: Default: the CPU.
         progress: called with (samples done, samples). Default: None.
 
     Returns:
         A flat record: ``frechet_distance`` (``fid`` besides, where the features are Inception's), ``frechet_distance_real``
-        (that of as many real images, which no model can be expected to beat), ``precision``, ``recall``, for captioned emoji
-        scenes ``caption_match``, and everything that they depend on.
+        (that of ``real_images`` real images to ``real_reference_images`` others, which no model can be expected to beat),
+        ``precision``, ``recall``, for captioned emoji scenes ``caption_match``, and everything that they depend on.
 
     Raises:
-        InputError: the data or the feature network cannot be had, or the model draws latents.
+        InputError: the data or the feature network cannot be had, or a model of latents comes without a decoder or one of
+            pixels with one.
     """
     settings = settings or QualitySettings()
-    if plan.model.latent_factor > 1:  # the reference would be latents, which no feature network knows
-        raise InputError(
-            f"samples: expected a model of pixels to measure, got one of latents (latent_factor {plan.model.latent_factor})"
-        )
+    latents = plan.model.latent_factor > 1
+    if latents != (decoder is not None):
+        kind = "an autoencoder for a model of latents" if latents else "no autoencoder for a model of pixels"
+        raise InputError(f"vae: expected {kind}, got {'none' if decoder is None else decoder.name}")
     network = open_network(settings.features, device=device)
     prompts = _fresh(plan, seed_for(settings.seed, "prompts"))
-    real = reference_features(network, _fresh(plan, seed_for(settings.seed, "reference")), settings.reference)
-    twins = reference_features(network, prompts, settings.samples)
-    drawn, odds = [], []
+    real, ours, theirs = _real_features(network, _fresh(plan, seed_for(settings.seed, "reference")), settings, decoder)
+    drawn, kept = [], []
+    guidance = 1.0 if plan.model.condition == "none" else settings.guidance
     described = describe or (lambda batch: batch_tensors(batch, plan.model)[1])
     for start, batch in _batches(prompts, settings.samples, settings.batch):
         noise = torch.stack([_noise(plan, settings.seed, start + i) for i in range(len(batch))]).to(device)
-        y = _moved(described(batch), device)
+        y = each(described(batch), lambda tensor: tensor.to(device))
         images = draw_samples(
             model,
             noise,
@@ -127,30 +144,34 @@ def measure_quality(
             objective=objective,
             steps=settings.steps,
             sampler=settings.sampler,
-            guidance=settings.guidance if y is not None else 1.0,
+            guidance=guidance,
             guidance_interval=settings.guidance_interval,
-            clip=1.0 if objective.name == "ddpm" and decode is None else None,
+            clip=1.0 if objective.name == "ddpm" and not latents else None,
             seed=seed_for(settings.seed, f"sampler {start}"),
         )
-        pixels = to_bytes(images if decode is None else decode(images))
-        with torch.no_grad():
-            drawn.append(network.features(_frames(pixels)).double().cpu().numpy())
-        odds.append(pixels)
+        pixels = to_bytes(images if decoder is None else decoder.decode(images))
+        drawn.append(_features(network, pixels))
+        kept.append(pixels.cpu())
         if progress is not None:
             progress(start + len(batch), settings.samples)
-    features = np.concatenate(drawn)
-    moments = Moments.of(real)
-    precision, recall = precision_recall(real[: len(features)], features, neighbours=settings.neighbours)
-    distance = frechet_distance(Moments.of(features), moments)
+    features = np.concatenate(drawn).astype(np.float64)
+    precision, recall = precision_recall(_flat(real[: len(features)]), _flat(features), neighbours=settings.neighbours)
+    distance = frechet_distance(Moments.of(_flat(features)), Moments.of(_flat(real)))
+    share = guided_share(
+        objective, steps=settings.steps, sampler=settings.sampler, guidance_interval=settings.guidance_interval
+    )
     cost = count_sampling(
         plan.model,
         steps=settings.steps,
         sampler="heun" if settings.sampler == "heun" else "euler",
-        guidance=settings.guidance != 1,
+        guidance=guidance != 1,
+        guided_share=share,
     )
     record: dict[str, Any] = {
         "frechet_distance": distance,
-        "frechet_distance_real": frechet_distance(Moments.of(twins), moments),
+        "frechet_distance_real": frechet_distance(Moments.of(_flat(ours)), Moments.of(_flat(theirs))),
+        "real_images": len(ours),
+        "real_reference_images": len(theirs),
         "precision": precision,
         "recall": recall,
         "feature_network": network.name,
@@ -158,8 +179,10 @@ def measure_quality(
         "quality_samples": settings.samples,
         "reference_images": len(real),
         "reference_data": prompts.name,
+        "decoder": None if decoder is None else decoder.name,
+        "decoder_sha256": None if decoder is None else decoder.sha256,
         "neighbours": settings.neighbours,
-        "guidance": settings.guidance,
+        "guidance": guidance,
         "guidance_interval": list(settings.guidance_interval),
         "sampler": settings.sampler,
         "sampler_steps": settings.steps,
@@ -169,30 +192,57 @@ def measure_quality(
     if network.name == "inception-v3-fid":
         record["fid"] = distance
     if type(prompts) is EmojiScenes and plan.model.condition == "caption":
-        record |= caption_match(torch.cat(odds), prompts, seed=settings.seed)
+        record |= caption_match(torch.cat(kept), prompts, seed=settings.seed)
     return record
 
 
-def reference_features(network: FeatureNetwork, stream: ImageStream, count: int, *, batch: int = 256) -> Features:
-    """Features [count, d] of a stream's first images, float64 of what was kept in float32.
+def _real_features(
+    network: FeatureNetwork, stream: ImageStream, settings: QualitySettings, decoder: Decoder | None
+) -> tuple[Features, Features, Features]:
+    """Features of the reference; and of two sets of real images that share none, the first as many as samples.
 
-    They are kept in the cache under the network's weights, the stream's identity and the count; a folder of fewer images is
-    taken whole.
+    Where the data are too few for a reference and as many images again as samples, the two sets are cut from the reference,
+    and are smaller.
+    """
+    wanted = settings.reference + settings.samples
+    every = reference_features(network, stream, wanted, decoder=decoder)
+    reference = every[: settings.reference]
+    held = min(settings.samples, max(len(every) - len(reference), len(every) // 2))
+    split = len(every) - held
+    return reference, every[split:], every[: min(split, len(reference))]
+
+
+def reference_features(
+    network: FeatureNetwork, stream: ImageStream, count: int, *, decoder: Decoder | None = None, batch: int = 256
+) -> Features:
+    """Features [count, frames, d] of a stream's first images, float64 of what was kept in float32.
+
+    They are kept in the cache under the network's weights, the stream's identity, the count and the decoder's weights; a
+    folder of fewer images is taken whole.
     """
     count = min(count, stream.unique_images or count)
-    key = hashlib.sha256(f"{network.name} {network.sha256} {stream.sha256} {count}".encode()).hexdigest()[:24]
+    told = [network.name, network.sha256, stream.sha256, str(count)]
+    if decoder is not None:
+        # A stream of latents is known by its layout; what lies in it is read in a fraction of the time that decoding takes.
+        content = hashlib.sha256()
+        for _, latents in _batches(stream, count, batch):
+            content.update(latents.images.tobytes())
+        told += [decoder.sha256, content.hexdigest()]
+    key = hashlib.sha256(" ".join(told).encode()).hexdigest()[:24]
     path = cached_path("features", f"{key}.safetensors")
     if path is not None and path.exists():
         try:
-            return safetensors.numpy.load(path.read_bytes())["features"].astype(np.float64)
+            return safetensors.numpy.load(path.read_bytes())["frames"].astype(np.float64)
         except (OSError, KeyError, safetensors.SafetensorError):
             pass  # damaged: made again
     parts = []
-    with torch.no_grad():
-        for _, images in _batches(stream, count, batch):
-            parts.append(network.features(_frames(torch.from_numpy(images.images))).float().cpu().numpy())
+    for _, images in _batches(stream, count, batch):
+        pixels = torch.from_numpy(images.images)
+        if decoder is not None:
+            pixels = to_bytes(decoder.decode(torch.from_numpy(to_float(images.images))))
+        parts.append(_features(network, pixels))
     features = np.concatenate(parts)
-    keep(path, safetensors.numpy.save({"features": np.ascontiguousarray(features)}))
+    keep(path, safetensors.numpy.save({"frames": np.ascontiguousarray(features)}))
     return features.astype(np.float64)
 
 
@@ -201,9 +251,17 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _frames(images: Tensor) -> Tensor:
-    """Every frame of a video as an image."""
-    return images.transpose(1, 2).flatten(0, 1) if images.ndim == 5 else images
+@torch.no_grad()
+def _features(network: FeatureNetwork, images: Tensor) -> NDArray[np.float32]:
+    """[n, frames, d] of images [n, 3, H, W], one frame each, or of videos [n, 3, F, H, W]."""
+    frames = images.transpose(1, 2) if images.ndim == 5 else images.unsqueeze(1)
+    found: NDArray[np.float32] = network.features(frames.flatten(0, 1)).float().cpu().numpy()
+    return found.reshape(*frames.shape[:2], -1)
+
+
+def _flat(features: Features) -> Features:
+    """Every frame by itself: [n * frames, d]."""
+    return features.reshape(-1, features.shape[-1])
 
 
 def _fresh(plan: TrainConfig, seed: int) -> ImageStream:
@@ -219,9 +277,3 @@ def _batches(stream: ImageStream, count: int, batch: int) -> Iterator[tuple[int,
 def _noise(plan: TrainConfig, seed: int, number: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed_for(seed, f"sample {number}"))
     return torch.randn(plan.model.input_shape, generator=generator)
-
-
-def _moved(y: Condition, device: torch.device | str) -> Condition:
-    from ditscale.dit.condition import each
-
-    return each(y, lambda tensor: tensor.to(device))

@@ -61,7 +61,12 @@ class SceneNetwork(nn.Module):
 @functools.lru_cache(maxsize=1)
 def scene_network() -> SceneNetwork:
     """The shipped network, for inference in float32."""
-    tensors = safetensors.torch.load(_asset())
+    return read_network(_asset())
+
+
+def read_network(data: bytes) -> SceneNetwork:
+    """A network from the bytes of its safetensors file."""
+    tensors = safetensors.torch.load(data)
     network = SceneNetwork(tensors["words"].long(), tensors["base_rates"].float())
     network.load_state_dict({name: tensor if name == "words" else tensor.float() for name, tensor in tensors.items()})
     return network.eval().requires_grad_(False)

@@ -35,6 +35,7 @@ def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> I
         config.data,
         split,
         size=model.image_size,
+        width=model.image_width,
         frames=model.frames,
         seed=config.seed if split == "train" else config.evaluation_seed,
         caption_length=CAPTION_LENGTH

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ditscale.dit.checkpoint import begin_checkpoint, end_checkpoint, file_sha256
+from ditscale.dit.checkpoint import begin_checkpoint, end_checkpoint
+from ditscale.dit.files import file_sha256
 from ditscale.dit.training.ranks import Ranks
 from ditscale.errors import InputError
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import torch
-from model_variants import VARIANTS
+from model_variants import TINY, VARIANTS
+from PIL import Image
 
 from ditscale.dit import DDPM, EDM, DiTConfig, RectifiedFlow
 from ditscale.dit.config import read_toml
-from ditscale.dit.data import clip_vocabulary, emoji_vocabulary
+from ditscale.dit.data import EmojiScenes, clip_vocabulary, emoji_vocabulary, to_float
 from ditscale.dit.sampling import draw_samples
 from ditscale.dit.training import TrainConfig, train, validation_set
 from ditscale.dit.weights import load_weights
@@ -31,6 +35,13 @@ EMBEDDED = {
     "latent_factor": 1,
     "image_size": 16,
     "learn_sigma": False,
+}
+# Of data on disk, which the embedded ones are not: latents, wide pictures, and what a text encoder says.
+ON_DISK = {
+    "adaln-zero, latents": {"data": "latents"},
+    "adaln-zero, wide image": {"data": "pictures", "in_channels": 3, "image_size": 16, "image_width": 32, "patch": 4},
+    "joint": {"data": "latents", "in_channels": 4, "latent_factor": 2, "image_size": 16},
+    "adaln-single, cross-attention": {"data": "latents", "in_channels": 4, "latent_factor": 2, "image_size": 16},
 }
 NAMES = [name for name in VARIANTS if name not in ("adaln-zero, latents", "adaln-zero, wide image")]
 
@@ -77,6 +88,47 @@ def test_the_loss_falls(tmp_path, name):
     # A model that says nothing has the loss E |eps - x_0|^2; fifty small steps already say much.
     assert record["loss"] < 0.75 * untrained_loss(config), record["loss"]
     assert config.model.experts == 0 or load_weights(tmp_path / "run/weights.safetensors")[0].balance_loss is None
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """Embedded scenes as a user's own data: wide pictures of two scenes each, in a folder for each class; and cached latents,
+    means over 2 x 2 pixels, with classes and with what stands for a text encoder's features and pooled vectors."""
+    folder = tmp_path_factory.mktemp("data")
+    scenes = EmojiScenes("train", 16, seed=9).batch(0, 400)
+    wide = np.concatenate([scenes.images[:200], scenes.images[200:]], axis=3)
+    for i, (picture, label) in enumerate(zip(wide, scenes.labels, strict=False)):
+        (folder / f"pictures/class {label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"pictures/class {label}/{i}.png")
+    means = to_float(scenes.images).reshape(400, 3, 8, 2, 8, 2).mean((3, 5))
+    draw = np.random.default_rng(0)
+    words = (scenes.tokens[:, :4] / 1000).astype(np.float32)
+    tensors = {
+        "latents": np.concatenate([means, means.mean(1, keepdims=True)], axis=1).astype(np.float32),
+        "labels": scenes.labels.astype(np.int64),
+        "features": words[:, :, None] * draw.normal(size=6).astype(np.float32),
+        "pooled": words @ draw.normal(size=(4, 7)).astype(np.float32),
+    }
+    (folder / "latents").mkdir()
+    safetensors.numpy.save_file(
+        {k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "latents/a.safetensors"
+    )
+    described = {"format": 1, "latent_factor": 2, "std": [0.5] * 4, "mean": [0.0] * 4}
+    (folder / "latents/latents.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_the_loss_falls_on_data_on_disk(tmp_path, own_data, name):
+    changes = dict(ON_DISK[name])
+    data = own_data / changes.pop("data")
+    fields = TINY | VARIANTS[name] | changes
+    classes = len(list(data.iterdir())) if data.name == "pictures" else 9
+    fields |= {"num_classes": classes, "mup_base_width": 24}
+    config = plan(DiTConfig(**fields), data=str(data))
+    record = train(config, tmp_path / "run")
+    assert record["loss"] < 0.75 * untrained_loss(config), record["loss"]
+    assert record["data"].endswith(f"{data.name}/train") and record["epochs"] > 1
 
 
 OBJECTIVES = {

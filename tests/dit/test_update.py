@@ -22,6 +22,9 @@ class Small(nn.Module):
         self.blocks[0].bank = nn.Parameter(torch.randn(3, 4, 6))
         self.head = nn.Linear(5, 3)
 
+    def forward(self, x):
+        return self.head(self.blocks[1](self.blocks[0](x) + self.blocks[2](x)).tanh()) + self.blocks[0].bank.sum()
+
 
 def orthogonal_twin(g):
     """The quintic iteration of the published method, for one matrix [rows <= columns] or its transpose, in float64."""
@@ -88,6 +91,35 @@ def test_steps_are_those_of_the_restatement(muon, clip):
         found = updater.averages[0].weights[name].numpy()
         np.testing.assert_allclose(found, average[name], rtol=2e-5, atol=2e-6, err_msg=name)
     assert updater.updates == 6
+
+
+def test_small_weights_that_lie_together_step_as_each_by_itself(monkeypatch):
+    """To rounding; they stay the model's parameters, and what is kept of them has its names and shapes."""
+    results = []
+    for most in (0, 30, 10**6):
+        monkeypatch.setattr("ditscale.dit.update._SMALL", most)
+        torch.manual_seed(0)
+        model = Small()
+        parameters = list(model.parameters())
+        groups = [
+            {"params": parameters[1::2], "lr": 0.02, "weight_decay": 0.1},
+            {"params": parameters[::2], "lr": 0.01, "weight_decay": 0.0},
+        ]
+        updater = Updater(model, groups, UpdateRule(clip=0.3))
+        together = len({p.untyped_storage().data_ptr() for p in parameters})
+        assert together == {0: len(parameters), 30: 2 + sum(p.numel() > 30 for p in parameters), 10**6: 2}[most]
+        for _ in range(3):
+            model(torch.randn(4, 5)).square().sum().backward()
+            updater.apply(updater.gradient_norm().fill_(2.0), 1.0)  # the norm's sum has another order
+            model.zero_grad()
+        kept = updater.tensors()
+        assert {n: t.shape for n, t in kept.items() if n.startswith("first")} == {
+            f"first.{n}": p.shape for n, p in model.named_parameters()
+        }
+        results.append([t.clone() for t in (*parameters, *kept.values(), *updater.averages[0].weights.values())])
+    for other in results[1:]:  # a vector's last numbers are rounded in another way than those in its middle
+        for one, same in zip(results[0], other, strict=True):
+            torch.testing.assert_close(same, one, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (3, 8, 20)])

@@ -13,6 +13,7 @@ from law_helpers import lawdata, study
 
 from ditscale import cli
 from ditscale.scaling import RunTable
+from ditscale.scaling.gpus import peak_flops
 
 
 @pytest.fixture
@@ -216,3 +217,31 @@ def test_full_precision_is_printed(run, file: Path) -> None:  # type: ignore[no-
     knee = o["saved"]["loss"]["scale"]
     size = np.minimum(np.abs(residuals), knee)
     assert (size * (np.abs(residuals) - 0.5 * size)).sum() == pytest.approx(o["objective"], rel=1e-10)
+
+
+def test_a_study_s_hours_on_a_gpu(run) -> None:  # type: ignore[no-untyped-def]
+    """What the grid and the predicted run take at a share of the GPU's peak: the given one, or 0.40, which is said."""
+    toml = Path(__file__).parents[2] / "examples/study_h100.toml"
+    for given, mfu, source in ((("--mfu", "0.3"), 0.3, "given"), ((), 0.4, "assumed, not measured")):
+        code, out, err = run("study", "design", toml, "--gpu", "h100", *given, "--json")
+        assert (code, err) == (0, "")
+        found = json.loads(out)
+        machine, rate = found["machine"], peak_flops("h100") * mfu
+        assert (machine["gpu"], machine["mfu"], machine["mfu_source"]) == ("h100", mfu, source)
+        assert machine["grid_hours"] == pytest.approx(sum(row["flops"] for row in found["grid"]) / rate / 3600)
+        assert machine["target_hours"] == pytest.approx(found["target_budget"] / rate / 3600)
+        code, out, _ = run("study", "design", toml, "--gpu", "h100", *given)
+        hours = (
+            f"{machine['grid_hours']:.3g} h and {machine['target_hours']:.3g} h on one h100 at MFU {mfu:.2f} ({source})"
+        )
+        assert code == 0 and hours in " ".join(out.split())
+    code, out, _ = run("study", "design", toml, "--json")
+    assert code == 0 and json.loads(out)["machine"] is None
+    for given, said in (
+        (("--mfu", "0.3"), "mfu: expected --gpu with it"),
+        (("--gpu", "h100", "--mfu", "30"), "mfu: expected a share of the peak between 0 and 1, got 30.0"),
+        (("--gpu", "h100", "--mfu", "-0.3"), "mfu: expected a share of the peak between 0 and 1, got -0.3"),
+        (("--gpu", "abacus"), "gpu: expected"),
+    ):
+        code, out, err = run("study", "design", toml, *given)
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1

@@ -14,11 +14,14 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import click
 import pytest
 
 from ditscale.dit.data import emoji_vocabulary
 from ditscale.errors import InputError
+from ditscale.scaling import study_commands
 from ditscale.scaling.execute import Interrupted, execute, open_engine
 from ditscale.scaling.jobs import ATTEMPTS, Job, do_job
 from ditscale.scaling.local_pool import LocalPool
@@ -156,14 +159,70 @@ def test_a_job_heeds_the_stop_file(study, tmp_path):
 
 def test_engines_that_are_not_there_are_named(study, monkeypatch):
     study, _ = study
-    with pytest.raises(InputError, match="--engine: expected one of local, slurm, ray, got 'k8s'"):
+    with pytest.raises(InputError, match="engine: expected one of local, slurm, ray, got 'k8s'"):
         open_engine("k8s", study, workers=1, threads=1)
     with pytest.raises(InputError, match="--option: expected none for the local engine, got gpus"):
         open_engine("local", study, workers=1, threads=1, options={"gpus": 1})
     for name, package in (("slurm", "submitit"), ("ray", "ray")):
         monkeypatch.setitem(__import__("sys").modules, package, None)
-        with pytest.raises(InputError, match=f"--engine {name}: expected the package {package}"):
+        with pytest.raises(InputError, match=f"engine {name}: expected the package {package}"):
             open_engine(name, study, workers=1, threads=1)
+
+
+def test_options_of_the_study_and_of_the_call_are_merged_and_told_apart(tmp_path, monkeypatch):
+    """An option of the call goes before the study's, the study's count on its own engine only, and a bad one is laid at the
+    door of who gave it."""
+    taken = []
+
+    class Executor:
+        def __init__(self, **_):
+            pass
+
+        def update_parameters(self, **parameters):
+            taken.append(parameters)
+            for name, value in parameters.items():
+                if value == "bad":
+                    raise NameError(f"Unknown argument: {name}")
+
+    monkeypatch.setitem(__import__("sys").modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+
+    def opened(engine="slurm", call=None, **theirs):
+        study = Study.create(tmp_path / "study", small(engine=engine, engine_options=theirs))
+        open_engine("slurm", study, workers=1, threads=3, options=call)
+        return taken[-1]
+
+    found = opened(slurm_partition="gpu", timeout_min=5, call={"timeout_min": 7, "cpus_per_task": 2})
+    assert found == {"name": "ditscale-study", "slurm_partition": "gpu", "timeout_min": 7, "cpus_per_task": 2}
+    assert opened() == {"name": "ditscale-study", "timeout_min": 24 * 60, "cpus_per_task": 3}
+    assert "num_gpus" not in opened(engine="ray", num_gpus=1), "what the study says of Ray is no word to Slurm"
+    for theirs, call, source in (
+        ({"partition": "bad"}, {}, "engine_options.partition"),
+        ({"timeout_min": 5}, {"partition": "bad"}, "--option partition"),
+        ({"partition": "gpu"}, {"partition": "bad"}, "--option partition"),
+    ):
+        with pytest.raises(InputError, match=f"^{source}: expected parameters of submitit's executor, got .*partition"):
+            opened(call=call, **theirs)
+    local = Study.create(tmp_path / "study", small(engine="slurm", engine_options={"slurm_partition": "gpu"}))
+    assert isinstance(open_engine("local", local, workers=1, threads=1), LocalPool)
+
+
+def test_the_command_line_s_options_reach_the_engine(tmp_path, monkeypatch):
+    seen = []
+
+    def conduct(study, *, engine, options, **_):
+        seen.append((engine, options))
+        raise Interrupted
+
+    monkeypatch.setattr("ditscale.scaling.conduct.conduct", conduct)
+    Study.create(tmp_path / "study", small())
+    given = ["gpus_per_node=2", "slurm_partition=gpu", 'slurm_additional_parameters={"qos": "high"}', "comment=a=b"]
+    with pytest.raises(click.exceptions.Abort):
+        study_commands.run(tmp_path / "study", engine="slurm", option=given)
+    extra = {"slurm_additional_parameters": {"qos": "high"}, "comment": "a=b"}
+    assert seen == [("slurm", {"gpus_per_node": 2, "slurm_partition": "gpu"} | extra)]
+    with pytest.raises(InputError, match="--option: expected NAME=VALUE, got 'gpus'"):
+        study_commands.run(tmp_path / "study", engine="slurm", option=["gpus"])
 
 
 CONFIGURATION = """
