@@ -126,3 +126,20 @@ def test_caption_that_is_no_text(folder: Path) -> None:
     (folder / "cats" / "0.txt").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(InputError, match=r"0\.txt: expected a text in UTF-8"):
         ImageFolder(folder, 8)
+
+
+def test_images_that_are_no_squares_keep_the_middle_of_their_own(tmp_path: Path) -> None:
+    """Of a picture of 20 x 40 pixels, 8 x 16 shows all; 8 x 8 its middle columns; 4 x 16 its middle rows."""
+    picture = np.zeros((20, 40, 3), np.uint8)
+    picture[:, :10, 0] = picture[:, 30:, 0] = 200  # the sides
+    picture[:5, :, 1] = picture[15:, :, 1] = 200  # top and bottom
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    whole, square, flat = (ImageFolder(tmp_path, h, width=w) for h, w in ((8, 16), (8, None), (4, 16)))
+    assert (whole.shape, square.shape, flat.shape) == ((3, 8, 16), (3, 8, 8), (3, 4, 16))
+    images = [stream.batch(0, 1).images[0] for stream in (whole, square, flat)]
+    assert [image.shape for image in images] == [(3, 8, 16), (3, 8, 8), (3, 4, 16)]
+    assert images[0][0, 4, 0] > 150 and images[0][1, 0, 8] > 150
+    assert images[1][0, 4].max() < 60 and images[1][1, 0, 4] > 150
+    assert images[2][0, 2, 0] > 150 and images[2][1].max() < 60
+    assert len({stream.sha256 for stream in (whole, square, flat)}) == 3
+    assert ImageFolder(tmp_path, 8, width=8).sha256 == square.sha256, "a square by either name"
