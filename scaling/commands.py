@@ -417,15 +417,17 @@ def laws(as_json: Json = False) -> None:
 
 
 def draw(
-    source: Annotated[Path, typer.Argument(help="JSON of a fit or backtest, or a study's folder.")],
+    source: Annotated[Path, typer.Argument(help="JSON of a fit or backtest, a study's folder, or a table of runs.")],
     out: Annotated[Path, typer.Option(help="Folder for the figures.")],
     kind: Annotated[str, typer.Option(help="svg or png.")] = "svg",
+    params: Column = None,
+    where: Where = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the figures of a saved fit: curves, optima, residuals, the floor's profile, exponents, backtest."""
+    """Draw the figures of a fit: curves, optima, residuals, the floor's profile, exponents, backtest."""
     from ditscale.scaling.fit_figures import draw_files
 
-    paths = [str(path) for path in draw_files(source, out, kind=kind)]
+    paths = [str(path) for path in draw_files(source, out, kind=kind, params=params, where=where)]
     if as_json:
         from ditscale.scaling.jsonable import dumps
 

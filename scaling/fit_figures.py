@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,10 +25,13 @@ from ditscale.scaling.figure_style import (
     style,
 )
 from ditscale.scaling.fit import fit_law
+from ditscale.scaling.holdout import backtest
+from ditscale.scaling.isoflop import fit_isoflop
 from ditscale.scaling.jsonable import load
 from ditscale.scaling.laws import TermLaw
 from ditscale.scaling.numbers_text import power_of_ten
 from ditscale.scaling.power import PowerFit
+from ditscale.scaling.runs import RunTable
 from ditscale.scaling.surface import SurfaceFit
 
 if TYPE_CHECKING:
@@ -74,25 +78,35 @@ def draw_fit(record: Record) -> dict[str, Figure]:
         return {name: paint() for name, paint in sorted(painters.items())}
 
 
-def draw_files(source: str | Path, out: str | Path, *, kind: str = "svg") -> list[Path]:
-    """Draw a saved result, or a study's folder, into files.
+def draw_files(
+    source: str | Path, out: str | Path, *, kind: str = "svg", params: str | None = None, where: str | None = None
+) -> list[Path]:
+    """Draw a saved result, a study's folder, or a table of runs into files.
 
     Args:
-        source: the JSON file, or a folder with laws.json.
+        source: the JSON file; a study's folder, whose laws.json is drawn; or runs, which are fitted and backtested first.
         out: folder for the figures, made where it is not there.
         kind: "svg" or "png". Default: "svg".
+        params, where: of a table of runs, see :meth:`ditscale.scaling.runs.RunTable.read`.
 
     Raises:
-        InputError: the source is no saved result, the kind is unknown, or the folder cannot be written.
+        InputError: the source is neither, the kind is unknown, or the folder cannot be written.
     """
     if kind not in ("svg", "png"):
         raise InputError(f"kind: expected svg or png, got {kind!r}")
     path = Path(source)
-    if path.is_dir():
-        path = path / "laws.json"
-    record = load(path)
-    if not isinstance(record, Mapping):
-        raise InputError(f"{path}: expected the JSON of a fit, got {type(record).__name__}")
+    laws = path / "laws.json" if path.is_dir() else path
+    if laws.suffix == ".json" and laws.is_file():
+        record = load(laws)
+        if not isinstance(record, Mapping):
+            raise InputError(f"{laws}: expected the JSON of a fit, got {type(record).__name__}")
+        for name, given in (("params", params), ("where", where)):
+            if given is not None:
+                raise InputError(
+                    f"{name}: expected it with a table of runs, got it with {laws}, which is fitted already"
+                )
+    else:
+        record = _fitted(RunTable.read(path, params=params, where=where))
     folder = Path(out)
     written = []
     try:
@@ -103,6 +117,14 @@ def draw_files(source: str | Path, out: str | Path, *, kind: str = "svg") -> lis
     except OSError as error:
         raise InputError(f"out: expected a folder to write to, got {folder} ({error.strerror or error})") from None
     return written
+
+
+def _fitted(runs: RunTable) -> Record:
+    """Everything that can be drawn of runs: their curves, the surface, and a backtest where there are budgets enough."""
+    record = {"isoflop": fit_isoflop(runs).to_json()}
+    with contextlib.suppress(InputError):
+        record["backtest"] = backtest(runs).to_json()
+    return record
 
 
 def _budget_of(surface: SurfaceFit) -> tuple[NDArray[np.int64], list[str]]:

@@ -149,6 +149,12 @@ def test_figures_of_a_saved_fit(run, file: Path, tmp_path: Path) -> None:  # typ
     code, out, err = run("draw", saved, "--out", tmp_path / "figures", "--json")
     assert (code, err) == (0, "")
     assert {Path(p).name for p in json.loads(out)["figures"]} == {p.name for p in (tmp_path / "figures").iterdir()}
+    # From the table of runs in one go: the same curves, and the backtest besides.
+    again = tmp_path / "again"
+    code, out, err = run("draw", file, "--out", again, "--where", "budget < 1e20", "--json")
+    assert (code, err) == (0, "")
+    assert {p.name for p in again.iterdir()} == {p.name for p in (tmp_path / "figures").iterdir()} | {"backtest.svg"}
+    assert "which is fitted already" in run("draw", saved, "--out", again, "--params", "params")[2]
     code, out, _ = run("fit", "power", file, "--feature-network", "clip-vit-l/14", "--json")
     assert json.loads(out)["feature_network"] == "clip-vit-l/14" and json.loads(out)["seed_noise"] == 0.01
 
@@ -194,7 +200,8 @@ BAD = [
     (("plan", "--law", "{file}", "--budget", "1e20"), "expected JSON, as --json prints it"),
     (("plan", "--law", "liang2024", "--budget", "1e20", "--quality", "/nonexistent"), "expected a readable JSON file"),
     (("fit", "power", "{file}", "--y", "fid"), "fid: expected a column"),
-    (("draw", "{file}", "--out", "/dev/null/x"), "expected JSON"),
+    (("draw", "{file}", "--out", "/dev/null/x"), "out: expected a folder"),
+    (("draw", "/dev/null", "--out", "x"), "empty file"),
     (("fit", "surface", "{file}", "--last-step"), "last-step"),
     (("fit", "power", "{file}", "--feature-network", "x", "--seed-noise", "-1"), "seed-noise"),
 ]
