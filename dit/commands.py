@@ -15,6 +15,8 @@ import typer
 if TYPE_CHECKING:
     from ditscale.dit.config import DiTConfig
 
+_MOST_THREADS = 4096
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -158,8 +160,8 @@ def use_threads(threads: int | None, *, processes: int = 1) -> None:
 
     from ditscale.errors import InputError
 
-    if threads is not None and threads < 1:
-        raise InputError(f"--threads: expected at least 1, got {threads}")
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise InputError(f"--threads: expected 1 to {_MOST_THREADS}, got {threads}")
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
 
 

@@ -385,7 +385,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Parse a TOML file; InputError where it cannot be read or is not TOML."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable TOML file, got {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a readable TOML file, got {error}") from error
 
 

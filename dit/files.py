@@ -45,7 +45,9 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file; InputError names the file and what is wrong with it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: expected a JSON file, got {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a JSON file, got {error}") from error
 
 

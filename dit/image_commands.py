@@ -161,6 +161,7 @@ def evaluate(
         result |= {"loss_kind": objective.loss_kind, "images": plan.evaluation_images}
         result |= {"timesteps": validation.times.tolist(), "loss_by_timestep": by_time}
         if settings is not None:
+            record = check_record(run / "run.json")
             decoder = None
             if autoencoder is not None:
                 decode = functools.partial(_decode, autoencoder, RunData.read(run))
@@ -175,7 +176,6 @@ def evaluate(
                     device=where,
                     progress=lambda n, of: advance(n, of, math.nan),
                 )
-            record = check_record(run / "run.json")
             write_json(run / "run.json", {**record, **quality})
             result |= quality
         results.append(result)

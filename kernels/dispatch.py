@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import os
 from typing import Any, Final, Literal
 
@@ -87,6 +88,8 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
         InputError: no such backend.
         BackendUnavailable: the named backend cannot run here; says why.
     """
+    if not isinstance(backend, str):
+        raise InputError(f"backend: expected a name, got {backend!r}")
     key = (op, backend, device_type, dtype)
     chosen = _chosen.get(key)
     if chosen is None:
@@ -196,8 +199,33 @@ def operators(backend: Any) -> Any:
 
 
 def check_float(name: str, t: Tensor) -> None:
-    """Raise InputError unless ``t`` is a floating-point tensor."""
+    """Raise InputError unless ``t`` is a dense floating-point tensor."""
     if not isinstance(t, Tensor):
         raise InputError(f"{name}: expected a tensor, got {type(t).__name__}")
     if not t.is_floating_point():
         raise InputError(f"{name}: expected a floating-point tensor, got {str(t.dtype).removeprefix('torch.')}")
+    if t.layout is not torch.strided:
+        raise InputError(f"{name}: expected a dense tensor, got layout {str(t.layout).removeprefix('torch.')}")
+
+
+def check_vector(name: str, t: Tensor | None, size: int, device: torch.device) -> None:
+    """Raise InputError unless ``t`` is None or a floating-point [size] on a device."""
+    if t is None:
+        return
+    check_float(name, t)
+    if t.shape != (size,) or t.device != device:
+        raise InputError(f"{name}: expected a floating-point [{size}] on {device}, got {list(t.shape)} on {t.device}")
+
+
+def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
+    """Raise InputError unless ``value`` is a finite number of at least ``least``. (A compiler has its own numbers.)"""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= least):
+        bound = "" if least == -math.inf else f" of at least {least:g}"
+        came = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) and value.dim() else repr(value)
+        raise InputError(f"{name}: expected a finite number{bound}, got {came}")

@@ -62,7 +62,7 @@ def conduct(
             show(stage, progress)
 
         config = study.config
-        place = engine or config.engine
+        place = config.engine if engine is None else engine
         for complaint in study.records()[1]:
             say(f"{complaint}; its run is trained again")
 

@@ -280,8 +280,12 @@ def plan(
 def machine_rate(
     gpu: str | None, mfu: float | None, flops_per_second: float | None, gpus: int
 ) -> tuple[float | None, dict[str, Any] | None]:
-    """FLOP/s of one machine in training, and what is known of it; None and None where none is named."""
-    if mfu is not None and not 0 < mfu <= 1:
+    """FLOP/s of one machine in training, and what is known of it; None and None where none is named.
+
+    Raises:
+        InputError: an unknown machine, or an MFU that is no share.
+    """
+    if mfu is not None and need_positive("mfu", mfu) > 1:
         raise InputError(f"mfu: expected a share of the peak between 0 and 1, got {mfu!r}")
     if flops_per_second is not None:
         share = flops_per_second / peak_flops(gpu) if gpu else None

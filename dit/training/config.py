@@ -205,6 +205,8 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The inverse of :meth:`to_dict`; unknown fields raise InputError."""
+        if not isinstance(values, Mapping):
+            raise InputError(f"training: expected a table of fields, got {values!r}")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -20,15 +20,13 @@ KEEP_FROM = 16384
 
 
 def _check_rows(x: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        dispatch.check_float("x", x)
+    dispatch.check_float("x", x)
     if x.dim() != 3 or x.size(2) < 1:
         raise InputError(f"x: expected [B, T, D] with D >= 1, got shape {list(x.shape)}")
 
 
 def _like_x(name: str, t: Tensor, x: Tensor) -> Tensor:
-    if not isinstance(t, Tensor):
-        dispatch.check_float(name, t)
+    dispatch.check_float(name, t)
     if t.shape != x.shape or t.device != x.device:
         raise InputError(
             f"{name}: expected the shape and device of x, {list(x.shape)} on {x.device}, "
@@ -71,8 +69,7 @@ def _affine(
     if weight is None and bias is None:
         return shift, scale, 1.0
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and (not t.is_floating_point() or t.shape != (D,)):
-            raise InputError(f"{name}: expected a floating-point [{D}], got {list(t.shape)}")
+        dispatch.check_vector(name, t, D, scale.device)
     wide = torch.float64 if torch.float64 in (shift.dtype, scale.dtype) else torch.float32
     factor = 1.0 + scale.to(wide)
     shift = shift.to(wide)
@@ -94,6 +91,14 @@ def _wants_grad(*tensors: Tensor) -> bool:
 def _keeps(x: Tensor, recompute_stats: bool) -> bool:
     """Whether statistics are kept. (A compiler would make one graph for small calls and one for large ones.)"""
     return not recompute_stats and (torch.compiler.is_compiling() or x.numel() >= KEEP_FROM)
+
+
+def _eps_option(eps: float) -> functions.Options:
+    """As the operators take it: nothing where it is their default, which need not be looked at either."""
+    if eps == 1e-6:
+        return ()
+    dispatch.check_number("eps", eps, least=0.0)
+    return (eps,)
 
 
 def _rms(norm: str) -> bool:
@@ -145,7 +150,7 @@ def layernorm_modulate(
         try:
             run = dispatch.quick("layernorm_modulate", backend, x)
             if run is not None:
-                options: functions.Options = () if eps == 1e-6 else (eps,)
+                options = _eps_option(eps)
                 if torch.is_grad_enabled() and (x.requires_grad or shift.requires_grad or scale.requires_grad):
                     keep = not recompute_stats and x.numel() >= KEEP_FROM
                     return functions.layernorm_modulate_eager(run, keep, x, shift, scale, options)
@@ -154,6 +159,7 @@ def layernorm_modulate(
             pass  # inputs that have to be converted first, or a mistake: what follows knows which
     _check_rows(x)
     rms = _rms(norm)
+    dispatch.check_number("eps", eps, least=0.0)
     shift, scale = _modulations(x, ("shift", "scale"), (shift, scale))
     base = 1.0
     if weight is not None or bias is not None:
@@ -237,7 +243,7 @@ def gate_residual_layernorm_modulate(
         try:
             run = dispatch.quick("gate_residual_layernorm_modulate", backend, x)
             if run is not None and branch.dtype is x.dtype:
-                options: functions.Options = () if eps == 1e-6 else (eps,)
+                options = _eps_option(eps)
                 if _wants_grad(x, branch, gate, shift, scale):
                     keep = not recompute_stats and x.numel() >= KEEP_FROM
                     return functions.gate_residual_layernorm_modulate_eager(
@@ -248,6 +254,7 @@ def gate_residual_layernorm_modulate(
             pass  # as in layernorm_modulate
     _check_rows(x)
     rms = _rms(norm)
+    dispatch.check_number("eps", eps, least=0.0)
     branch = _like_x("branch", branch, x)
     base = 1.0
     if weight is not None or bias is not None:

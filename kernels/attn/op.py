@@ -13,6 +13,7 @@ from ditscale.kernels.attn import adapters, choice, reference
 from ditscale.kernels.attn import native as _native  # noqa: F401 (loads and describes ditscale::*)
 
 AttentionBackend = Literal["auto", "reference", "cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers"]
+_DTYPES = (*dispatch.KERNEL_DTYPES, torch.float64)
 _OWN = ("cpu", "triton", "cuda")  # those with the operators of shapes.py; the others bring their own autograd
 
 
@@ -116,9 +117,17 @@ def merged(out: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
+def _check_float(name: str, t: Tensor) -> None:
+    dispatch.check_float(name, t)
+    if t.dtype not in _DTYPES:
+        raise InputError(
+            f"{name}: expected float32, bfloat16, float16 or float64, got {str(t.dtype).removeprefix('torch.')}"
+        )
+
+
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
-        dispatch.check_float(name, t)
+        _check_float(name, t)
         if t.dim() != 4 or t.shape[3] < 1:
             raise InputError(f"{name}: expected [B, H, T, K] with K >= 1, got shape {list(t.shape)}")
         if t.dtype != q.dtype or t.device != q.device:
@@ -132,12 +141,17 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise InputError(f"k: expected a number of heads that divides the {H} of q, got {k.shape[1]}")
 
 
-def _integers(name: str, t: Tensor, count: int | None, device: torch.device) -> Tensor:
+def _integers(name: str, t: Tensor, count: int | None, device: torch.device, most: int | None = None) -> Tensor:
     if not isinstance(t, Tensor) or t.is_floating_point() or t.dtype == torch.bool or t.dim() != 1:
         came = f"{list(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
         raise InputError(f"{name}: expected a vector of integers, got {came}")
     if count is not None and t.shape[0] != count:
         raise InputError(f"{name}: expected {count} integers, got {t.shape[0]}")
+    plain = type(t) is Tensor and t.is_cpu and not torch.compiler.is_compiling() and not dispatch.in_transform()
+    if most is not None and plain and t.numel():
+        low, high = (int(v) for v in torch.aminmax(t))
+        if low < 0 or high > most:
+            raise InputError(f"{name}: expected integers from 0 to {most}, got {low if low < 0 else high}")
     return t.to(device=device, dtype=torch.int32).contiguous()
 
 
@@ -206,6 +220,8 @@ def _packed(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the dtype that it gives to matrix products, as torch's own attention does."""
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return tensors  # a mistake, which the checks will name
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch knows no autocast of meta
         return tensors
@@ -281,9 +297,11 @@ def attention(
     q, k, v = _autocast(q, k, v)
     _check_heads(q, k, v)
     if lengths is not None:
-        lengths = _integers("lengths", lengths, q.shape[0], q.device)
+        lengths = _integers("lengths", lengths, q.shape[0], q.device, k.shape[2])
     key_bias = _key_bias(key_bias, q, k.shape[2])
     cu_q, cu_k, max_q, max_k = _packed(q, k, lengths, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
+    if scale is not None:
+        dispatch.check_number("scale", scale)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     chosen = _choose(backend, q, k)
     bias_grad = key_bias is not None and key_bias.requires_grad
@@ -326,14 +344,16 @@ def attention_qkv(
     Numerics and cost: as ``attention``, to the bit.
     """
     (qkv,) = _autocast(qkv)
-    dispatch.check_float("qkv", qkv)
+    _check_float("qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] < 1:
         raise InputError(f"qkv: expected [B, T, 3, H, K] with K >= 1, got shape {list(qkv.shape)}")
     q = qkv.select(2, 0).transpose(1, 2)
     if lengths is not None:
-        lengths = _integers("lengths", lengths, q.shape[0], q.device)
+        lengths = _integers("lengths", lengths, q.shape[0], q.device, q.shape[2])
     key_bias = _key_bias(key_bias, q, q.shape[2])
     cu, _, most, _ = _packed(q, q, lengths, cu_seqlens, None, max_seqlen, None)
+    if scale is not None:
+        dispatch.check_number("scale", scale)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     chosen = _choose(backend, q, q)
     bias_grad = key_bias is not None and key_bias.requires_grad

@@ -72,8 +72,7 @@ def _check(
     if norm not in cost.NORMS:
         raise InputError(f"norm: expected 'rms', 'layer' or 'none', got {norm!r}")
     for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if w is not None and (w.shape != (K,) or not w.is_floating_point()):
-            raise InputError(f"{name}: expected a floating-point [{K}], got {list(w.shape)} {w.dtype}")
+        dispatch.check_vector(name, w, K, q.device)
     if (cos is None) != (sin is None):
         raise InputError("cos, sin: expected both or neither, got one")
     if cos is None or sin is None:
@@ -84,6 +83,9 @@ def _check(
     if k.shape[2] != T or k.shape[0] != B:
         raise InputError(f"k: expected the {B} samples of {T} tokens of q for a rotation, got {list(k.shape)}")
     for name, t in (("cos", cos), ("sin", sin)):
+        dispatch.check_float(name, t)
+        if t.device != q.device:
+            raise InputError(f"{name}: expected a tensor on {q.device} as q, got one on {t.device}")
         if t.shape not in ((T, K // 2), (B, T, K // 2)) or t.shape != cos.shape:
             raise InputError(f"{name}: expected [T, K / 2] = [{T}, {K // 2}] or [B, T, K / 2], got {list(t.shape)}")
 
@@ -132,6 +134,9 @@ def qk_norm_rope(
     Source: QK-norm arXiv:2010.04245, arXiv:2302.05442; RoPE arXiv:2104.09864.
     """
     _check(q, k, q_weight, k_weight, cos, sin, norm)
+    dispatch.check_number("eps", eps, least=0.0)
+    if not isinstance(interleaved, bool):
+        raise InputError(f"interleaved: expected true or false, got {interleaved!r}")
     chosen = dispatch.choose("qk_norm_rope", backend, q)
     if any(t is not None and t.requires_grad for t in (cos, sin)) or k.dtype != q.dtype:
         chosen = "reference"

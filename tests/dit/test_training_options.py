@@ -13,6 +13,7 @@ from training_cases import metrics, result, stop_after, tiny, weights_of
 
 from ditscale.dit.average import Profile, WeightAverage
 from ditscale.dit.checkpoint import read_metrics
+from ditscale.dit.commands import use_threads
 from ditscale.dit.files import read_json
 from ditscale.dit.training import Execution, Stopped, TrainConfig, reconstruct, replay_step, train
 from ditscale.dit.training.batches import Feeder
@@ -298,3 +299,24 @@ def test_a_run_that_cannot_begin_leaves_its_folder_to_the_corrected_one(tmp_path
 def test_an_impossible_execution_is_named(table):
     with pytest.raises(InputError, match="^execution.*: expected"):
         Execution.from_dict(table)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"], ids=["empty", "cut", "deep", "no UTF-8"])
+def test_a_file_that_is_no_json_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"run\.json: expected a JSON file, got"):
+        read_json(tmp_path / "run.json")
+    with pytest.raises(InputError, match=r"nowhere\.json: expected a JSON file, got No such file"):
+        read_json(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("values", [3, [1], "x"])
+def test_a_configuration_that_is_no_table_is_named(values):
+    with pytest.raises(InputError, match="^training: expected a table"):
+        TrainConfig.from_dict(values)
+
+
+def test_an_impossible_number_of_threads_is_named():
+    for threads in (0, 10**26):
+        with pytest.raises(InputError, match="--threads: expected 1 to"):
+            use_threads(threads)

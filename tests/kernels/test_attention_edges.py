@@ -197,8 +197,9 @@ def test_ends_out_of_order_are_refused(ends):
 def test_a_length_out_of_range_is_refused():
     q = torch.randn(2, 3, 5, 8)
     for bad in (-1, 6):
-        with pytest.raises(RuntimeError, match="lengths: expected 0 to 5"):
-            kernels.attention(q, q, q, lengths=torch.tensor([5, bad]), backend="cpu")
+        for backend in ("cpu", "reference"):
+            with pytest.raises(InputError, match=f"lengths: expected integers from 0 to 5, got {bad}"):
+                kernels.attention(q, q, q, lengths=torch.tensor([5, bad]), backend=backend)
 
 
 def test_a_backend_that_cannot_run_says_why():

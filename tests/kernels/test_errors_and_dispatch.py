@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from ditscale import kernels
 from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import dispatch, library, selfcheck
 
-X, ROW = torch.randn(2, 3, 8), torch.randn(2, 8)
+X, ROW, HEADS = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 2, 3, 8)
 
 MISTAKES = {
     "x-rank": (lambda: kernels.layernorm_modulate(X[0], ROW, ROW), "x: expected [B, T, D]"),
@@ -34,6 +36,45 @@ MISTAKES = {
         "shift: expected a tensor on cpu",
     ),
     "gelu-bias": (lambda: kernels.bias_gelu(X, torch.ones(7)), "bias: expected [8]"),
+    "x-sparse": (lambda: kernels.layernorm_modulate(X.to_sparse(), ROW, ROW), "x: expected a dense tensor"),
+    "branch-complex": (
+        lambda: kernels.gate_residual(X, X.to(torch.complex64), ROW),
+        "branch: expected a floating-point",
+    ),
+    "weight-list": (
+        lambda: kernels.layernorm_modulate(X, ROW, ROW, weight=[1.0]),
+        "weight: expected a tensor, got list",
+    ),
+    "bias-device": (lambda: kernels.layernorm_modulate(X, ROW, ROW, bias=ROW[0].to("meta")), "bias: expected"),
+    "eps-text": (lambda: kernels.layernorm_modulate(X, ROW, ROW, eps="1e-6"), "eps: expected a finite number"),
+    "eps-nan": (lambda: kernels.layernorm_modulate(X, ROW, ROW, eps=math.nan), "eps: expected a finite number"),
+    "eps-negative": (
+        lambda: kernels.gate_residual_layernorm_modulate(X, X, ROW, ROW, ROW, eps=-1.0),
+        "eps: expected a finite number of at least 0, got -1.0",
+    ),
+    "eps-huge": (lambda: kernels.layernorm_modulate(X, ROW, ROW, eps=10**400, norm="rms"), "eps: expected"),
+    "backend-list": (lambda: kernels.gate_residual(X, X, ROW, backend=["cpu"]), "backend: expected a name"),
+    "q-list": (lambda: kernels.attention([1.0], HEADS, HEADS), "q: expected a tensor, got list"),
+    "qkv-none": (lambda: kernels.attention_qkv(None), "qkv: expected a tensor, got NoneType"),
+    "q-float8": (lambda: kernels.attention(*3 * [HEADS.to(torch.float8_e4m3fn)]), "q: expected float32, bfloat16"),
+    "attention-scale": (lambda: kernels.attention(HEADS, HEADS, HEADS, scale="x"), "scale: expected a finite number"),
+    "attention-scale-vector": (
+        lambda: kernels.attention(HEADS, HEADS, HEADS, scale=torch.ones(3)),
+        "scale: expected a finite number, got a tensor of shape [3]",
+    ),
+    "q-weight": (lambda: kernels.qk_norm_rope(HEADS, HEADS, [1.0]), "q_weight: expected a tensor, got list"),
+    "cos-numpy": (
+        lambda: kernels.qk_norm_rope(HEADS, HEADS, cos=np.ones((3, 4)), sin=np.ones((3, 4))),
+        "cos: expected a tensor, got ndarray",
+    ),
+    "sin-device": (
+        lambda: kernels.qk_norm_rope(HEADS, HEADS, cos=torch.ones(3, 4), sin=torch.ones(3, 4).to("meta")),
+        "sin: expected a tensor on cpu",
+    ),
+    "interleaved": (
+        lambda: kernels.qk_norm_rope(HEADS, HEADS, interleaved="no"),
+        "interleaved: expected true or false",
+    ),
     "backend": (lambda: kernels.layernorm_modulate(X, ROW, ROW, backend="fast"), "backend: expected one of auto"),
 }
 

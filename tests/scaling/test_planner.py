@@ -15,6 +15,7 @@ from ditscale.errors import InputError
 from ditscale.scaling import RunTable, fit_isoflop, fit_surface, plan
 from ditscale.scaling.configurations import counted, design_config
 from ditscale.scaling.gpus import peak_flops
+from ditscale.scaling.planner import machine_rate
 from ditscale.scaling.study import Study, StudyConfig
 
 
@@ -258,3 +259,9 @@ def test_a_studys_plan_is_of_its_own_models(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(InputError, match="expected a study of schema 1, got a damaged one"):
         plan(tmp_path, budget=1e20)
+
+
+@pytest.mark.parametrize("mfu", [0, -1.0, 1.5, float("nan"), "x"])
+def test_a_machine_s_share_of_its_peak_is_checked(mfu: object) -> None:
+    with pytest.raises(InputError, match="mfu"):
+        machine_rate("h100", mfu, None, 1)  # type: ignore[arg-type]
