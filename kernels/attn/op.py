@@ -147,8 +147,9 @@ def _integers(name: str, t: Tensor, count: int | None, device: torch.device, mos
         raise InputError(f"{name}: expected a vector of integers, got {came}")
     if count is not None and t.shape[0] != count:
         raise InputError(f"{name}: expected {count} integers, got {t.shape[0]}")
+    # (Where values cannot be looked at, as in a trace, the kernel looks at them itself.)
     plain = type(t) is Tensor and t.is_cpu and not torch.compiler.is_compiling() and not dispatch.in_transform()
-    if most is not None and plain and t.numel():
+    if most is not None and plain and t.numel() and torch._C._len_torch_dispatch_stack() == 0:
         low, high = (int(v) for v in torch.aminmax(t))
         if low < 0 or high > most:
             raise InputError(f"{name}: expected integers from 0 to {most}, got {low if low < 0 else high}")
