@@ -38,7 +38,7 @@ def _bias_gelu_kernel(
     A: tl.constexpr = 1.59576912160573071
     AB: tl.constexpr = 1.59576912160573071 * 0.044715
     for start in range(first, last, BT):
-        row = start + tl.arange(0, BT)
+        row = (start + tl.arange(0, BT)).to(tl.int64)
         m = (row < last)[:, None] & m_f[None, :]
         b_z = tl.load(x_ptr + row[:, None] * stride_x + o_f[None, :], mask=m, other=0.0).to(tl.float32) + b_bias
         b_q = tl.where(b_z > 20.0, 20.0, tl.where(b_z < -20.0, -20.0, b_z))

@@ -165,27 +165,29 @@ def make(
     )
 
 
-# What a block of a model does with the family, for tests that are about what stands around it.
+# What a block of a model does, with all four operators, for tests that are about what stands around them.
 B, T, D = 2, 33, 24
 
 
-def block(x: Tensor, branch: Tensor, table: Tensor, backend: str) -> Tensor:
+def block(x: Tensor, branch: Tensor, table: Tensor, bias: Tensor, backend: str) -> Tensor:
     shift, scale, gate = table.chunk(3, dim=-1)
     x, y = kernels.gate_residual_layernorm_modulate(x, branch, gate, shift, scale, backend=backend)
     y = kernels.layernorm_modulate(y, shift, scale, backend=backend)
+    y = kernels.bias_gelu(y, bias, backend=backend)
     return kernels.gate_residual(x, y, gate, backend=backend)
 
 
-def plain_block(x: Tensor, branch: Tensor, table: Tensor) -> Tensor:
+def plain_block(x: Tensor, branch: Tensor, table: Tensor, bias: Tensor) -> Tensor:
     shift, scale, gate = (rows(t) for t in table.chunk(3, dim=-1))
     x = x + gate * branch
     y = F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift
     y = F.layer_norm(y, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift
+    y = F.gelu(y + bias, approximate="tanh")
     return x + gate * y
 
 
 def block_inputs(batch: int = B, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.randn(*s, dtype=dtype).requires_grad_() for s in ((batch, T, D), (batch, T, D), (batch, 3 * D))]
+    return [torch.randn(*s, dtype=dtype).requires_grad_() for s in ((batch, T, D), (batch, T, D), (batch, 3 * D), (D,))]
 
 
 def close(got: Iterable[Tensor], want: Iterable[Tensor], tolerance: float = 2e-5) -> None:

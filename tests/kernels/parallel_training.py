@@ -27,10 +27,11 @@ class Block(torch.nn.Module):
         torch.manual_seed(1)
         self.modulate = torch.nn.Linear(WIDTH, 3 * WIDTH)
         self.layer = torch.nn.Linear(WIDTH, WIDTH)
+        self.bias = torch.nn.Parameter(torch.randn(WIDTH))
 
     def forward(self, x: Tensor, c: Tensor, plain: bool = False) -> Tensor:
-        branch, table = self.layer(x), self.modulate(c)
-        return plain_block(x, branch, table) if plain else block(x, branch, table, "auto")
+        leaves = x, self.layer(x), self.modulate(c), self.bias
+        return plain_block(*leaves) if plain else block(*leaves, "auto")
 
 
 def data() -> tuple[Tensor, Tensor]:

@@ -76,7 +76,8 @@ def test_the_kernel_is_in_the_graph(grad):
     kind = "fwd" if grad else "infer"
     for op in ("gate_residual_layernorm_modulate", "layernorm_modulate"):
         assert any(f"ditscale.{op}_{kind}" in n for n in names), names
-    assert any("ditscale.gate_residual_fwd" in n for n in names)
+    for op in ("gate_residual_fwd", "bias_gelu_fwd"):
+        assert any(f"ditscale.{op}" in n for n in names), names
 
 
 def test_every_option_in_one_graph():
@@ -95,32 +96,57 @@ def test_every_option_in_one_graph():
 
 def test_autocast():
     layer = torch.nn.Linear(D, 3 * D)
-    x, branch, c = torch.randn(B, T, D), torch.randn(B, T, D), torch.randn(B, D)
+    x, branch, c, bias = (torch.randn(*s) for s in ((B, T, D), (B, T, D), (B, D), (D,)))
 
-    def f(x, branch, c):
+    def f(x, branch, c, bias):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return block(x, branch, layer(c), "auto")
+            return block(x, branch, layer(c), bias, "auto")
 
-    got, want = compiled(f)(x, branch, c), f(x, branch, c)
+    got, want = compiled(f)(x, branch, c, bias), f(x, branch, c, bias)
     assert got.dtype == torch.float32
     close((got,), (want,))
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled"])
-def test_chained_norms_sharing_one_table_at_batch_one(how):
-    # pytorch/pytorch#193061: Inductor of 2.10 gave wrong gradients for exactly this, without a word.
-    leaves = [torch.randn(1, 64, 32).requires_grad_(), torch.randn(1, 6, 32).requires_grad_()]
+def normed(x, table, k):
+    return F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + rows(table[:, k + 1])) + rows(table[:, k])
 
-    def ours(x, table):
-        for k in range(0, 6, 2):
-            x = x + kernels.layernorm_modulate(x, table[:, k], table[:, k + 1], backend="auto")
-        return x
 
-    def lines(x, table):
-        for k in range(0, 6, 2):
-            n = F.layer_norm(x, (x.shape[-1],), eps=1e-6)
-            x = x + n * (1 + table[:, k + 1].unsqueeze(1)) + table[:, k].unsqueeze(1)
-        return x
+class TestChainedNormsSharingOneTableAtBatchOne:
+    """pytorch/pytorch#193061: Inductor of 2.10 gave wrong gradients for exactly this, without a word."""
 
-    f = compiled(ours, "inductor") if how == "compiled" else ours
-    close(gradients(f, leaves), exact(lines, leaves))
+    @staticmethod
+    def check(how, ours, lines):
+        leaves = [torch.randn(1, 64, 32).requires_grad_(), torch.randn(1, 6, 32).requires_grad_()]
+        f = compiled(ours, "inductor") if how == "compiled" else ours
+        close(gradients(f, leaves), exact(lines, leaves), 1e-4)
+
+    @pytest.mark.parametrize("how", ["eager", "compiled"])
+    def test_norms(self, how):
+        def ours(x, table):
+            for k in range(0, 6, 2):
+                x = x + kernels.layernorm_modulate(x, table[:, k], table[:, k + 1], backend="auto")
+            return x
+
+        def lines(x, table):
+            for k in range(0, 6, 2):
+                x = x + normed(x, table, k)
+            return x
+
+        self.check(how, ours, lines)
+
+    @pytest.mark.parametrize("how", ["eager", "compiled"])
+    def test_residuals_and_norms(self, how):
+        def ours(x, table):
+            y = kernels.layernorm_modulate(x, table[:, 2], table[:, 3])
+            for k in range(0, 4, 2):
+                x, y = kernels.gate_residual_layernorm_modulate(x, y, table[:, 5], table[:, k], table[:, k + 1])
+            return kernels.gate_residual(x, y, table[:, 4])
+
+        def lines(x, table):
+            y = normed(x, table, 2)
+            for k in range(0, 4, 2):
+                x = x + rows(table[:, 5]) * y
+                y = normed(x, table, k)
+            return x + rows(table[:, 4]) * y
+
+        self.check(how, ours, lines)

@@ -81,21 +81,67 @@ def test_a_branch_of_another_dtype(backend):
     torch.testing.assert_close(out, x + gate.float().unsqueeze(1) * branch.float())
 
 
-def test_offsets_beyond_31_bits(request, backend):
-    # Two rows 2^31 + 8 elements apart in one storage that is never touched in between: 32-bit offsets would wrap.
-    if "triton" in request.node.name or "emulated" in request.node.name:
-        pytest.skip("needs lazily committed memory on the interpreter's side too; the CPU and GPU runs cover it")
-    far = 2**31 + 8
-    try:
-        store = torch.empty(far + 16, dtype=torch.bfloat16)
-    except RuntimeError as error:
-        pytest.skip(f"no address space: {error}")
-    x = store.as_strided((2, 1, 16), (far, 16, 1))
-    x.copy_(torch.randn(2, 1, 16))
-    shift, scale = torch.randn(2, 16, dtype=torch.bfloat16), torch.randn(2, 16, dtype=torch.bfloat16)
-    got = kernels.layernorm_modulate(x, shift, scale, backend=backend)
-    want = kernels.layernorm_modulate(x.clone(), shift, scale, backend="reference")
-    torch.testing.assert_close(got, want)
+class TestOffsetsBeyond31Bits:
+    """Rows of every input lie 2^30 numbers apart in one storage that nothing touches in between, so that the third is beyond
+    2^31. A stride fits 31 bits: a kernel that multiplies it with a row's number before it widens goes astray."""
+
+    FAR = 2**30 + 8
+    SAMPLES, TOKENS = (3, 1, 16), (1, 3, 16)
+
+    @pytest.fixture
+    def apart(self):
+        """A function that puts a bfloat16 tensor's rows far apart, each tensor behind the one before."""
+        try:
+            store = torch.empty(
+                2 * self.FAR + 4096, dtype=torch.bfloat16
+            )  # the system gives pages where they are written
+        except RuntimeError as error:
+            pytest.skip(f"no address space: {error}")
+        used = 0
+
+        def place(t):
+            nonlocal used
+            strides = [16, 1] if t.dim() == 2 else [16, 16, 1]
+            strides[next(d for d, size in enumerate(t.shape) if size == 3)] = self.FAR
+            view = store.as_strided(t.shape, strides, used)
+            used += 16
+            return view.copy_(t)
+
+        return place
+
+    @pytest.mark.parametrize("fused", [False, True], ids=["norm", "residual+norm"])
+    @pytest.mark.parametrize(
+        ("shape", "mode"), [(SAMPLES, "per_sample"), (TOKENS, "per_token")], ids=["samples", "tokens"]
+    )
+    def test_norm(self, backend, apart, shape, mode, fused):
+        call = make(shape, torch.bfloat16, mode=mode, fused=fused)
+        for name in ("x", "branch", "gate", "shift", "scale", "dy", "dx_new"):
+            if getattr(call, name) is not None:
+                setattr(call, name, apart(getattr(call, name)))
+        call.check(backend)
+
+    @pytest.mark.parametrize(("shape", "lead"), [(SAMPLES, (3,)), (TOKENS, (1, 3))], ids=["samples", "tokens"])
+    def test_gate_residual(self, backend, apart, shape, lead):
+        x, branch, dout = (torch.randn(shape).bfloat16() for _ in range(3))
+        gate = torch.randn(*lead, 16).bfloat16()
+        near, far = (x, branch, gate, dout), tuple(apart(t) for t in (x, branch, gate, dout))
+
+        def run(x, branch, gate, dout, backend):
+            leaves = [t.detach().requires_grad_() for t in (x, branch, gate)]
+            out = kernels.gate_residual(*leaves, backend=backend)
+            return (out, *torch.autograd.grad(out, leaves, dout))
+
+        torch.testing.assert_close(run(*far, backend), run(*near, "reference"))
+
+    def test_bias_gelu(self, backend, apart):
+        x, dy, bias = torch.randn(3, 16).bfloat16(), torch.randn(3, 16).bfloat16(), torch.randn(16).bfloat16()
+
+        def run(x, dy, backend):
+            leaves = [t.detach().requires_grad_() for t in (x, bias)]
+            y = kernels.bias_gelu(*leaves, backend=backend)
+            return (y, *torch.autograd.grad(y, leaves, dy))
+
+        torch.testing.assert_close(run(apart(x), apart(dy), backend), run(x, dy, "reference"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)

@@ -9,7 +9,8 @@ from pathlib import Path
 import parallel_training
 import pytest
 import torch
-from cases import B, D, T, block, block_inputs, close, exact, gradients, plain_block
+import torch.nn.functional as F
+from cases import B, D, T, block, block_inputs, close, exact, gradients, plain_block, rows
 from torch.utils.checkpoint import checkpoint
 
 from ditscale import kernels
@@ -17,20 +18,24 @@ from ditscale.kernels import dispatch, selfcheck
 
 
 def test_autocast_keeps_the_stream(backend):
-    x = torch.randn(B, T, D, requires_grad=True)
+    x, bias = torch.randn(B, T, D, requires_grad=True), torch.randn(D, requires_grad=True)
     layer, modulate = torch.nn.Linear(D, D), torch.nn.Linear(D, 3 * D)
     c = torch.randn(B, D)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        table = modulate(c)
-        assert table.dtype == torch.bfloat16
-        shift, scale, gate = table.chunk(3, dim=1)
-        branch = layer(kernels.layernorm_modulate(x, shift, scale, backend=backend))
+        shift, scale, gate = modulate(c).chunk(3, dim=1)
+        linear = layer(kernels.layernorm_modulate(x, shift, scale, backend=backend))
+        branch = kernels.bias_gelu(linear, bias, backend=backend)  # a layer's half rows and a float32 parameter
         out, y = kernels.gate_residual_layernorm_modulate(x, branch, gate, shift, scale, backend=backend)
-    assert out.dtype == y.dtype == torch.float32
-    want = x + gate.float().unsqueeze(1) * branch.float()
-    close((out,), (want,))
-    (out.square().sum() + y.square().sum()).backward()
-    for p in (x, *layer.parameters(), *modulate.parameters()):
+        end = kernels.gate_residual(out, y, gate, backend=backend)
+    assert gate.dtype == linear.dtype == branch.dtype == torch.bfloat16
+    assert out.dtype == y.dtype == end.dtype == torch.float32
+    close((branch,), (F.gelu(linear.double() + bias.double(), approximate="tanh"),), 1e-2)
+    shift, scale, gate = (rows(t.double()) for t in (shift, scale, gate))
+    want = x + gate * branch
+    want_y = F.layer_norm(want, (D,), eps=1e-6) * (1 + scale) + shift
+    close((out, y, end), (want, want_y, want + gate * want_y))
+    end.square().sum().backward()
+    for p in (x, bias, *layer.parameters(), *modulate.parameters()):
         assert p.grad is not None and p.grad.abs().max() > 0
 
 
@@ -77,11 +82,11 @@ def test_checkpointing_that_keeps_the_kernels_results(native):
 def test_gradients_add_up_over_two_uses(backend):
     leaves = block_inputs()
 
-    def twice(x, branch, table):
-        return block(block(x, branch, table, backend), branch, table, backend)
+    def twice(x, *rest):
+        return block(block(x, *rest, backend), *rest, backend)
 
-    def lines(x, branch, table):
-        return plain_block(plain_block(x, branch, table), branch, table)
+    def lines(x, *rest):
+        return plain_block(plain_block(x, *rest), *rest)
 
     close(gradients(twice, leaves), exact(lines, leaves), 1e-4)
 
@@ -94,8 +99,8 @@ def test_inputs_are_left_alone(backend):
 
 
 def test_a_change_before_backward_is_noticed(backend):
-    x, branch, table = block_inputs()
-    out = block(x, branch, table, backend)
+    _, branch, *_ = leaves = block_inputs()
+    out = block(*leaves, backend)
     with torch.no_grad():
         branch.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -103,15 +108,15 @@ def test_a_change_before_backward_is_noticed(backend):
 
 
 def test_frozen_inputs_get_no_gradient(backend):
-    x, branch, table = block_inputs()
+    x, branch, table, bias = leaves = block_inputs()
     table.requires_grad_(False)
-    block(x, branch, table, backend).sum().backward()
+    block(*leaves, backend).sum().backward()
     assert table.grad is None
-    assert x.grad is not None
+    assert x.grad is not None and branch.grad is not None and bias.grad is not None
     with torch.no_grad():
-        assert not block(x, branch, table, backend).requires_grad
+        assert not block(*leaves, backend).requires_grad
     with torch.inference_mode():
-        block(x, branch, table, backend)
+        block(*leaves, backend)
 
 
 def test_two_processes_under_ddp_and_fsdp2(tmp_path):

@@ -60,14 +60,14 @@ class TestFunc:
     def test_grad_and_vmap(self, backend):
         leaves = [t.detach() for t in block_inputs()]
 
-        def ours(x, branch, table):
-            return block(x, branch, table, backend).square().sum()
+        def ours(*a):
+            return block(*a, backend).square().sum()
 
-        def lines(x, branch, table):
-            return plain_block(x, branch, table).square().sum()
+        def lines(*a):
+            return plain_block(*a).square().sum()
 
-        want = torch.func.grad(lines, argnums=(0, 1, 2))(*doubles(leaves))
-        close(torch.func.grad(ours, argnums=(0, 1, 2))(*leaves), want, 1e-4)
+        want = torch.func.grad(lines, argnums=(0, 1, 2, 3))(*doubles(leaves))
+        close(torch.func.grad(ours, argnums=(0, 1, 2, 3))(*leaves), want, 1e-4)
         many = [torch.stack([t, 2 * t, -t]) for t in leaves]
         each = list(zip(*(doubles(t) for t in many), strict=True))
         got = torch.func.vmap(lambda *a: block(*a, backend))(*many)
@@ -128,7 +128,7 @@ class TestSecondDerivatives:
         )
 
     def test_recomputed_statistics_and_an_unused_norm(self, backend):
-        leaves = [t.detach().mul(0.5).requires_grad_() for t in block_inputs()]
+        leaves = [t.detach().mul(0.5).requires_grad_() for t in block_inputs()[:3]]
 
         def ours(x, branch, table):
             shift, scale, gate = table.chunk(3, dim=1)
@@ -164,9 +164,9 @@ class TestCompiled:
         leaves = [t.detach() for t in block_inputs()]
 
         def ours(*a):
-            return torch.func.grad(lambda *b: block(*b, "auto").square().sum(), argnums=(0, 1, 2))(*a)
+            return torch.func.grad(lambda *b: block(*b, "auto").square().sum(), argnums=(0, 1, 2, 3))(*a)
 
-        want = torch.func.grad(lambda *b: plain_block(*b).square().sum(), argnums=(0, 1, 2))(*doubles(leaves))
+        want = torch.func.grad(lambda *b: plain_block(*b).square().sum(), argnums=(0, 1, 2, 3))(*doubles(leaves))
         close(self.compiled(ours)(*leaves), want, 1e-4)
         many = [torch.stack([t, -t]) for t in leaves]
         got = self.compiled(lambda *a: torch.func.vmap(lambda *b: block(*b, "auto"))(*a))(*many)

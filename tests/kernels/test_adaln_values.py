@@ -43,6 +43,17 @@ def test_affine_weight_and_bias(backend, shape, fused, rms):
     make(shape, fused=fused, affine=True, rms=rms).check(backend)
 
 
+@fusion
+@pytest.mark.parametrize(
+    ("dtype", "D"),
+    [(torch.float32, 16384), (torch.bfloat16, 16384), (torch.float16, 3072), (torch.float32, 4099)],
+    ids=["fp32-16384", "bf16-16384", "fp16-3072", "fp32-4099"],
+)
+def test_wide_rows(backend, fused, dtype, D):
+    # The widest that is promised, a model's, and one that no vector divides.
+    make((1, 3, D), dtype, fused=fused).check(backend)
+
+
 def test_small_weight_keeps_its_digits(backend):
     # A weight of 1e-4 folded as (w (1 + s)) - 1 would lose four digits.
     call = make(SHAPES["two-chunks"], affine=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -312,22 +313,25 @@ def test_without_the_library_auto_takes_the_reference(monkeypatch, fresh):
 @pytest.mark.native
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_lesser_instruction_sets_are_right_too(native, isa, tmp_path):
-    # The choice is made once a process, so the self-check of every operator runs in another one.
-    import os
-
-    code = (
-        "import torch; from ditscale.kernels import library, selfcheck; print(library.cpu_isa());\n"
-        "for op in ('layernorm_modulate', 'gate_residual', 'gate_residual_layernorm_modulate', 'bias_gelu'):\n"
-        "    for dtype in selfcheck.TOLERANCE:\n"
-        "        wrong = selfcheck.compare(op, 'cpu', dtype, 'cpu'); assert wrong is None, (op, dtype, wrong)\n"
-    )
+    # The choice is made once a process, so another one runs tests of values, widths, strides and large calls.
     from test_imports import child_env
 
+    here = Path(__file__).parent
+    files = [str(here / f"test_{name}.py") for name in ("adaln_values", "adaln_fuzz", "adaln_edges", "gelu")]
+    values = "values_and_gradients and (vector-and-tail or two-chunks or dit-s)"
+    which = f"cpu and ({values}) or random_calls and cpu-1 or cpu and (wide_rows or strided_rows) or past_the_caches"
+    arguments = ["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", which, *files]
+    code = (
+        "import sys, pytest; from ditscale.kernels import library; print(library.cpu_isa(), flush=True)\n"
+        f"sys.exit(pytest.main({arguments!r}))"
+    )
     env = {**child_env(), "DITSCALE_CPU_ISA": isa, "DITSCALE_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=os.getcwd())
-    assert done.returncode == 0, done.stderr
-    if isa == "portable":
-        assert done.stdout.strip() == "portable"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=here.parents[1])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    ran = re.match(r"(\w+)\n(?s:.*?)(\d+) passed", done.stdout)
+    assert ran and int(ran[2]) > 40, done.stdout[-1000:]
+    if isa == "portable":  # a processor may have no AVX2
+        assert ran[1] == isa
 
 
 def test_doctor_says_what_runs_and_why_not(monkeypatch, fresh):

@@ -154,7 +154,7 @@ class TestDirectCalls:
 def test_the_flop_counter_counts_what_cost_says(native):
     from torch.utils.flop_counter import FlopCounterMode
 
-    x, branch, table = block_inputs()
+    x, branch, table, bias = block_inputs()
     shift, scale, gate = table.chunk(3, dim=1)
     calls = {
         "layernorm_modulate": lambda: kernels.layernorm_modulate(x, shift, scale, backend="cpu"),
@@ -172,7 +172,7 @@ def test_the_flop_counter_counts_what_cost_says(native):
             out.sum().backward()
         assert counter.get_total_flops() == getattr(cost, f"{name}_flops_backward")(B, T, D), name
     with FlopCounterMode(display=False) as counter:
-        kernels.bias_gelu(x, shift[0].detach(), backend="cpu").sum().backward()
+        kernels.bias_gelu(x, bias, backend="cpu").sum().backward()
     want = gelu_cost.bias_gelu_flops_forward(B * T, D) + gelu_cost.bias_gelu_flops_backward(B * T, D)
     assert counter.get_total_flops() == want
 
