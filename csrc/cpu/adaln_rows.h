@@ -7,8 +7,8 @@ namespace ditscale::cpu {
 
 constexpr int64_t KERNEL_ROWS = 7;
 
-// All take rows [begin, end) of the flattened batch (row = b * T + t) and KERNEL_ROWS * D floats of scratch. The backward ones add into
-// float32 sums over those rows (dshift, then dscale, then dgate, D each), null where there are none to make.
+// All take rows [begin, end) of the flattened batch (row = b * T + t) and KERNEL_ROWS * D floats of scratch. The backward ones
+// add into float32 sums over those rows (dshift, then dscale, then dgate, D each), null where there are none to make.
 struct AdalnKernels {
   void (*forward)(const ForwardArgs&, int64_t begin, int64_t end, float* scratch);
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end, float* sums, float* scratch);

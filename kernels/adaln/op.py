@@ -244,7 +244,13 @@ def gate_residual_layernorm_modulate(
             run = dispatch.quick("gate_residual_layernorm_modulate", backend, x)
             if run is not None and branch.dtype is x.dtype:
                 options = _eps_option(eps)
-                if _wants_grad(x, branch, gate, shift, scale):
+                if torch.is_grad_enabled() and (  # (written out: a loop over five tensors takes half a microsecond)
+                    x.requires_grad
+                    or branch.requires_grad
+                    or gate.requires_grad
+                    or shift.requires_grad
+                    or scale.requires_grad
+                ):
                     keep = not recompute_stats and x.numel() >= KEEP_FROM
                     return functions.gate_residual_layernorm_modulate_eager(
                         run, keep, x, branch, gate, shift, scale, options

@@ -54,6 +54,18 @@ def test_wide_rows(backend, fused, dtype, D):
     make((1, 3, D), dtype, fused=fused).check(backend)
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("mode", ["shared", "per_sample"])
+def test_sums_over_many_tokens_are_as_exact_as_pytorchs(native, mode):
+    # Tens of thousands of rows added to one float32 each in turn lost four times as much.
+    make((1, 70_000, 16), mode=mode).check("cpu")
+
+
+@pytest.mark.native
+def test_gated_sums_over_many_tokens(native):
+    make((200, 1024, 8)).check("cpu")  # so many samples that each is one chunk
+
+
 def test_small_weight_keeps_its_digits(backend):
     # A weight of 1e-4 folded as (w (1 + s)) - 1 would lose four digits.
     call = make(SHAPES["two-chunks"], affine=True)
