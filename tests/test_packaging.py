@@ -142,8 +142,21 @@ def test_wheel_and_sdist(tmp_path):
         "ditscale/dit/flops.py",
         "ditscale/lib/libditscale_cpu.so",
         "ditscale/py.typed",
+        "ditscale/dit/data/assets/ATTRIBUTION.md",
+        "ditscale/dit/evaluation/assets/scene_network.safetensors",
+        "ditscale/scaling/page/page.css",
+        "ditscale/bench/budgets/adaln.jsonl",
     ):
         assert needed in names, needed
+    # The licences of the data stand where a packager looks for them, beside the project's own.
+    licences = {n.split("/licenses/")[1] for n in names if ".dist-info/licenses/" in n}
+    texts = {f"ditscale/dit/data/assets/LICENSE-{name}.txt" for name in ("Apache-2.0", "MIT", "Unicode-3.0")}
+    assert licences == {"LICENSE", "NOTICE", "ditscale/dit/data/assets/ATTRIBUTION.md", *texts}
+    (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+    facts = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert "License-Expression: Apache-2.0 AND MIT AND Unicode-3.0" in facts and "Typing :: Typed" in facts
+    assert "Requires-Python: >=3.10" in facts and "Provides-Extra: triton" in facts
+    assert not [n for n in names if "test" in n.split("/")[-1] and not n.startswith("ditscale/bench/")], "tests inside"
     assert not [n for n in names if n.endswith((".cpp", ".cu", ".tmp")) or "__pycache__" in n]
     (sdist,) = tmp_path.glob("*.tar.gz")
     listing = subprocess.run(["tar", "tzf", str(sdist)], capture_output=True, text=True, check=True).stdout
