@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ditscale.dit.encoding import Autoencoder
     from ditscale.dit.rundata import RunData
 
+_MOST_IMAGES = 65_536  # in one picture
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its weights.safetensors.")]
@@ -70,8 +72,10 @@ def sample(
         raise InputError(
             f"--{'caption' if config.condition == 'caption' else 'label'}: expected at least one, got none"
         )
-    if not given and count < 1:
-        raise InputError(f"--count: expected at least 1, got {count}")
+    if not given and not 1 <= count <= _MOST_IMAGES:
+        raise InputError(f"--count: expected 1 to {_MOST_IMAGES:,}, got {count}")
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"--seed: expected a whole number of 64 bits, got {seed}")
     if config.latent_factor > 1 and vae is None:
         raise InputError("--vae: expected the autoencoder of a model of latents, got none")
     data = RunData.read(run)

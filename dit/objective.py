@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # The model's sines and cosines were made for times from 0 to 1000.
 TIME_SCALE = 1000.0
+_GREATEST = torch.finfo(torch.float32).max
 
 
 class Prediction(NamedTuple):
@@ -152,8 +153,8 @@ def mean_per_sample(x: Tensor) -> Tensor:
 
 
 def need_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
-    """Raise InputError unless ``value`` is a finite number within the bounds."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    """Raise InputError unless ``value`` is a number that float32 can hold, within the bounds."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _GREATEST
     if above is not None:
         if not (good and value > above):
             raise InputError(f"{name}: expected a number above {above:g}, got {value!r}")

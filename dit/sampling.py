@@ -20,6 +20,7 @@ from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.objective import Objective, Prediction, need_number
 from ditscale.errors import InputError
 
+_MOST_STEPS = 100_000
 SAMPLERS = ("euler", "heun", "ddim", "ddpm")
 
 
@@ -92,10 +93,15 @@ def draw_samples(
         InputError: an argument is out of range, or guidance is asked for without a condition.
     """
     objective = objective or RectifiedFlow()
-    if steps < 1:
-        raise InputError(f"steps: expected at least 1, got {steps}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
+        raise InputError(f"steps: expected at least 1 and at most {_MOST_STEPS:,}, got {steps!r}")
     if sampler not in SAMPLERS:
         raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    need_number("guidance", guidance)
+    if guided_channels is not None and not 1 <= guided_channels <= noise.shape[1]:
+        raise InputError(f"guided_channels: expected 1 to {noise.shape[1]}, got {guided_channels}")
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed: expected a whole number of 64 bits, got {seed}")
     if guidance != 1.0 and y is None:
         raise InputError(f"guidance: expected 1.0 for a model without a condition, got {guidance}")
     if not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
