@@ -26,7 +26,7 @@ BACKENDS: Final[dict[str, tuple[str, ...]]] = {
     "gate_residual": ("cpu", "cuda", "triton"),
     "gate_residual_layernorm_modulate": ("cpu", "cuda", "triton"),
     "bias_gelu": ("cpu", "cuda", "triton"),
-    "qk_norm_rope": ("cpu", "triton"),
+    "qk_norm_rope": ("cpu", "cuda", "triton"),
     "attention": ("cpu", "cuda", "triton", "sdpa", "flash_attn", "xformers"),
 }
 _FAMILY: Final = {

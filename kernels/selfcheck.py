@@ -61,11 +61,26 @@ def _inputs(op: str, shape: tuple[int, int, int], device: str) -> Tensors:
     if op == "bias_gelu":
         return (rows[0], mods[0][0])
     if op == "qk_norm_rope":
-        q, k = _numbers((B, T, 2, D), 1, device).unsqueeze(1).unbind(3)
+        q, k, _ = _numbers((B, T, 3, 2, D), 1, device).permute(2, 0, 3, 1, 4)  # two heads; parts of one projection
         return (q, k, mods[0][0], mods[1][0])
     if op == "attention":
         return tuple(_numbers((B, T, 3, D), 1, device).unsqueeze(1).unbind(3))  # one head; parts of one projection
     raise ValueError(f"no self-check for {op}")
+
+
+def _calls(op: str, shape: tuple[int, int, int], device: str) -> list[Callable[..., Tensor | Tensors]]:
+    """The operator as it is called at a shape: with rotations too, both kinds of pairs, where the width allows one."""
+    from ditscale import kernels
+
+    function = getattr(kernels, op)
+    if op != "qk_norm_rope" or shape[2] % 2:
+        return [function]
+    angles = _numbers((shape[1], shape[2] // 2), 5, device).float()
+    tables = {"cos": angles.cos(), "sin": angles.sin()}
+    return [
+        functools.partial(function, **tables),
+        functools.partial(function, **tables, norm="layer", interleaved=True),
+    ]
 
 
 def _run(function: Callable[..., Tensor | Tensors], inputs: Tensors, backend: str, stored: torch.dtype) -> Tensors:
@@ -102,10 +117,8 @@ def _apart(call: Callable[[], str | None], device: str) -> str | None:
 
 
 def _compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | None:
-    from ditscale import kernels
-
-    function = getattr(kernels, op)
-    for shape in (*_SHAPES, _WIDE) if op in _OF_ROWS else _SHAPES:
+    shapes = (*_SHAPES, _WIDE) if op in _OF_ROWS else _SHAPES
+    for shape, function in ((s, f) for s in shapes for f in _calls(op, s, device)):
         inputs = tuple(t.to(dtype) for t in _inputs(op, shape, device))
         got = _run(function, inputs, backend, dtype)
         exact = _run(function, tuple(t.double() for t in inputs), "reference", dtype)

@@ -48,6 +48,8 @@ STABLE_TORCH_LIBRARY(ditscale, m) {
   m.def(
       "qk_norm_rope_fwd(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, float eps, int norm, bool interleaved) -> Tensor");
   m.def(
+      "qk_norm_rope_(Tensor(a!) x, Tensor? weight, Tensor? cos, Tensor? sin, float eps, int norm, bool interleaved) -> ()");
+  m.def(
       "qk_norm_rope_bwd(Tensor dout, Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, float eps, int norm, "
       "bool interleaved) -> (Tensor dx, Tensor dweight)");
 }

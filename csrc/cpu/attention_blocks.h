@@ -2,14 +2,9 @@
 #pragma once
 
 #include "../common/adaln_args.h"
+#include "../common/rotary_args.h"
 
 namespace ditscale::cpu {
-
-// A [B, H, T, K] view with dense rows: elements from sample to sample, head to head and token to token.
-struct HeadView {
-  void* data;
-  int64_t b, h, t;
-};
 
 // One sequence of queries and its keys, as positions along T and S of sample b. `owned` keys belong to it, the first `keys` of
 // them count.

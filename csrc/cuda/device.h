@@ -89,38 +89,58 @@ __device__ __forceinline__ void narrow(float a, float* out) {
 template <class T>
 constexpr int LANES = 16 / static_cast<int>(sizeof(T));
 
-// N neighbouring elements as they are stored; N is LANES<T> (one 16-byte access) or 1.
+// N neighbouring elements as they are stored, read and written in one access: of 16 bytes (LANES<T>), 8, or one element.
 template <class T, int N>
-struct alignas(N == 1 ? sizeof(T) : 16) Pack {
+struct alignas(N * sizeof(T)) Pack {
   T v[N];
 };
 
+template <int BYTES>
+struct RawOf {
+  using type = uint4;
+};
+template <>
+struct RawOf<8> {
+  using type = uint2;
+};
+template <class T, int N>
+using Raw = typename RawOf<N * static_cast<int>(sizeof(T))>::type;
+
+// Wide accesses fault on a GPU where they are not aligned; the host would not notice.
+__device__ __forceinline__ void note_access([[maybe_unused]] const void* p, [[maybe_unused]] int bytes) {
+#ifdef DITSCALE_HOST_SHIM
+  if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) != 0) ++shim::counts.misaligned;
+#endif
+}
+
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> fetch(const T* p) {
+  note_access(p, N * static_cast<int>(sizeof(T)));
   if constexpr (N == 1) {
     return {{*p}};
   } else {
     union {
-      uint4 raw;
+      Raw<T, N> raw;
       Pack<T, N> pack;
     } u;
-    u.raw = *reinterpret_cast<const uint4*>(p);
+    u.raw = *reinterpret_cast<const Raw<T, N>*>(p);
     return u.pack;
   }
 }
 
 template <class T, int N>
 __device__ __forceinline__ void put(T* p, const float (&value)[N]) {
+  note_access(p, N * static_cast<int>(sizeof(T)));
   if constexpr (N == 1) {
     narrow(value[0], p);
   } else {
     union {
-      uint4 raw;
+      Raw<T, N> raw;
       Pack<T, N> pack;
     } u;
 #pragma unroll
     for (int i = 0; i < N; ++i) narrow(value[i], &u.pack.v[i]);
-    *reinterpret_cast<uint4*>(p) = u.raw;
+    *reinterpret_cast<Raw<T, N>*>(p) = u.raw;
   }
 }
 

@@ -24,6 +24,9 @@
 #define __restrict__
 #define __launch_bounds__(...)
 
+struct uint2 {
+  uint32_t x, y;
+};
 struct uint4 {
   uint32_t x, y, z, w;
 };

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C._autograd import CreationMeta, _get_creation_meta
 
 from ditscale.errors import InputError
 from ditscale.kernels import dispatch
@@ -51,6 +52,102 @@ class _NormRope(torch.autograd.Function):
             dout, x, weight, cos, sin, ctx.eps, cost.NORMS.index(ctx.norm), ctx.interleaved
         )
         return None, dx, None if weight is None else dw, None, None, None, None, None
+
+
+class _NormRopeInPlace(torch.autograd.Function):
+    """Writes x. Backward needs it as it was: a copy, dense, which is the memory that a result of its own would have taken."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        weight: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        eps: float,
+        norm: str,
+        interleaved: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x.clone(memory_format=torch.preserve_format), weight, cos, sin)
+        ctx.backend, ctx.eps, ctx.norm, ctx.interleaved = backend, eps, norm, interleaved
+        _ops(backend).qk_norm_rope_(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the copy is of no graph: a second derivative would miss what lies before x
+            raise InputError("inplace: expected False for second derivatives (create_graph=True), got True")
+        x, weight, cos, sin = ctx.saved_tensors
+        dx, dw = _ops(ctx.backend).qk_norm_rope_bwd(
+            dout, x, weight, cos, sin, ctx.eps, cost.NORMS.index(ctx.norm), ctx.interleaved
+        )
+        return None, dx, None if weight is None else dw, None, None, None, None, None
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    norm: str,
+    interleaved: bool,
+) -> Tensor:
+    return reference.norm_rope_ref(x, weight, cos, sin, eps=eps, norm=norm, interleaved=interleaved)
+
+
+def _out_of_place(chosen: str, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
+    cos, sin, eps, norm, interleaved = rest
+    if chosen == "reference":
+        return _plain(x, weight, *rest)
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        out: Tensor = _NormRope.apply(chosen, x, weight, *rest)
+    else:
+        out = _ops(chosen).qk_norm_rope_fwd(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
+    return out
+
+
+def _in_place(chosen: str, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
+    cos, sin, eps, norm, interleaved = rest
+    grad = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
+    traced = torch.compiler.is_compiling() or dispatch.in_transform()
+    if chosen == "reference" or traced or x.stride(3) != 1:
+        # Through a result of its own. Backward keeps what it was made from, which must not be what is written then.
+        return x.copy_(_out_of_place(chosen, x.clone() if grad or traced else x, weight, *rest))
+    if grad:
+        written: Tensor = _NormRopeInPlace.apply(chosen, x, weight, *rest)
+        return written
+    _ops(chosen).qk_norm_rope_(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+    return x
+
+
+def _check_in_place(q: Tensor, k: Tensor) -> None:
+    """What would otherwise be found out after the memory was written, or not at all."""
+    traced = torch.compiler.is_compiling() or dispatch.in_transform()
+    for name, x in (("q", q), ("k", k)):
+        if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise InputError(f"{name}: expected memory for every number to write in place, got an expanded tensor")
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            continue
+        if x.is_leaf:
+            raise InputError(
+                f"{name}: expected a result of other operators to write in place, got a leaf with a gradient"
+            )
+        if traced or not x._is_view():
+            continue
+        if x._base is not None and x._base.is_leaf and x._base.requires_grad:
+            raise InputError(f"{name}: expected a result of other operators to write in place, got a view of a leaf")
+        if _get_creation_meta(x) != CreationMeta.DEFAULT:
+            raise InputError(
+                f"{name}: expected a view that autograd lets be written in place, such as qkv[:, :, 0].transpose(1, 2), got "
+                "one of several results of a function (unbind, chunk, split) or one made without gradients"
+            )
+    if q is k or (not traced and q.numel() and k.numel() and q.data_ptr() == k.data_ptr()):
+        raise InputError("q, k: expected memory of their own to write in place, got the same twice")
 
 
 def _check(
@@ -105,6 +202,7 @@ def qk_norm_rope(
     eps: float = 1e-6,
     norm: HeadNorm = "rms",
     interleaved: bool = False,
+    inplace: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Norm of queries and keys over the width of a head, then rotary position embedding.
@@ -118,13 +216,16 @@ def qk_norm_rope(
         eps: added to the mean square (variance). Default: 1e-6.
         norm: "rms", "layer" (with weight and no bias) or "none". Default: "rms".
         interleaved: rotate the pairs (0, 1), (2, 3), ...; False pairs i with i + K / 2. Default: False.
-        backend: "auto", "cpu" (C++, CPU tensors), "triton" (GPUs) or "reference". Default: "auto".
+        inplace: write the results into q and k, such as ``qkv[:, :, 0].transpose(1, 2)`` of one projection [B, T, 3, H, K], and
+            return these: ``attention_qkv`` then takes the buffer as it is. Where gradients are recorded backward keeps a copy
+            of what was there, so memory is saved in inference only; no second derivatives then. Default: False.
+        backend: "auto", "cpu" (C++, CPU tensors), "cuda" (C++), "triton" (GPUs) or "reference". Default: "auto".
 
     Returns:
-        (q, k), the shapes and dtypes of the inputs; from our kernels views of memory laid out [B, T, H, K].
+        (q, k), the shapes and dtypes of the inputs; from our kernels views of memory laid out [B, T, H, K] unless in place.
 
     Raises:
-        InputError: a shape is not as above.
+        InputError: a shape is not as above, or q or k cannot be written in place (says why).
         BackendUnavailable: the backend was named and cannot run here (says why).
 
     Numerics: float32 inside, one rounding. The gradients of the weights are sums in an order fixed by the shape: two runs are
@@ -137,21 +238,15 @@ def qk_norm_rope(
     dispatch.check_number("eps", eps, least=0.0)
     if not isinstance(interleaved, bool):
         raise InputError(f"interleaved: expected true or false, got {interleaved!r}")
+    if not isinstance(inplace, bool):
+        raise InputError(f"inplace: expected true or false, got {inplace!r}")
+    if inplace:
+        _check_in_place(q, k)
     chosen = dispatch.choose("qk_norm_rope", backend, q)
     if any(t is not None and t.requires_grad for t in (cos, sin)) or k.dtype != q.dtype:
         chosen = "reference"
-    if chosen == "reference":
-        options = {"eps": eps, "norm": norm, "interleaved": interleaved}
-        return (
-            reference.norm_rope_ref(q, q_weight, cos, sin, **options),  # type: ignore[arg-type]
-            reference.norm_rope_ref(k, k_weight, cos, sin, **options),  # type: ignore[arg-type]
-        )
-    cos, sin = _table(cos), _table(sin)
-    out = []
-    for x, weight in ((q, q_weight), (k, k_weight)):
-        w = _table(weight)
-        if torch.is_grad_enabled() and (x.requires_grad or (w is not None and w.requires_grad)):
-            out.append(_NormRope.apply(chosen, x, w, cos, sin, eps, norm, interleaved))
-        else:
-            out.append(_ops(chosen).qk_norm_rope_fwd(x, w, cos, sin, eps, cost.NORMS.index(norm), interleaved))
-    return out[0], out[1]
+    if chosen != "reference":
+        cos, sin, q_weight, k_weight = (_table(t) for t in (cos, sin, q_weight, k_weight))
+    call = _in_place if inplace else _out_of_place
+    rest = (cos, sin, eps, norm, interleaved)
+    return call(chosen, q, q_weight, *rest), call(chosen, k, k_weight, *rest)

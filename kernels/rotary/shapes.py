@@ -25,6 +25,12 @@ def fake_qk_norm_rope_fwd(
     return heads_like(x)
 
 
+def fake_qk_norm_rope_(
+    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: int, interleaved: bool
+) -> None:
+    """``qk_norm_rope_`` writes x and returns nothing."""
+
+
 def fake_qk_norm_rope_bwd(
     dout: Tensor,
     x: Tensor,
@@ -54,6 +60,9 @@ _OPTIONS = "Tensor? weight, Tensor? cos, Tensor? sin, float eps, int norm, bool 
 OPERATORS = {
     "qk_norm_rope_fwd": Operator(
         f"(Tensor x, {_OPTIONS}) -> Tensor", fake_qk_norm_rope_fwd, _flops(cost.norm_rope_flops_forward, 0)
+    ),
+    "qk_norm_rope_": Operator(
+        f"(Tensor(a!) x, {_OPTIONS}) -> ()", fake_qk_norm_rope_, _flops(cost.norm_rope_flops_forward, 0)
     ),
     "qk_norm_rope_bwd": Operator(
         f"(Tensor dout, Tensor x, {_OPTIONS}) -> (Tensor dx, Tensor dweight)",

@@ -188,6 +188,13 @@ def qk_norm_rope_fwd(
     return _launch(x, None, weight, cos, sin, eps, norm, interleaved)[0]
 
 
+def qk_norm_rope_(
+    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: int, interleaved: bool
+) -> None:
+    """``ditscale_triton::qk_norm_rope_``: in place, through a dense result that is copied."""
+    x.copy_(_launch(x, None, weight, cos, sin, eps, norm, interleaved)[0])
+
+
 def qk_norm_rope_bwd(
     dout: Tensor,
     x: Tensor,
@@ -207,6 +214,6 @@ def qk_norm_rope_bwd(
 define(
     "ditscale_triton",
     shapes.OPERATORS,
-    {"qk_norm_rope_fwd": qk_norm_rope_fwd, "qk_norm_rope_bwd": qk_norm_rope_bwd},
+    {"qk_norm_rope_fwd": qk_norm_rope_fwd, "qk_norm_rope_": qk_norm_rope_, "qk_norm_rope_bwd": qk_norm_rope_bwd},
     "CPU" if interpreting() else "CUDA",
 )

@@ -21,6 +21,8 @@ from ditscale.kernels.adaln import shapes as adaln_shapes
 from ditscale.kernels.attn import op as attn_op
 from ditscale.kernels.attn import shapes as attn_shapes
 from ditscale.kernels.gelu import shapes as gelu_shapes
+from ditscale.kernels.rotary import op as rotary_op
+from ditscale.kernels.rotary import shapes as rotary_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +54,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(dispatch._eager, "cpu", operators)
         monkeypatch.setattr(dispatch, "_chosen", {})
         monkeypatch.setattr(dispatch, "_quick", {})
-        monkeypatch.setattr(attn_op, "_ops", lambda backend: operators)
+        for module in (attn_op, rotary_op):
+            monkeypatch.setattr(module, "_ops", lambda backend: operators)
         return "cpu"
     if name == "triton" and not importlib.util.find_spec("triton"):
         pytest.skip("triton is not installed")
@@ -88,7 +91,7 @@ def emulated_operators(request: pytest.FixtureRequest) -> object:
         native_build.build_emulated(folder)
     torch.ops.load_library(str(library_file))
     definitions = torch.library.Library("ditscale_emulated", "FRAGMENT")
-    for name, operator in {**adaln_shapes.OPERATORS, **gelu_shapes.OPERATORS}.items():
+    for name, operator in {**adaln_shapes.OPERATORS, **gelu_shapes.OPERATORS, **rotary_shapes.OPERATORS}.items():
         definitions.define(name + operator.schema)
     for name, schema in attn_shapes.SCHEMAS.items():
         definitions.define(name + schema)

@@ -40,6 +40,11 @@ def test_values_and_gradients(backend, shape, dtype):
     check([make(*shape, dtype) for _ in range(2 if shape[2] > 16 else 8)], backend)
 
 
+def test_thousands_of_queries_and_keys(native):
+    # Both long at once, a prime past a power of two: every block loop ends in the middle of a block, and pieces are summed.
+    check([make(1, 1, 4097, 8), make(1, 1, 4097, 8, lengths=[0])], "cpu")
+
+
 @dtypes
 @pytest.mark.parametrize("T,S", [(1, 70), (70, 1), (33, 200), (200, 33), (4097, 67), (67, 4097)])
 def test_cross_attention(backend, T, S, dtype):

@@ -109,6 +109,43 @@ def test_forward_mode_and_transforms_are_right(backend):
     torch.func.grad(lambda q: f(q).sum())(q)
 
 
+@needs_library
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+def test_forward_mode_inside_and_around_compile(packed):
+    qkv, tangent = torch.randn(1, 5, 3, 2, 4), torch.randn(1, 5, 3, 2, 4)
+
+    def f(x):
+        return kernels.attention_qkv(x) if packed else kernels.attention(*x.permute(2, 0, 3, 1, 4))
+
+    def lines(x):
+        q, k, v = x.permute(2, 0, 3, 1, 4)
+        out = torch.softmax(q @ k.transpose(-1, -2) * 0.5, -1) @ v
+        return out.transpose(1, 2).flatten(2) if packed else out
+
+    _, want = torch.func.jvp(lines, (qkv.double(),), (tangent.double(),))
+    inside = torch.compile(lambda x, t: torch.func.jvp(f, (x,), (t,))[1], fullgraph=True, backend="aot_eager")
+    g = torch.compile(f, backend="aot_eager")
+    g(qkv)  # what has been compiled for plain tensors must not serve dual ones
+    assert inside(qkv, tangent).abs().max() > 0.1
+
+    def dual():
+        with torch.autograd.forward_ad.dual_level():
+            out = g(torch.autograd.forward_ad.make_dual(qkv, tangent))
+            return torch.autograd.forward_ad.unpack_dual(out).tangent
+
+    for run, may_refuse in (
+        (lambda: inside(qkv, tangent), False),
+        (lambda: torch.func.jvp(g, (qkv,), (tangent,))[1], True),
+        (dual, True),
+    ):
+        try:
+            got = run()
+        except Exception as error:
+            assert may_refuse and str(error)
+        else:
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
 def test_second_derivatives(backend):
     # A gradient penalty whose outer gradient would silently miss attention if backward were opaque.
     qkv = torch.randn(1, 9, 3, 2, 8)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -20,16 +23,6 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
 needs_library = pytest.mark.skipif(library.missing_reason("cpu") is not None, reason="libditscale_cpu is missing")
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request):
-    """The backends of this operator; Triton's kernel runs in the interpreter where there is no GPU."""
-    if request.param == "cpu" and library.missing_reason("cpu"):
-        pytest.skip(str(library.missing_reason("cpu")))
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
 # (B, H, T, K) and why it is here.
 SHAPES = {
     "one": (1, 1, 1, 2),  # a single pair
@@ -38,6 +31,7 @@ SHAPES = {
     "dit-xl": (1, 2, 7, 72),  # half a head, 36, is no whole number of vectors
     "odd-half": (2, 1, 5, 26),  # halves of 13
     "many-tokens": (2, 2, 300, 16),  # the weight's gradient is summed in chunks
+    "video": (1, 3, 5, 128),  # heads that no step of four divides
 }
 
 
@@ -71,21 +65,21 @@ def exact(x, w, cos, sin, dout, norm, interleaved, eps):
     return {"y": y, "dx": dx, "dw": dw}, float(np.abs(g * rstd).max(initial=0.0))
 
 
-def run(which, x, w, cos, sin, dout, norm, interleaved):
+def run(which, x, w, cos, sin, dout, norm, interleaved, eps=1e-6):
     leaves = [t.detach().requires_grad_() for t in (x, w) if t is not None]
     weight = leaves[1] if w is not None else None
     if which == "plain":  # a model's lines, every step at the dtype
         a = leaves[0]
         if norm == "layer":
-            a = torch.nn.functional.layer_norm(a, a.shape[-1:], weight, None, 1e-6)
+            a = torch.nn.functional.layer_norm(a, a.shape[-1:], weight, None, eps)
         elif norm == "rms":
-            a = torch.nn.functional.rms_norm(a, a.shape[-1:], weight, 1e-6)
+            a = torch.nn.functional.rms_norm(a, a.shape[-1:], weight, eps)
         elif weight is not None:
             a = a * weight
         y = norm_rope_ref(a, None, cos, sin, norm="none", interleaved=interleaved)
     else:
         y, _ = kernels.qk_norm_rope(
-            leaves[0], leaves[0], weight, None, cos, sin, norm=norm, interleaved=interleaved, backend=which
+            leaves[0], leaves[0], weight, None, cos, sin, eps=eps, norm=norm, interleaved=interleaved, backend=which
         )
     found = torch.autograd.grad(y, leaves, dout)
     return {"y": y, "dx": found[0], "dw": found[1] if w is not None else None}
@@ -114,6 +108,82 @@ def test_values_and_gradients(backend, shape, norm, rotated, dtype):
         for got, *_ in draws:
             assert got.dtype == dtype
         judge_draws(name, draws)
+
+
+COUNT = 60
+
+
+@pytest.mark.parametrize("seed", range(COUNT))
+def test_random_calls(request, backend, seed):
+    if ("triton" in request.node.name or "emulated" in request.node.name) and seed >= COUNT // 4:
+        pytest.skip("interpreted backends run a quarter of the seeds")
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    B, H, T = rng.randint(1, 3), rng.choice([1, 2, 3, 5, 7]), rng.choice([1, 2, 7, 13, 31, 97, 257])
+    rotated = rng.choice(["plain", "halves", "halves", "pairs", "per-sample"])
+    K = rng.choice([2, 8, 12, 24, 26, 40, 64, 72, 80, 96, 128, 144])
+    K = rng.choice([1, 3, 13, 57, K]) if rotated == "plain" else K
+    dtype, norm, where = rng.choice(DTYPES), rng.choice(["rms", "layer", "none"]), rng.randint(0, 3)
+    # Sizes whose results every dtype holds; rows of zeros beside others.
+    size, eps, weighted, zeros = (
+        10 ** rng.uniform(-3, 3),
+        rng.choice([1e-6, 1e-3]),
+        rng.random() < 0.7,
+        rng.random() < 0.3,
+    )
+    results = []
+    for _ in range(2 if K * T * H * B > 500 else 8):
+        x = (size * torch.randn(B, T, 3, H, K, dtype=torch.float64)).to(dtype)
+        if zeros:
+            x[:, 0] = 0
+        dout = torch.randn(B, T, H, K, dtype=torch.float64).to(dtype)
+        if where == 0:  # rows at addresses that no wide access can take
+            pad = torch.full((B, T, 3, H, K + 3), float("nan"), dtype=dtype)
+            pad[..., 1 : K + 1] = x
+            x = pad[..., 1 : K + 1]
+        elif where == 1:  # a gradient whose last dimension is not dense
+            dout = dout.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+        x, dout = x.permute(2, 0, 3, 1, 4)[1], dout.transpose(1, 2)
+        w = torch.randn(K).to(dtype) if weighted else None
+        angles = torch.randn((B, T, K // 2) if rotated == "per-sample" else (T, K // 2))
+        cos, sin = (None, None) if rotated == "plain" else (angles.cos(), angles.sin())
+        arguments = (x, w, cos, sin, dout, norm, rotated == "pairs", eps)
+        want, terms = exact(*(wide(t) for t in arguments[:5]), *arguments[5:])
+        results.append((run(backend, *arguments), want, run("plain", *arguments), terms))
+    for name in ("y", "dx", "dw"):
+        draws = [(g[name], e[name], p[name], t) for g, e, p, t in results if e[name] is not None]
+        if draws:
+            judge_draws(name, draws)
+
+
+def test_wide_accesses_are_aligned_and_threads_do_not_race(emulated_operators):
+    # What a GPU would fault on or answer differently from run to run, which the host does not notice by itself.
+    count = native_counts()
+    count()
+    for dtype in DTYPES:
+        for K, pairs in ((64, False), (72, False), (72, True), (128, True), (26, False)):
+            x = torch.randn(1, 5, 3, 3, K).to(dtype).permute(2, 0, 3, 1, 4)[1]
+            cos, sin = rotary_table((5,), K)
+            arguments = (x, torch.randn(K), cos, sin, 1e-6, 1, pairs)
+            y = emulated_operators.qk_norm_rope_fwd(*arguments)
+            one = emulated_operators.qk_norm_rope_bwd(y, *arguments)
+            count(backwards=True)
+            two = emulated_operators.qk_norm_rope_bwd(y, *arguments)
+            assert count()[:3] == [0, 0, 0], (dtype, K)
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def native_counts():
+    """Races, bank conflicts and unaligned accesses of the emulated kernels since the last call; sets the order of warps."""
+    path = next(p for p in torch.ops.loaded_libraries if "libditscale_emulated" in p)
+    function = ctypes.CDLL(path).ditscale_shim_counts
+
+    def count(backwards=False):
+        out = (ctypes.c_int64 * 4)()
+        function(out, ctypes.c_bool(backwards))
+        return list(out)
+
+    return count
 
 
 def test_two_heads_of_keys_and_other_strides(backend):
@@ -183,6 +253,7 @@ def test_opcheck_and_compile():
     tests = ("test_schema", "test_faketensor")
     for weight, c, s in ((w, cos, sin), (None, None, None)):
         torch.library.opcheck(op.qk_norm_rope_fwd.default, (x, weight, c, s, 1e-6, 1, False), test_utils=tests)
+        torch.library.opcheck(op.qk_norm_rope_.default, (x, weight, c, s, 1e-6, 1, False), test_utils=tests)
         torch.library.opcheck(op.qk_norm_rope_bwd.default, (x, x, weight, c, s, 1e-6, 1, False), test_utils=tests)
 
     def f(x, w):

@@ -53,10 +53,11 @@ CUDA_KERNELS = (
     "cuda/attention_f16.cu",
     "cuda/attention_f32.cu",
     "cuda/norm.cu",
+    "cuda/rotary.cu",
     "cuda/rows.cu",
     "cuda/attention.cu",
 )
-CUDA_BINDINGS = ("cuda/bindings.cpp", "cuda/attention_bindings.cpp")
+CUDA_BINDINGS = ("cuda/bindings.cpp", "cuda/attention_bindings.cpp", "cuda/rotary_bindings.cpp")
 
 
 def say(message: str) -> None:
