@@ -149,7 +149,9 @@ What it says:
   pays in width.
 - `isoflop` lines look at minima only. The parabola misses N_opt by its bias, of which its intervals cannot know; the
   cubic is noisier and less biased.
-- `forecast auto` is what `ditscale predict` says: laws averaged by their held-out scores.
+- `forecast auto` is what `ditscale predict` says: laws averaged by their held-out scores. Without a shock it errs on the
+  wide side (above 95): it holds the laws' disagreement besides each law's own error, and held-out errors may widen it but never
+  narrow it, for the two or three budgets that can be held out cannot vouch for less. With a shock it needs that width.
 """
 
 

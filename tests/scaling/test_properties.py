@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
@@ -18,6 +19,7 @@ from hypothesis.extra.numpy import arrays
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable, backtest, fit_hparams, fit_isoflop, fit_power, fit_surface, plan
 from ditscale.scaling.laws import SURFACE
+from ditscale.scaling.trackers import has_records, unpack
 from ditscale.scaling.where import evaluate
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -42,11 +44,20 @@ def test_any_text_as_a_table(text: str) -> None:
 @QUICK
 def test_any_bytes_as_a_table(data: bytes) -> None:
     with TemporaryDirectory() as folder:
-        for name in ("x.csv", "x.jsonl", "x.parquet"):
+        for name, head in (("x.csv", b""), ("x.jsonl", b""), ("x.parquet", b""), ("x.db", b"SQLite format 3\0")):
             path = Path(folder) / name
-            path.write_bytes(data)
+            path.write_bytes(head + data)
             with pytest.raises(InputError):
                 fit_isoflop(path)
+
+
+@given(st.lists(st.text(alphabet="{}[]'\":, abn1.e-\\\n", max_size=20), min_size=1, max_size=4))
+@QUICK
+def test_any_text_in_a_trackers_cells(texts: list[str]) -> None:
+    columns = {"config": [f"{{{text}}}" for text in texts], "loss": [1.0] * len(texts)}
+    if has_records(columns):
+        with contextlib.suppress(InputError):
+            assert len(unpack(columns, list(range(len(texts))), "x")) == len(texts)
 
 
 @given(
