@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,9 @@ def read_columns(path: Path) -> tuple[Columns, NDArray[np.int64]]:
 
 
 def _csv(path: Path) -> tuple[Columns, NDArray[np.int64]]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        # A pipe, such as /dev/stdin behind one, can be read only once.
+        stream = file if file.seekable() else io.StringIO(file.read(MAX_JSON_BYTES), newline="")
         sample = stream.read(_SAMPLE)
         if not sample.strip():
             raise InputError(f"{path}: expected a table with a header line, got an empty file")

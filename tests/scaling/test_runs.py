@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -403,3 +405,16 @@ def test_millions_of_rows_get_one_line_and_no_time(tmp_path: Path, kind: str, ro
     path.unlink()
     assert "\n" not in str(caught.value)
     assert time.perf_counter() - begun < 10
+
+
+def test_a_pipe_is_read_as_a_file_is(tmp_path: Path) -> None:
+    text = "params,images,flops,loss\n1e6,2e6,3e13,0.5\n2e6,2e6,6e13,0.4\n"
+    (tmp_path / "runs.csv").write_text(text)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,))
+    writer.start()
+    piped = RunTable.read(tmp_path / "pipe")
+    writer.join()
+    assert {k: v.tolist() for k, v in piped.columns.items()} == {
+        k: v.tolist() for k, v in RunTable.read(tmp_path / "runs.csv").columns.items()
+    }
