@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -24,15 +25,18 @@ _PIECE = 1 << 20
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` so that a reader sees the old or the new content, whole, whatever happens."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
+        if path.is_dir():  # as the empty name is
+            raise IsADirectoryError(errno.EISDIR, "a folder")
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: expected a place to write, got {error.strerror or error}") from error
 
 

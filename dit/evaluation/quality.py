@@ -31,6 +31,9 @@ from ditscale.dit.training.batches import seed_for
 from ditscale.errors import InputError
 
 
+_MOST = 10_000_000
+
+
 @dataclass(frozen=True)
 class QualitySettings:
     """What is drawn, and what it is compared with; all of it stands in the record.
@@ -68,8 +71,10 @@ class QualitySettings:
             ("batch", 1),
         ):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{field}: expected a whole number of at least {least}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+                raise InputError(
+                    f"{field}: expected a whole number of at least {least}, at most {_MOST:,}, got {value!r}"
+                )
         need_number("guidance", self.guidance)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from training_cases import metrics, result, stop_after, tiny, weights_of
 from ditscale.dit.average import Profile, WeightAverage
 from ditscale.dit.checkpoint import read_metrics
 from ditscale.dit.commands import use_threads
-from ditscale.dit.files import read_json
+from ditscale.dit.files import read_json, write_atomically
 from ditscale.dit.training import Execution, Stopped, TrainConfig, reconstruct, replay_step, train
 from ditscale.dit.training.batches import Feeder
 from ditscale.dit.update import Updater
@@ -320,3 +321,13 @@ def test_an_impossible_number_of_threads_is_named():
     for threads in (0, 10**26):
         with pytest.raises(InputError, match="--threads: expected 1 to"):
             use_threads(threads)
+
+
+@pytest.mark.parametrize("place", ["", "folder", "nowhere/file", "file/below", "x" * 300])
+def test_a_place_that_takes_no_file_is_named(tmp_path, monkeypatch, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="expected a place to write, got"):
+        write_atomically(Path(place), b"new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
