@@ -30,7 +30,6 @@ from ditscale.dit.training import TrainConfig, batch_tensors, open_stream
 from ditscale.dit.training.batches import seed_for
 from ditscale.errors import InputError
 
-
 _MOST = 10_000_000
 
 
