@@ -149,9 +149,8 @@ def compare(
     exponents = [differences[k] for k in ("N_exponent", "D_exponent")]
     if differences["log_loss"].clear and not any(d.clear for d in exponents):
         warnings.append(
-            "only the level differs, not the exponents: a change that multiplies the worth of parameters or "
-            "data moves "
-            "intercepts alone, and is no less an improvement"
+            "only the level differs, not the exponents: a change that multiplies the worth of parameters or data "
+            "moves intercepts alone, and is no less an improvement"
         )
     return Comparison(
         names=names,
@@ -202,8 +201,7 @@ def _verdict(differences: dict[str, Difference], names: tuple[str, str]) -> str:
     if n.clear:
         smaller = names[1] if n.value < 0 else names[0]
         parts.append(
-            f"{smaller} has the smaller model exponent: at equal data the mark of a more efficient model, "
-            f"at equal models "
-            "that of worse data"
+            f"{smaller} has the smaller model exponent: at equal data the mark of a more efficient model, at equal "
+            "models that of worse data"
         )
     return "; ".join(parts)

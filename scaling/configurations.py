@@ -67,8 +67,7 @@ def design_config(
                 best = (score, config)
     if best is None or abs(math.log(counted(best[1], params_kind) / params)) > math.log(1.5):
         raise InputError(
-            f"params: expected a size that some DiT with heads of {head_width} and width/depth near "
-            f"{aspect:g} has, "
+            f"params: expected a size that some DiT with heads of {head_width} and width/depth near {aspect:g} has, "
             f"got {params:.4g}; change --head-width or --aspect"
         )
     return best[1]

@@ -318,9 +318,8 @@ def _grid_warnings(vertices: list[Vertex], warnings: list[str]) -> None:
     wide = [v for v in vertices if np.sqrt(v.width) > _WIDE]
     if wide:
         warnings.append(
-            f"the grid is wide ({wide[0].width:.3g}x from least to greatest size at budget "
-            f"{wide[0].budget:.3g}): "
-            "a lopsided curve moves the vertex; trust the surface fit for coefficients"
+            f"the grid is wide ({wide[0].width:.3g}x from least to greatest size at budget {wide[0].budget:.3g}): a "
+            "lopsided curve moves the vertex; trust the surface fit for coefficients"
         )
     offsets = np.log([v.centre_offset for v in vertices])
     far = int(np.argmax(np.abs(offsets)))

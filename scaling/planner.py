@@ -113,16 +113,15 @@ class Plan:
             c = self.configuration
             lines.append(
                 f"  DiT: depth {c['depth']}, width {c['width']}, heads {c['heads']}, patch {c['patch']} at "
-                f"{c['image_size']} px: "
-                f"{c['params'] / 1e6:.4g} M parameters ({c['params_per_token'] / 1e6:.4g} M per token), "
+                f"{c['image_size']} px: {c['params'] / 1e6:.4g} M parameters ({c['params_per_token'] / 1e6:.4g} M "
+                "per token), "
                 f"{c['images']:.4g} images" + (f", {c['steps']} steps of {c['batch']}" if c["steps"] else "")
             )
         if self.machine:
             m = self.machine
             lines.append(
                 f"  {m['gpu_hours']:.4g} GPU-hours, {m['hours']:.4g} h on {m['gpus']} x {m['gpu']} at MFU "
-                f"{m['mfu']:.2f} "
-                f"({m['mfu_source']})"
+                f"{m['mfu']:.2f} ({m['mfu_source']})"
             )
         if self.flatness:
             lines.append(

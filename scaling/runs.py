@@ -180,8 +180,7 @@ class RunTable:
         if "images" not in self.roles and "tokens" not in self.roles:
             raise InputError(
                 f"tokens: expected a column of images or tokens in {self.source}; name one with --images or "
-                f"--tokens, "
-                "or derive it with --tokens-from-6nd"
+                "--tokens, or derive it with --tokens-from-6nd"
             )
         return self.column(self.data_unit)
 
@@ -267,8 +266,7 @@ class RunTable:
             if values:
                 raise InputError(
                     f"{name}: expected one value over all runs of {self.source}, got {values[0]!r} and "
-                    f"{values[1]!r}; "
-                    f"select with --where, or pool them on purpose with --pool"
+                    f"{values[1]!r}; select with --where, or pool them on purpose with --pool"
                 )
 
     def _at_odds(self, name: str) -> tuple[object, object] | None:
