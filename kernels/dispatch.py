@@ -147,7 +147,7 @@ def quick(op: str, backend: str, x: Tensor) -> Any:
     None too inside torch.compile and transforms. What an operator does with the answer may so leave out every step that
     only those need: a small call lasts three microseconds in all.
     """
-    if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+    if _is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return None
     return _quick.get((op, backend, "cpu" if x.is_cpu else x.device.type, x.dtype))
 
@@ -161,6 +161,7 @@ def choose(op: str, backend: str, x: Tensor) -> str:
     return resolve(op, backend, x.device.type, x.dtype)
 
 
+_is_compiling = torch.compiler.is_compiling  # found once: looking it up takes a third of calling it
 _transforms_active = torch._C._are_functorch_transforms_active
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from cases import B, D, T, block, block_inputs, close, exact, gradients, plain_block, rows
 

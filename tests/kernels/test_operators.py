@@ -176,6 +176,33 @@ def test_the_flop_counter_counts_what_cost_says(native):
     assert counter.get_total_flops() == want
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_what_is_kept_for_backward_is_what_cost_says(native, recompute):
+    B, T, D = 2, 700, 24  # not a small call: those keep no statistics
+    call = make((B, T, D))
+    v = {name: t.detach().requires_grad_() for name, t in call.leaves.items()}
+    norm = {"recompute_stats": recompute, "backend": "cpu"}
+
+    def bytes_kept(f):
+        """Of tensors that are no inputs."""
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            f()
+        inputs = {t.data_ptr() for t in v.values()}
+        assert kept
+        return sum(t.nbytes for t in kept if t.data_ptr() not in inputs)
+
+    modulation = v["shift"], v["scale"]
+    found = bytes_kept(lambda: kernels.layernorm_modulate(v["x"], *modulation, **norm))
+    assert found == cost.layernorm_modulate_bytes_saved(B, T, not recompute)
+    stream = v["x"], v["branch"], v["gate"]
+    found = bytes_kept(lambda: kernels.gate_residual_layernorm_modulate(*stream, *modulation, **norm))
+    assert found == cost.gate_residual_layernorm_modulate_bytes_saved(B, T, D, 4, not recompute)
+    assert bytes_kept(lambda: kernels.gate_residual(*stream, backend="cpu")) == 0
+    assert bytes_kept(lambda: kernels.bias_gelu(v["x"], v["shift"][0], backend="cpu")) == 0
+
+
 def test_meta_tensors_take_the_reference():
     x = torch.empty(2, 3, 8, device="meta")
     y = kernels.layernorm_modulate(x, torch.empty(2, 8, device="meta"), torch.empty(2, 8, device="meta"))
