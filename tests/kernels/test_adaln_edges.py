@@ -159,6 +159,9 @@ def test_equal_bits_from_run_to_run_and_for_any_thread_count(backend, dtype):
 
 
 def test_partial_sums_take_less_than_an_eighth_of_x():
+    pytest.importorskip("triton")
+    from ditscale.kernels.adaln.triton_kernels import cut_rows
+
     # The rule that csrc/common/adaln_args.h states, over every shape class: chunks * sums * 4 bytes a column of a segment.
     def chunks(rows: int, segments: int, sums: int, size: int, tasks: int) -> int:
         chunk = max(-(-rows * segments // tasks), sums * 32 // size)
@@ -171,6 +174,7 @@ def test_partial_sums_take_less_than_an_eighth_of_x():
             for T in (*range(1, 300), 1024, 4096):
                 for B in (1, 2, 32):
                     n = chunks(T, B, sums, size, 128)
+                    assert cut_rows(2, B, T, sums * 32 // size, 128)[3] == n
                     assert n == 1 or n * sums * 4 * 8 <= T * size, (size, sums, T, B)
 
 
