@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 
 def flops(
-    model: Annotated[str, typer.Argument(help="A preset such as DiT-XL/2, or a TOML file with a [model] table.")],
+    model: Annotated[str, typer.Argument(help="A preset such as DiT-XL/2, or a TOML file with a table named model.")],
     image_size: Annotated[
         str | None, typer.Option(help="Pixels: a side, or HEIGHTxWIDTH. Default: the model's.")
     ] = None,
@@ -91,7 +91,7 @@ def flops(
 
 def train(
     config: Annotated[
-        Path, typer.Argument(help="A TOML file: the trainer's fields, a [model] and perhaps an [execution] table.")
+        Path, typer.Argument(help="A TOML file: the trainer's fields, a table named model, perhaps one named execution.")
     ],
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in that folder.")] = False,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
+
+from ditscale import cli
 
 CONFIG = """
 batch = 4
@@ -107,3 +111,18 @@ def test_train_sample_evaluate_export(tmp_path):
     (tmp_path / "other.toml").write_text(CONFIG.replace("0.01", "0.02"))
     assert "another run" in ditscale("train", tmp_path / "other.toml", "--out", run, code=2).stderr
     assert json.loads((run / "run.json").read_text()) == record
+
+
+def test_no_help_text_loses_words_to_markup(monkeypatch):
+    """What stands in square brackets is a style to the help page, and is not shown."""
+    monkeypatch.setattr(cli, "app", typer.Typer())
+    cli.app.callback()(cli._root)
+    cli._gather()
+    waiting, texts = [typer.main.get_command(cli.app)], {}
+    while waiting:
+        command = waiting.pop()
+        waiting += getattr(command, "commands", {}).values()
+        texts[command.name] = command.help or ""
+        texts |= {f"{command.name} {p.name}": getattr(p, "help", None) or "" for p in command.params}
+    assert "train config" in texts and "study" in texts
+    assert not {name: text for name, text in texts.items() if re.search(r"\[[a-z/#@]", text)}

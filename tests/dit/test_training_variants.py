@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 from model_variants import TINY, VARIANTS
 from PIL import Image
 
 from ditscale.dit import DDPM, EDM, DiTConfig, RectifiedFlow
 from ditscale.dit.config import read_toml
-from ditscale.dit.data import EmojiScenes, clip_vocabulary, emoji_vocabulary, to_float
+from ditscale.dit.data import EmojiScenes, clip_vocabulary, emoji_vocabulary, to_float, write_latents
 from ditscale.dit.sampling import draw_samples
 from ditscale.dit.training import TrainConfig, train, validation_set
 from ditscale.dit.weights import load_weights
@@ -109,12 +107,7 @@ def own_data(tmp_path_factory):
         "features": words[:, :, None] * draw.normal(size=6).astype(np.float32),
         "pooled": words @ draw.normal(size=(4, 7)).astype(np.float32),
     }
-    (folder / "latents").mkdir()
-    safetensors.numpy.save_file(
-        {k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "latents/a.safetensors"
-    )
-    described = {"format": 1, "latent_factor": 2, "std": [0.5] * 4, "mean": [0.0] * 4}
-    (folder / "latents/latents.json").write_text(json.dumps(described))
+    write_latents(folder / "latents", [tensors], latent_factor=2, mean=[0.0] * 4, std=[0.5] * 4)
     return folder
 
 
