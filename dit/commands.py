@@ -91,7 +91,8 @@ def flops(
 
 def train(
     config: Annotated[
-        Path, typer.Argument(help="A TOML file: the trainer's fields, a table named model, perhaps one named execution.")
+        Path,
+        typer.Argument(help="A TOML file: the trainer's fields, a table named model, perhaps one named execution."),
     ],
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in that folder.")] = False,
