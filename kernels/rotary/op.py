@@ -236,6 +236,8 @@ def qk_norm_rope(
     """
     _check(q, k, q_weight, k_weight, cos, sin, norm)
     dispatch.check_number("eps", eps, least=0.0)
+    # With dynamic=True Dynamo makes a symbol of a default, too, and fails where a second function takes it: here it is a number.
+    eps = float(eps)
     if not isinstance(interleaved, bool):
         raise InputError(f"interleaved: expected true or false, got {interleaved!r}")
     if not isinstance(inplace, bool):
