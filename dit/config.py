@@ -236,14 +236,14 @@ class DiTConfig:
             if self.context == "joint":
                 raise InputError(f"experts: expected 0 where context is joint, got {self.experts}")
             capacity = self.expert_capacity
-            if capacity is not None and not (_is_number(capacity) and 0 < capacity <= _MOST_RATIO):
+            if capacity is not None and not (is_number(capacity) and 0 < capacity <= _MOST_RATIO):
                 raise InputError(
                     f"expert_capacity: expected a number above 0, at most {_MOST_RATIO:g}, got {capacity!r}"
                 )
         if self.attention != "full" and self.context not in ("pooled", "cross-attention"):
             raise InputError(f"attention: expected full where context is {self.context}, got {self.attention!r}")
         shares = self.token_keep
-        if not isinstance(shares, (tuple, list)) or not all(_is_number(s) and 0 < s <= 1 for s in shares):
+        if not isinstance(shares, (tuple, list)) or not all(is_number(s) and 0 < s <= 1 for s in shares):
             raise InputError(f"token_keep: expected shares above 0 and up to 1, got {shares!r}")
         object.__setattr__(self, "token_keep", tuple(float(share) for share in shares))
         if shares and len(shares) != self.depth:
@@ -406,8 +406,9 @@ def _need_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
         raise InputError(f"{field}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number that a float can hold; true and false are none."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _need_known_fields(values: Mapping[str, Any]) -> None:

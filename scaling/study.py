@@ -18,13 +18,12 @@ import json
 import math
 import os
 import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ditscale.dit.config import DiTConfig, read_toml
+from ditscale.dit.config import DiTConfig, is_number, read_toml
 from ditscale.dit.files import read_json, write_atomically, write_json
 from ditscale.dit.flops import CONVENTION, count
 from ditscale.errors import InputError
@@ -95,10 +94,10 @@ class StudyConfig:
             if not isinstance(getattr(self, name), Mapping):
                 raise InputError(f"{name}: expected a table of fields, got {getattr(self, name)!r}")
         budgets = self.budgets
-        if not _rises(budgets, 3, lambda b: _is_number(b) and b > 0):
+        if not _rises(budgets, 3, lambda b: is_number(b) and b > 0):
             raise InputError(f"budgets: expected at least 3 positive FLOP counts, rising, got {budgets!r}")
         object.__setattr__(self, "budgets", tuple(int(b) for b in budgets))
-        if not _is_number(self.target) or self.target <= budgets[-1]:
+        if not is_number(self.target) or self.target <= budgets[-1]:
             raise InputError(
                 f"target: expected more FLOPs than the largest budget {budgets[-1]:.4g}, got {self.target!r}"
             )
@@ -120,7 +119,7 @@ class StudyConfig:
         object.__setattr__(self, "widths", tuple(widths))
         for name, above in (("span", 1.0), ("prior_coefficient", 0.0), ("prior_exponent", 0.0), ("aspect", 0.0)):
             value = getattr(self, name)
-            if not _is_number(value) or value <= above:
+            if not is_number(value) or value <= above:
                 raise InputError(f"{name}: expected a number above {above:g}, got {value!r}")
 
     @classmethod
@@ -271,11 +270,6 @@ def _rises(values: Any, least: int, holds: Callable[[Any], bool]) -> bool:
     if not isinstance(values, (list, tuple)) or len(values) < least or not all(map(holds, values)):
         return False
     return list(values) == sorted(set(values))
-
-
-def _is_number(value: Any) -> bool:
-    # (A TOML file's whole number may be too large for a float.)
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
 
 
 class Study:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditscale.dit.average import Profile
-from ditscale.dit.config import DiTConfig
+from ditscale.dit.config import DiTConfig, is_number
 from ditscale.dit.flops import count
 from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.objective import Objective, objective_from_dict
@@ -235,10 +235,7 @@ class TrainConfig:
 
 
 def _is_number(value: Any) -> bool:
-    # (A TOML file's whole number may be larger than torch's.)
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, float) and math.isfinite(value)
+    return is_number(value) and abs(value) < 2**63  # as torch's numbers
 
 
 def _changed(config: Any) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def test_sizes() -> None:
         ({"image_size": 100}, "image_size"),
         ({"mlp_ratio": 1e308}, "mlp_ratio"),
         ({"experts": 4, "expert_capacity": 1e308}, "expert_capacity"),
+        ({"experts": 4, "expert_capacity": 10**400}, "expert_capacity"),
         ({"name": 3}, "name"),
         ({"image_width": 100}, "image_width"),
         ({"frames": 3, "patch_frames": 2}, "frames"),
