@@ -247,7 +247,7 @@ def test_a_study_s_hours_on_a_gpu(run) -> None:  # type: ignore[no-untyped-def]
     for given, said in (
         (("--mfu", "0.3"), "mfu: expected --gpu with it"),
         (("--gpu", "h100", "--mfu", "30"), "mfu: expected a share of the peak between 0 and 1, got 30.0"),
-        (("--gpu", "h100", "--mfu", "-0.3"), "mfu: expected a share of the peak between 0 and 1, got -0.3"),
+        (("--gpu", "h100", "--mfu", "-0.3"), "mfu: expected a positive number, got -0.3"),
         (("--gpu", "abacus"), "gpu: expected"),
     ):
         code, out, err = run("study", "design", toml, *given)
