@@ -124,7 +124,10 @@ def run_all(
     """Every suite within a given time, the most telling cases first, into one file."""
     from ditscale.bench.devices import machine, slug
     from ditscale.bench.rows import RESULTS, write_rows
+    from ditscale.errors import InputError
 
+    if not 0 <= minutes < 1e6:
+        raise InputError(f"--minutes: expected a number of at least 0, got {minutes}")
     session = _session(device, threads, seconds, patience, allow_noise, tiny, None, as_json)
     begun = time.monotonic()
     # A case is not cut short once it has begun; the longest, a compiled training step, is given the time to end.

@@ -38,16 +38,18 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"{path}: expected a file of benchmark rows, got {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: expected a file of benchmark rows, got bytes that are no UTF-8 text") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise InputError(f"{path}: expected one JSON object a line, got something else in line {number}") from None
         missing = [name for name in REQUIRED if not isinstance(row, dict) or name not in row]
         if missing or row["schema"] != SCHEMA:

@@ -66,6 +66,8 @@ def test_mistakes_are_named() -> None:
         run("adaln", "--device", "tpu")
     with pytest.raises(InputError, match="--only: expected a part of a case's name"):
         run("adaln", "--tiny", "--device", "cpu", "--only", "nothing like it")
+    with pytest.raises(InputError, match="--minutes: expected a number of at least 0, got nan"):
+        run("all", "--tiny", "--device", "cpu", "--minutes", "nan")
     with pytest.raises(InputError, match="--seconds: expected a positive number, got -1"):
         run("adaln", "--device", "cpu", "--seconds", "-1")
     with pytest.raises(InputError, match="--grid: expected adaln or attention, got step"):

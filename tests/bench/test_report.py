@@ -155,3 +155,10 @@ def test_figures_are_drawn_and_equal_rows_give_equal_files(tmp_path: Path) -> No
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in again]
     with pytest.raises(InputError, match="got none"):
         draw_all([], tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"\xff\xfe", b"3\n"], ids=["cut", "deep", "bytes", "number"])
+def test_a_file_of_something_else_is_named(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=r"rows\.jsonl: expected"):
+        read_rows(tmp_path / "rows.jsonl")
