@@ -246,6 +246,10 @@ class Forecaster:
         }
 
 
+# More than any run will ever have of anything; beyond it float64 has no room for the laws.
+_MOST = 1e60
+
+
 def _new_run(
     runs: RunTable, params: float | None, mine: float | None, data: float | None, flops: float | None
 ) -> tuple[float, float, float]:
@@ -253,8 +257,8 @@ def _new_run(
     cost = CostLaw.measured(runs.params, runs.data, runs.flops)
     given = {"params": params, runs.data_unit: d, "flops": flops}
     for name, value in given.items():
-        if value is not None:
-            need_positive(name, value)
+        if value is not None and need_positive(name, value) > _MOST:
+            raise InputError(f"{name}: expected a number that a run can have, got {value!r}")
     if sum(v is not None for v in given.values()) < 2:
         raise InputError(f"params: expected two of params, {runs.data_unit} and flops of the new run")
     if flops is None:

@@ -196,6 +196,8 @@ BAD = [
     (("fit", "hparams", "{file}"), "lr"),
     (("backtest", "{file}", "--by", "luck"), "by"),
     (("predict", "{file}", "--flops", "1e20"), "two of params"),
+    (("predict", "{file}", "--params", "1e308", "--data", "1e8"), "params"),
+    (("predict", "{file}", "--data", "1e308", "--params", "1e8"), "tokens: expected"),
     (("coverage", "--draws", "1"), "draws"),
     (("plan", "--law", "{file}", "--budget", "1e20"), "expected JSON, as --json prints it"),
     (("plan", "--law", "liang2024", "--budget", "1e20", "--quality", "/nonexistent"), "expected a readable JSON file"),
