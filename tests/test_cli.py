@@ -67,7 +67,7 @@ def test_flops_prints_the_ledger():
         (("flops", "DiT-XL/2", "--batch", "many"), "got 'many'"),
         (("flops", "DiT-XL/2", "--batch=many"), "got 'many'"),
         (("flops", "x" * 9000), " ... "),
-        (("plan", "--law", "x" * 9000, "--budget", "1e20"), "law"),
+        (("plan", "--law", "x" * 9000, "--budget", "1e20"), "name too long"),
     ],
     ids=lambda value: "-".join(value)[:30] if isinstance(value, tuple) else "",
 )
