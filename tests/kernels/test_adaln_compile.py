@@ -50,10 +50,20 @@ def test_dynamic_batch_compiles_once():
     for batch in (2, 3, 5):
         leaves = block_inputs(batch)
         close(gradients(f, leaves), exact(plain_block, leaves))
-        # (Dynamo calls the compiler twice for the one frame: it starts over to make eps a constant.)
         if batch == 2:
             first = counter.frame_count
     assert counter.frame_count == first
+
+
+def test_calls_one_after_the_other_share_their_symbols():
+    # With every size a symbol Dynamo made one of eps as well, and the second call of an operator failed.
+    def f(x, branch, gate, shift, scale):
+        x, y = kernels.gate_residual_layernorm_modulate(x, branch, gate, shift, scale)
+        x, y = kernels.gate_residual_layernorm_modulate(x, y, gate, shift, scale)
+        return x, kernels.layernorm_modulate(kernels.layernorm_modulate(y, shift, scale), shift, scale)
+
+    inputs = [torch.randn(*s) for s in ((B, T, D), (B, T, D), (B, D), (B, D), (B, D))]
+    torch.testing.assert_close(compiled(f, dynamic=True)(*inputs), f(*inputs))
 
 
 def test_no_recompile_for_the_same_shapes():
