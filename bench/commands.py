@@ -77,13 +77,17 @@ def _suite_command(name: str) -> Callable[..., None]:
         aot: Aot = False,
         as_json: Json = False,
     ) -> None:
-        from ditscale.bench.rows import merge_rows
+        from ditscale.bench.rows import check_place, merge_rows, read_rows
 
         if aot:
             _ahead_of_time(name, only, as_json)
             return
         session = _session(device, threads, seconds, patience, allow_noise, tiny, against, as_json, grid)
         chosen = _chosen(session, name, only)
+        if out is not None:
+            check_place(out)
+            if out.exists():
+                read_rows(out)
         rows = session.start()
         for row in _rows(session, name, chosen):
             rows.append(row)
@@ -123,7 +127,7 @@ def run_all(
 ) -> None:
     """Every suite within a given time, the most telling cases first, into one file."""
     from ditscale.bench.devices import machine, slug
-    from ditscale.bench.rows import RESULTS, write_rows
+    from ditscale.bench.rows import RESULTS, check_place, write_rows
     from ditscale.errors import InputError
 
     if not 0 <= minutes < 1e6:
@@ -133,6 +137,7 @@ def run_all(
     # A case is not cut short once it has begun; the longest, a compiled training step, is given the time to end.
     whole = 60 * minutes * 0.92
     out = out or RESULTS / f"{slug(machine(session.device))}.jsonl"
+    check_place(out)
     rows = session.start()
     for suite, end in _ENDS.items():
         session.deadline = begun + whole * end

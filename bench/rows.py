@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,23 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def check_place(path: str | Path) -> None:
+    """See before hours of measuring that rows can be written there; what is there stays.
+
+    Raises:
+        InputError: a folder, or a place that takes no file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: expected a file to write results to, got a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: expected a place to write results to, got {error.strerror}") from error
 
 
 def merge_rows(path: str | Path, rows: Iterable[Row]) -> Path:

@@ -150,6 +150,11 @@ class Session:
         except Exception as error:  # one case that cannot be set up must not cost the others
             yield self._case_row(case, "all", "failed", _one_line(error))
             return
+        for name in self.against:
+            if name not in (*subject.build, "copy"):
+                known = ", ".join(n for n in subject.build if not n.startswith("ours"))
+                reason = f"--against: expected one of {known}, got {name!r}"
+                yield self._case_row(case, name, "unavailable", reason)
         before = devices.state(self.device)
         plain: Results | None = None
         ready: dict[str, Candidate] = {}

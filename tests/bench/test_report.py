@@ -24,7 +24,7 @@ from ditscale.bench.report import (
     roofline_name,
     with_roof,
 )
-from ditscale.bench.rows import committed, merge_rows, read_rows, write_rows
+from ditscale.bench.rows import check_place, committed, merge_rows, read_rows, write_rows
 from ditscale.errors import InputError
 
 WIN = case_rows({"eager": 4.0, "compile": 2.0, "ours-cpu": 1.0, "copy": 0.5})
@@ -124,6 +124,15 @@ def test_rows_are_written_whole_and_read_back(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "new" / "rows.jsonl", WIN)
     assert read_rows(path) == WIN
     assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_place_for_rows_is_looked_at_before_the_work(tmp_path: Path) -> None:
+    check_place(tmp_path / "new" / "rows.jsonl")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    for place, what in ((tmp_path, "got a folder"), (tmp_path / "file" / "rows.jsonl", "a place to write results to")):
+        with pytest.raises(InputError, match=what):
+            check_place(place)
 
 
 def test_rows_of_a_case_take_the_place_of_those_that_were_there(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The compiler is replaced by the function itself here: what is tested is the orde
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 
@@ -114,6 +115,12 @@ def test_against_leaves_other_peers_out(session: Session) -> None:
     providers = {row["provider"] for row in few.case(KINDS[0])}
     assert "reference" not in providers
     assert {"eager", "compile", "copy"} <= providers
+
+
+def test_a_peer_that_nobody_knows_is_said_with_those_that_are(session: Session) -> None:
+    rows = {row["provider"]: row for row in replace(session, against=("aper",)).case(KINDS[0])}
+    assert rows["aper"]["status"] == "unavailable"
+    assert re.fullmatch(r"--against: expected one of .*compile.*, got 'aper'", rows["aper"]["reason"])
 
 
 def test_noise_is_refused_unless_allowed_and_then_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,6 @@ def test_the_schedule_rises_stays_and_falls():
     assert all(a > b for a, b in zip(factors[59:], factors[60:], strict=False)) and 0 < factors[-1] < 0.03
     cosine = Schedule(steps=100, warmup=0, decay=100, shape="cosine")
     assert cosine.factor(50) == pytest.approx(0.5, abs=0.02)
-    for wrong in ({"warmup": 90, "decay": 20}, {"warmup": 0, "decay": 10, "shape": "step"}):
-        with pytest.raises(InputError, match="schedule"):
-            Schedule(steps=100, **wrong)
+    for wrong, what in (({"decay": 20}, "schedule"), ({"decay": 10, "shape": "step"}, "decay_shape")):
+        with pytest.raises(InputError, match=what):
+            Schedule(steps=100, warmup=90, **wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import re
@@ -87,8 +88,11 @@ def emulated_operators(request: pytest.FixtureRequest) -> object:
     assert cache is not None
     folder = Path(cache.mkdir("ditscale-emulated")) / digest.hexdigest()[:16]
     library_file = folder / "libditscale_emulated.so"
-    if not library_file.is_file():
-        native_build.build_emulated(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers one builds, with all cores
+        if not library_file.is_file():
+            native_build.build_emulated(folder)
     torch.ops.load_library(str(library_file))
     definitions = torch.library.Library("ditscale_emulated", "FRAGMENT")
     for name, operator in {**adaln_shapes.OPERATORS, **gelu_shapes.OPERATORS, **rotary_shapes.OPERATORS}.items():

@@ -120,6 +120,8 @@ def test_random_calls(request, backend, seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     B, H, T = rng.randint(1, 3), rng.choice([1, 2, 3, 5, 7]), rng.choice([1, 2, 7, 13, 31, 97, 257])
+    if "triton" in request.node.name:  # its interpreter runs program after program
+        H, T = min(H, 3), min(T, 31)
     rotated = rng.choice(["plain", "halves", "halves", "pairs", "per-sample"])
     K = rng.choice([2, 8, 12, 24, 26, 40, 64, 72, 80, 96, 128, 144])
     K = rng.choice([1, 3, 13, 57, K]) if rotated == "plain" else K

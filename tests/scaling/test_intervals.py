@@ -33,7 +33,7 @@ def test_coverage_table_is_written_down() -> None:
     table = coverage_table(draws=10, scenarios=(SCENARIOS[0],), methods=("default", "isoflop cubic", "forecast auto"))
     text = table.to_markdown()
     assert "ditscale coverage --draws 10" in text and text.count("\n| 35 runs") == 3
-    with pytest.raises(InputError, match="draws: expected at least 10"):
+    with pytest.raises(InputError, match="draws: expected a whole number of at least 10"):
         coverage_table(draws=1)
 
 

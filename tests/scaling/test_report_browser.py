@@ -80,7 +80,17 @@ def _open(driver: Any, path: Path, *, width: int = 1280, theme: str = "light") -
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     driver.get_log("browser")
     driver.get(path.as_uri())
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    # A busy machine can answer before the last page has gone.
+    WebDriverWait(driver, 30).until(lambda page: page.current_url == path.as_uri() and _is_loaded(page))
     return driver
+
+
+def _is_loaded(page: Any) -> bool:
+    return bool(
+        page.execute_script("return document.readyState === 'complete' && document.querySelector('h1') !== null")
+    )
 
 
 def _number(text: str) -> float:
