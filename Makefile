@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc tools/build -type f 2>/dev/null) setup.py pyproject
 
 .PHONY: help demo test test-slow test-installed bench lint clean
 help:
-	@echo "make demo    a scaling law on embedded images, and a prediction that is then tested (about 10 minutes)"
+	@echo "make demo    a scaling law on embedded images, and a prediction that is then tested (10 to 25 minutes)"
 	@echo "make test    the test suite, JOBS=2 files at a time"
 	@echo "make test-slow       the slow tests too"
 	@echo "make test-installed  the built wheel, in an environment of its own"

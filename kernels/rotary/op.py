@@ -22,6 +22,15 @@ def _ops(backend: str) -> Any:
     return torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
 
 
+def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor) -> tuple[Tensor | None, ...]:
+    """Of each argument of either function's ``forward``, by the backend that made its result. ``saved`` are the context's, which
+    under checkpointing may be asked for once only."""
+    x, weight, cos, sin = saved
+    norm = cost.NORMS.index(ctx.norm)
+    dx, dw = _ops(ctx.backend).qk_norm_rope_bwd(dout, x, weight, cos, sin, ctx.eps, norm, ctx.interleaved)
+    return None, dx, None if weight is None else dw, None, None, None, None, None
+
+
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -48,10 +57,7 @@ class _NormRope(torch.autograd.Function):
             found = iter(torch.autograd.grad(out, used, dout, create_graph=True))
             dx, dw = (next(found) if t is not None and t.requires_grad else None for t in (x, weight))
             return None, dx, dw, None, None, None, None, None
-        dx, dw = _ops(ctx.backend).qk_norm_rope_bwd(
-            dout, x, weight, cos, sin, ctx.eps, cost.NORMS.index(ctx.norm), ctx.interleaved
-        )
-        return None, dx, None if weight is None else dw, None, None, None, None, None
+        return _gradients(ctx, (x, weight, cos, sin), dout)
 
 
 class _NormRopeInPlace(torch.autograd.Function):
@@ -79,11 +85,7 @@ class _NormRopeInPlace(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # the copy is of no graph: a second derivative would miss what lies before x
             raise InputError("inplace: expected False for second derivatives (create_graph=True), got True")
-        x, weight, cos, sin = ctx.saved_tensors
-        dx, dw = _ops(ctx.backend).qk_norm_rope_bwd(
-            dout, x, weight, cos, sin, ctx.eps, cost.NORMS.index(ctx.norm), ctx.interleaved
-        )
-        return None, dx, None if weight is None else dw, None, None, None, None, None
+        return _gradients(ctx, ctx.saved_tensors, dout)
 
 
 def _plain(

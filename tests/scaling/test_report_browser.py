@@ -79,10 +79,11 @@ def _open(driver: Any, path: Path, *, width: int = 1280, theme: str = "light") -
     feature = {"name": "prefers-color-scheme", "value": theme}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     driver.get_log("browser")
+    driver.get("about:blank")
     driver.get(path.as_uri())
     from selenium.webdriver.support.wait import WebDriverWait
 
-    # A busy machine can answer before the last page has gone.
+    # On a busy machine a test once found none of the page's elements.
     WebDriverWait(driver, 30).until(lambda page: page.current_url == path.as_uri() and _is_loaded(page))
     return driver
 
