@@ -30,6 +30,7 @@ typedef vf vf_at __attribute__((aligned(4), may_alias));
 typedef vh vh_at __attribute__((aligned(2), may_alias));
 
 #define DS_INLINE inline __attribute__((always_inline))
+#define DS_CALLED inline __attribute__((noinline))
 
 struct bf16 {
   uint16_t bits;
@@ -99,15 +100,16 @@ DS_INLINE vh float_to_f16(vf a) {
   return (vh)_mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-// Without the instruction: exponents are moved by multiplying with powers of two, which also makes subnormals right.
-DS_INLINE vf f16_to_float(vh h) {
+// Without the instruction: exponents are moved by multiplying with powers of two, which also makes subnormals right. Called:
+// a copy at every place is a good part of the compile.
+DS_CALLED vf f16_to_float(vh h) {
   const vu bits = widen_words(h);
   const vu sign = (bits & 0x8000u) << 16, body = (bits & 0x7FFFu) << 13;
   const vf magnitude = (vf)body * splat(0x1p112f);
   const vu special = (vu)(body >= (vu{} + 0x0F800000u));  // infinity and NaN keep the full exponent
   return (vf)(sign | (special & (body | 0x7F800000u)) | (~special & (vu)magnitude));
 }
-DS_INLINE vh float_to_f16(vf a) {
+DS_CALLED vh float_to_f16(vf a) {
   const vu u = (vu)a, sign = (u >> 16) & 0x8000u, mag = u & 0x7FFFFFFFu;
   // Normal results: round the mantissa to 10 bits, rebias. Subnormal ones: adding 0.5 lets the adder round them.
   const vu normal = (mag - 0x38000000u + 0xFFFu + ((mag >> 13) & 1u)) >> 13;
@@ -210,8 +212,9 @@ DS_INLINE void store_part(f16* p, vf a, int64_t n) {
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), (__m256i)float_to_f16(a));
 }
 #else
+// Called: once a row at most, and a copy at every place doubles the time of the compile.
 template <class T>
-DS_INLINE vf load_part(const T* p, int64_t n, float fill) {
+DS_CALLED vf load_part(const T* p, int64_t n, float fill) {
   T lane[W];
   for (int64_t i = 0; i < W; ++i) lane[i] = i < n ? p[i] : T{};
   vf a = load(lane);
@@ -219,7 +222,7 @@ DS_INLINE vf load_part(const T* p, int64_t n, float fill) {
   return a;
 }
 template <class T>
-DS_INLINE void store_part(T* p, vf a, int64_t n) {
+DS_CALLED void store_part(T* p, vf a, int64_t n) {
   T lane[W];
   store(lane, a);
   for (int64_t i = 0; i < n; ++i) p[i] = lane[i];

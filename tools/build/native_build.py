@@ -31,19 +31,20 @@ HOST_FLAGS += ["-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # as 
 LINK_FLAGS = ["-shared", "-Wl,-s"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
 X86_UNITS: dict[str, list[str]] = {
     f"cpu/{family}_{isa}.cpp": flags
-    for family in ("attention", "adaln", "rotary")
-    for isa, flags in (("avx512", AVX512), ("avx2", AVX2))
+    for family in ("adaln", "attention", "rotary")  # the slow ones first
+    for isa, flags in (("avx2", AVX2), ("avx512", AVX512))
 }
+# On x86 for processors of before 2013: their compile is the longest, and not worth a minute of everybody's.
+PORTABLE = ["-O1"] if ON_X86 else []
 CPU_UNITS: dict[str, list[str]] = {
-    **(X86_UNITS if platform.machine() in ("x86_64", "AMD64") else {}),  # the slow ones first
+    **(X86_UNITS if ON_X86 else {}),
+    **{f"cpu/{family}_portable.cpp": PORTABLE for family in ("adaln", "attention", "rotary")},
     "cpu/adaln.cpp": [],
-    "cpu/adaln_portable.cpp": [],
     "cpu/attention.cpp": [],
-    "cpu/attention_portable.cpp": [],
     "cpu/rotary.cpp": [],
-    "cpu/rotary_portable.cpp": [],
     "bindings/schemas.cpp": [],
     "cpu/isa.cpp": [],
 }
