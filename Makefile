@@ -18,8 +18,8 @@ help:
 
 # torch comes first and from the constraints: the build then uses it, and nothing downloads another.
 INSTALL = $(PYTHON) -m venv $(VENV) \
-	&& $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel \
-	&& $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e
+	&& $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel \
+	&& $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-build-isolation -e
 
 $(VENV)/.ready: $(SOURCES)
 	$(INSTALL) ".[test]"

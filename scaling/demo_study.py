@@ -12,7 +12,7 @@ def demo_study(*, quick: bool = False) -> StudyConfig:
     """The demo's study; ``quick`` is the same study at a hundredth of the compute, for tests."""
     from ditscale.dit.data import emoji_vocabulary
 
-    budgets = (2.5e10, 4.5e10, 8e10, 1.4e11, 2.5e11, 4.5e11, 8e11) if not quick else (3e9, 1e10, 3e10)
+    budgets = (1.6e10, 3.2e10, 6.4e10, 1.28e11, 2.56e11, 5.12e11) if not quick else (3e9, 1e10, 3e10)
     return StudyConfig(
         name="emoji scenes, quick" if quick else "emoji scenes",
         budgets=tuple(int(b) for b in budgets),
