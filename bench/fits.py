@@ -197,9 +197,14 @@ def _one(session: Session, name: str, source: str, quick: dict[str, Way], slow: 
     """Rows of one case: quick ways timed in rounds, slow ones once."""
     timings = measure(dict(quick), sets=1, device="cpu", protocol=session.protocol)
     reached = {provider: way(0) for provider, way in quick.items()}
+    missing: dict[str, str] = {}
     for provider, way in slow.items():
         package = provider.split(",")[0]
         if not session.wants(provider, "ours") or importlib.util.find_spec(package) is None:
+            missing[provider] = f"{package} is not installed, or was not asked for"
+            continue
+        if time.monotonic() > session.deadline:
+            missing[provider] = "the time was up"
             continue
         begun = time.perf_counter()
         reached[provider] = way(0)
@@ -213,7 +218,5 @@ def _one(session: Session, name: str, source: str, quick: dict[str, Way], slow: 
             ratio = timings["scipy"].median_ms / timing.median_ms  # one sample of the slow one
             row["speedup_over"]["scipy"] = {"median": ratio, "p20": ratio, "p80": ratio}
         yield row | {"objective": value, "above_best": value / least - 1, "data": source, **more}
-    for provider in slow:
-        if provider not in timings:
-            reason = f"{provider.split(',')[0]} is not installed, or was not asked for"
-            yield session.unavailable_row("fit", name, name.split("/")[0], provider, reason)
+    for provider, reason in missing.items():
+        yield session.unavailable_row("fit", name, name.split("/")[0], provider, reason)

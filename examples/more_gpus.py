@@ -13,7 +13,7 @@ from pathlib import Path
 
 CONFIG = """
 batch = 16
-images = 6400
+images = 1600
 lr = 5e-3
 prediction = "clean"
 evaluation_images = 16
@@ -34,7 +34,7 @@ mup_base_width = 64
 [execution]
 device = "cpu"
 parallel = "fsdp"               # the weights are sharded; a checkpoint knows how to come back on any number of ranks
-checkpoint_seconds = 0.5
+checkpoint_seconds = 0.2
 """
 
 

@@ -46,7 +46,7 @@ def small(**changes):
 def study(tmp_path):
     """A study whose first three runs take a second or so; what they should give."""
     study = Study.create(tmp_path / "study", small())
-    runs = [plan_run(study.config, study.config.size(width), 10**9, "fit") for width in (8, 16, 24)]
+    runs = [plan_run(study.config, study.config.size(width), 4 * 10**8, "fit") for width in (8, 16, 24)]
     return study, runs
 
 
