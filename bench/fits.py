@@ -195,6 +195,9 @@ def _bootstrap(table: Table, draws: int) -> Ways:
 
 def _one(session: Session, name: str, source: str, quick: dict[str, Way], slow: dict[str, Way]) -> Iterator[Row]:
     """Rows of one case: quick ways timed in rounds, slow ones once."""
+    if time.monotonic() > session.deadline:
+        yield session.unavailable_row("fit", name, name.split("/")[0], "all", "the time was up")
+        return
     timings = measure(dict(quick), sets=1, device="cpu", protocol=session.protocol)
     reached = {provider: way(0) for provider, way in quick.items()}
     missing: dict[str, str] = {}

@@ -13,12 +13,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditscale.bench import models, operators, timing
+from ditscale.bench import fits, models, operators, timing
 from ditscale.bench.cases import Case, block_case, cases, step_case
 from ditscale.bench.plain_dit import PlainDiT
 from ditscale.bench.rows import REQUIRED, STATUSES
 from ditscale.bench.runner import Session
-from ditscale.bench.timing import TINY, MachineTooNoisy
+from ditscale.bench.timing import TINY, MachineTooNoisy, measure
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.flops import count_params
 
@@ -76,6 +76,7 @@ def test_step_rows_have_the_models_utilisation(session: Session) -> None:
 
 def test_a_wrong_candidate_is_reported_and_not_timed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     right = operators.kernels.gate_residual
+    right(torch.zeros(1, 4, 32), torch.zeros(1, 4, 32), torch.zeros(1, 32))  # its self-check, before it is wrong
     monkeypatch.setattr(
         operators.kernels,
         "gate_residual",
@@ -162,3 +163,22 @@ def test_other_counts_and_fits_agree_before_they_are_timed(session: Session) -> 
     assert {row["op"] for row in fits} == {"surface", "starts", "bootstrap"}
     ours = [row for row in fits if row["provider"] == "ours"]
     assert all(row["converged"] and row["above_best"] < 1e-8 for row in ours)  # never above what scipy reaches
+
+
+def test_counts_and_fits_are_left_out_where_the_time_is_up(session: Session) -> None:
+    late = replace(session, deadline=time.monotonic() - 1)
+    for suite in ("flops", "fit"):
+        rows = list(late.suite(suite))
+        assert rows and {(row["status"], row["reason"]) for row in rows} == {("unavailable", "the time was up")}
+
+
+def test_a_slow_peer_of_the_fits_is_left_out_where_its_turn_comes_too_late(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = replace(session, deadline=time.monotonic() + 1e6)
+    monkeypatch.setattr(
+        fits, "measure", lambda *args, **given: setattr(late, "deadline", 0.0) or measure(*args, **given)
+    )
+    reasons = {row["provider"]: row["reason"] for row in late.suite("fit") if row["op"] == "surface"}
+    assert reasons["ours"] is None and reasons["scipy"] is None
+    assert [reason for name, reason in reasons.items() if name.startswith("chinchilla")][0]
