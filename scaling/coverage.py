@@ -151,7 +151,7 @@ What it says:
   cubic is noisier and less biased.
 - `forecast auto` is what `ditscale predict` says: laws averaged by their held-out scores. Without a shock it errs on the
   wide side (above 95): it holds the laws' disagreement besides each law's own error, and held-out errors may widen it but never
-  narrow it, for the two or three budgets that can be held out cannot vouch for less. With a shock it needs it: see above.
+  narrow it, for the two or three budgets that can be held out cannot vouch for less. With a shock it needs that width.
 """
 
 
