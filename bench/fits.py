@@ -195,19 +195,21 @@ def _bootstrap(table: Table, draws: int) -> Ways:
 
 def _one(session: Session, name: str, source: str, quick: dict[str, Way], slow: dict[str, Way]) -> Iterator[Row]:
     """Rows of one case: quick ways timed in rounds, slow ones once."""
-    if time.monotonic() > session.deadline:
-        yield session.unavailable_row("fit", name, name.split("/")[0], "all", "the time was up")
+    op = name.split("/")[0]
+    if session.late:
+        yield session.skipped_row("fit", name, op)
         return
     timings = measure(dict(quick), sets=1, device="cpu", protocol=session.protocol)
     reached = {provider: way(0) for provider, way in quick.items()}
-    missing: dict[str, str] = {}
+    missing: list[Row] = []
     for provider, way in slow.items():
         package = provider.split(",")[0]
         if not session.wants(provider, "ours") or importlib.util.find_spec(package) is None:
-            missing[provider] = f"{package} is not installed, or was not asked for"
+            reason = f"{package} is not installed, or was not asked for"
+            missing.append(session.unavailable_row("fit", name, op, provider, reason))
             continue
-        if time.monotonic() > session.deadline:
-            missing[provider] = "the time was up"
+        if session.late:
+            missing.append(session.skipped_row("fit", name, op, provider))
             continue
         begun = time.perf_counter()
         reached[provider] = way(0)
@@ -215,11 +217,10 @@ def _one(session: Session, name: str, source: str, quick: dict[str, Way], slow: 
     least = min(value for value, _ in reached.values())
     for provider, timing in timings.items():
         compared = {k: t for k, t in timings.items() if len(t.samples_ms) == len(timing.samples_ms) or k == provider}
-        row = session.measured_row("fit", name, name.split("/")[0], provider, timing, compared)
+        row = session.measured_row("fit", name, op, provider, timing, compared)
         value, more = reached[provider]
         if provider == "ours" and "scipy" in timings and "scipy" not in row["speedup_over"]:
             ratio = timings["scipy"].median_ms / timing.median_ms  # one sample of the slow one
             row["speedup_over"]["scipy"] = {"median": ratio, "p20": ratio, "p80": ratio}
         yield row | {"objective": value, "above_best": value / least - 1, "data": source, **more}
-    for provider, reason in missing.items():
-        yield session.unavailable_row("fit", name, name.split("/")[0], provider, reason)
+    yield from missing

@@ -137,8 +137,8 @@ class Session:
 
     def case(self, case: Case) -> Iterator[Row]:
         """Check and time one case; a row for every provider, whatever became of it."""
-        if time.monotonic() > self.deadline:
-            yield self._case_row(case, "all", "skipped", "the time was up")
+        if self.late:
+            yield self.skipped_row(case.suite, case.id, case.op) | _described(case)
             return
         started = time.monotonic()
         try:
@@ -282,6 +282,15 @@ class Session:
         """A row with a time and its ratios to the baselines of the same rounds."""
         over = {name: timing.speedup_over(timings[name]) for name in BASELINES if name in timings and name != provider}
         return self._row(suite, case, op, provider, "measured") | _times(timing) | {"speedup_over": over}
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is up: nothing is begun any more."""
+        return time.monotonic() > self.deadline
+
+    def skipped_row(self, suite: str, case: str, op: str, provider: str = "all") -> Row:
+        """A row of what was not begun because the time was up."""
+        return self._row(suite, case, op, provider, "skipped", "the time was up")
 
     def unavailable_row(self, suite: str, case: str, op: str, provider: str, reason: str) -> Row:
         """A row of what could not be timed here."""

@@ -100,16 +100,15 @@ DS_INLINE vh float_to_f16(vf a) {
   return (vh)_mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-// Without the instruction: exponents are moved by multiplying with powers of two, which also makes subnormals right. Called:
-// a copy at every place is a good part of the compile.
-DS_CALLED vf f16_to_float(vh h) {
+// Without the instruction: exponents are moved by multiplying with powers of two, which also makes subnormals right.
+DS_INLINE vf f16_to_float(vh h) {
   const vu bits = widen_words(h);
   const vu sign = (bits & 0x8000u) << 16, body = (bits & 0x7FFFu) << 13;
   const vf magnitude = (vf)body * splat(0x1p112f);
   const vu special = (vu)(body >= (vu{} + 0x0F800000u));  // infinity and NaN keep the full exponent
   return (vf)(sign | (special & (body | 0x7F800000u)) | (~special & (vu)magnitude));
 }
-DS_CALLED vh float_to_f16(vf a) {
+DS_INLINE vh float_to_f16(vf a) {
   const vu u = (vu)a, sign = (u >> 16) & 0x8000u, mag = u & 0x7FFFFFFFu;
   // Normal results: round the mantissa to 10 bits, rebias. Subnormal ones: adding 0.5 lets the adder round them.
   const vu normal = (mag - 0x38000000u + 0xFFFu + ((mag >> 13) & 1u)) >> 13;

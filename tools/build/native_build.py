@@ -37,7 +37,7 @@ X86_UNITS: dict[str, list[str]] = {
     for family in ("adaln", "attention", "rotary")  # the slow ones first
     for isa, flags in (("avx2", AVX2), ("avx512", AVX512))
 }
-# On x86 for processors of before 2013: their compile is the longest, and not worth a minute of everybody's.
+# On x86 they serve processors of before 2013: a fifth slower there (measured) is not worth half a minute of everybody's build.
 PORTABLE = ["-O1"] if ON_X86 else []
 CPU_UNITS: dict[str, list[str]] = {
     **(X86_UNITS if ON_X86 else {}),
