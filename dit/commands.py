@@ -96,7 +96,9 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in that folder.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of a process. Default: all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of a process. Default: OMP_NUM_THREADS, else all cores.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train one DiT and write its run record. Under torchrun, all its processes train together."""
@@ -156,14 +158,26 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
 
 
 def use_threads(threads: int | None, *, processes: int = 1) -> None:
-    """Set torch's threads; default all cores, shared out over the processes of this machine."""
+    """Set torch's threads; default what OMP_NUM_THREADS says or all cores that this process may use.
+
+    Several processes on this machine share its cores out: there OMP_NUM_THREADS is not the user's word, as torchrun sets it.
+    """
     import torch
 
     from ditscale.errors import InputError
 
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise InputError(f"--threads: expected 1 to {_MOST_THREADS}, got {threads}")
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
+    if threads is None and processes > 1:
+        threads = max(1, _cores() // processes)
+    elif threads is None and not os.environ.get("OMP_NUM_THREADS"):
+        threads = _cores()
+    if threads is not None:  # else torch has read the variable
+        torch.set_num_threads(threads)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_device(name: str | None) -> str:

@@ -125,7 +125,7 @@ def evaluate(
     sample_seed: Annotated[int, typer.Option(help="Of prompts and of the noise of samples.")] = 0,
     vae: Annotated[Path | None, typer.Option(help="A diffusers AutoencoderKL's folder, for models of latents.")] = None,
     device: Device = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: OMP_NUM_THREADS, else all cores.")] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate finished runs' averaged weights: the loss on the fixed validation set and, with --samples, their images."""

@@ -35,5 +35,7 @@ def demo_study(*, quick: bool = False) -> StudyConfig:
             "learn_sigma": False,
             "mup_base_width": 64,
         },
-        training={"batch": 16, "lr": 4e-3, "clip": 0.25, "prediction": "clean"},
+        training={"batch": 16, "lr": 5e-3, "clip": 0.25, "prediction": "clean"},
+        lr_images=32_000,
+        lr_exponent=0.25,
     )

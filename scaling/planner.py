@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -310,13 +311,14 @@ class _Models:
     Attributes:
         tokens: of one image.
         nearest: (parameters, which of them count) -> the DiT.
-        batch, lr: that all of them train with, None where that is open.
+        batch: that all of them train with, None where that is open.
+        rate: images -> the learning rate of a run of so many, None where that is open.
     """
 
     tokens: int
     nearest: Callable[[float, str], DiTConfig]
     batch: int | None = None
-    lr: float | None = None
+    rate: Callable[[float], float] | None = None
 
 
 def _models(
@@ -327,16 +329,17 @@ def _models(
     from ditscale.scaling.configurations import ASPECT, HEAD_WIDTH, design_config
 
     study = _study_behind(law) if template is None else None
+    batch, rate = None, None
     if study is not None:
         family = study.config if image_size is None else study.config.at(image_size)
         base = family.size(family.widths[0] if family.widths else family.head_width)
-        training = study.plan["training"]
+        batch = study.plan["training"]["batch"]
+        rate = functools.partial(study.config.rate, study.plan["training"]["lr"])
         if aspect is None and head_width is None:
-            return _Models(base.tokens, family.nearest, training["batch"], training["lr"])
+            return _Models(base.tokens, family.nearest, batch, rate)
     else:
         base = template or DiTConfig()
         base = base if image_size is None else base.replace(image_size=image_size)
-        training = {}
 
     def nearest(params: float, kind: str) -> DiTConfig:
         return design_config(
@@ -347,7 +350,7 @@ def _models(
             head_width=HEAD_WIDTH if head_width is None else head_width,
         )
 
-    return _Models(base.tokens, nearest, training.get("batch"), training.get("lr"))
+    return _Models(base.tokens, nearest, batch, rate)
 
 
 def _study_behind(law: Any) -> Study | None:
@@ -393,7 +396,8 @@ def _shape(
         batch = models.batch
     if out.batch_tokens is None and batch is not None and models.batch is not None:
         out.batch_tokens = float(batch * tokens_per_image)
-    out.lr = models.lr if out.lr is None else out.lr
+    if out.lr is None and models.rate is not None and out.images is not None:
+        out.lr = models.rate(out.images)
     if not configure:
         return
     if not law.allocates:

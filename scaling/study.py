@@ -55,6 +55,10 @@ class StudyConfig:
         aspect: width over depth where ``depth`` is None. Default: 64.
         model: fields of :class:`DiTConfig` that all sizes share.
         training: fields of the trainer's configuration that all runs share.
+        lr_images, lr_exponent: a run of D images trains at ``training.lr * (D / lr_images) ** -lr_exponent``, and so does
+            Muon's rate: the best rate falls with the length of a run (Bjorck et al. 2024, arXiv:2409.19913, found an
+            exponent near 0.32 for language models), and a rate that suits one end of a study bends its law at the
+            other. Default: every run has the same rate.
         execution: fields of ``ditscale.dit.training.Execution``: how each run is carried out.
         workers: processes that train at once. Default: 2.
         threads: threads of each. Default: 1.
@@ -80,6 +84,8 @@ class StudyConfig:
     aspect: float = 64.0
     model: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    lr_images: float | None = None
+    lr_exponent: float = 0.0
     execution: Mapping[str, Any] = field(default_factory=dict)
     workers: int = 2
     threads: int = 1
@@ -121,6 +127,12 @@ class StudyConfig:
             value = getattr(self, name)
             if not is_number(value) or value <= above:
                 raise InputError(f"{name}: expected a number above {above:g}, got {value!r}")
+        if not is_number(self.lr_exponent) or not -1.0 <= self.lr_exponent <= 1.0:
+            raise InputError(f"lr_exponent: expected a number from -1 to 1, got {self.lr_exponent!r}")
+        if self.lr_images is None and self.lr_exponent:
+            raise InputError("lr_images: expected the images of a run that trains at training.lr, got none")
+        if self.lr_images is not None and (not is_number(self.lr_images) or self.lr_images <= 0):
+            raise InputError(f"lr_images: expected a positive number of images, got {self.lr_images!r}")
 
     @classmethod
     def from_toml(cls, path: str | Path) -> StudyConfig:
@@ -161,6 +173,12 @@ class StudyConfig:
     def nearest(self, params: float, kind: str = "per_token") -> DiTConfig:
         """The study's model whose number of parameters is nearest: those that work per token, or their "total"."""
         return min(self.ladder(2.0 * params), key=lambda model: abs(math.log(counted(model, kind) / params)))
+
+    def rate(self, lr: float, images: float) -> float:
+        """The learning rate of a run of so many images where ``lr`` is that of a run of ``lr_images``: four digits of it."""
+        if self.lr_images is None:
+            return lr
+        return float(f"{lr * (images / self.lr_images) ** -self.lr_exponent:.4g}")
 
     def at(self, image_size: int) -> StudyConfig:
         """The same study of images of another size in pixels."""
@@ -214,6 +232,10 @@ def plan_run(config: StudyConfig, model: DiTConfig, budget: int, role: str) -> P
             f"budgets: expected enough for {least} steps of batch {training.batch} of the model of width {model.width} "
             f"({least * training.batch * report.train:.4g} FLOPs), got {budget:.4g}"
         )
+    images = training.steps * training.batch
+    training = dataclasses.replace(
+        training, lr=config.rate(training.lr, images), muon_lr=config.rate(training.muon_lr, images)
+    )
     return PlannedRun(
         run_id=training.run_id,
         role=role,
@@ -221,9 +243,9 @@ def plan_run(config: StudyConfig, model: DiTConfig, budget: int, role: str) -> P
         training=training.to_dict(),
         params=report.params.total,
         params_per_token=report.params.per_token,
-        images=training.steps * training.batch,
+        images=images,
         steps=training.steps,
-        flops=training.steps * training.batch * report.train,
+        flops=images * report.train,
     )
 
 
@@ -256,9 +278,10 @@ def design(config: StudyConfig) -> list[PlannedRun]:
     return grid
 
 
-def _without_place(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A study's fields without those that say where its runs are trained."""
-    return {name: value for name, value in config.items() if not name.startswith("engine")}
+def _without_place(config: StudyConfig) -> dict[str, Any]:
+    """A study's fields, as JSON has them, without those that say where its runs are trained."""
+    fields = json.loads(json.dumps(dataclasses.asdict(config), default=dict))
+    return {name: value for name, value in fields.items() if not name.startswith("engine")}
 
 
 def _is_count(value: Any) -> bool:
@@ -315,8 +338,7 @@ class Study:
             raise InputError(f"{folder}: expected a folder to write to, got {error.strerror or error}") from error
         if path.is_file():
             study = cls(folder)
-            mine = json.loads(json.dumps(dataclasses.asdict(config), default=dict))
-            if _without_place(study.plan["config"]) != _without_place(mine):
+            if _without_place(study.config) != _without_place(config):
                 raise InputError(f"{folder}: expected an empty folder or this study, got another study's")
             study.config = config  # which may name another place to train
             return study
@@ -370,7 +392,10 @@ def _describe(config: StudyConfig, grid: Sequence[PlannedRun]) -> dict[str, Any]
     """The content of study.json: all that decides the study, and where it was designed."""
     from ditscale.dit.training import TrainConfig, versions
 
-    training = TrainConfig.from_dict(grid[0].training)
+    # What all runs share: among it the rates of a run of `lr_images`, not those of the first run.
+    training = TrainConfig.from_dict(
+        {**grid[0].training, "lr": TrainConfig.lr, "muon_lr": TrainConfig.muon_lr, **config.training}
+    )
     return {
         "schema": SCHEMA,
         "name": config.name,

@@ -323,6 +323,21 @@ def test_an_impossible_number_of_threads_is_named():
             use_threads(threads)
 
 
+def test_threads_are_the_option_s_the_environment_s_or_all_cores(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr("ditscale.dit.commands._cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    use_threads(None)
+    assert chosen == []  # torch has read it
+    use_threads(5)
+    use_threads(None, processes=2)  # under torchrun
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    use_threads(None)
+    use_threads(None, processes=20)
+    assert chosen == [5, 4, 8, 1]
+
+
 @pytest.mark.parametrize("place", ["", "folder", "nowhere/file", "file/below", "x" * 300])
 def test_a_place_that_takes_no_file_is_named(tmp_path, monkeypatch, place):
     (tmp_path / "folder").mkdir()

@@ -1,13 +1,12 @@
 """Several processes train one model: the curves of one process, checkpoints for any number of processes, the same bits again.
 
-Real processes under torchrun over gloo, two and then four; what each launch should show is gathered first, since starting
-them takes longer than all their training.
+Real processes over gloo, two and then four; what each launch should show is gathered first, since starting them takes longer
+than all their training.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,10 +44,10 @@ def scenario(out, config, stop_after=None, **execution):
     return {"config": config.to_dict(), "execution": execution, "out": str(out), "stop_after": stop_after}
 
 
-def launch(tmp, processes, scenarios):
-    (tmp / "scenarios.json").write_text(json.dumps(scenarios))
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*command, str(PROGRAM), str(tmp / "scenarios.json")], capture_output=True, text=True)
+def launch(tmp, *launches):
+    (tmp / "launches.json").write_text(json.dumps(launches))
+    command = [sys.executable, str(PROGRAM), str(tmp / "launches.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -62,30 +61,26 @@ def runs(tmp_path_factory):
     torch.set_num_threads(1)
     train(config(), folders["one"])
     train(config(optimizer="muon", **POWER), folders["muon-one"])
+    two = [
+        scenario(folders["ddp"], config()),
+        scenario(folders["fsdp"], config(), parallel="fsdp"),
+        scenario(folders["pieces"], config(), parallel="fsdp", microbatch=2, recompute="block"),
+        scenario(folders["parts"], config(), 3, parallel="fsdp"),
+        scenario(folders["parts"], config(), 2, parallel="fsdp"),
+        scenario(folders["parts"], config(), parallel="fsdp"),
+        scenario(folders["muon"], config(optimizer="muon", **POWER), parallel="fsdp"),
+        scenario(folders["to-one"], config(), 4, parallel="fsdp"),
+    ]
+    four = [
+        scenario(folders["to-four"], config(), parallel="fsdp"),
+        scenario(folders["hsdp"], config(), parallel="hsdp", shard_ranks=2),
+    ]
     launch(
         tmp,
-        2,
-        [
-            scenario(folders["ddp"], config()),
-            scenario(folders["fsdp"], config(), parallel="fsdp"),
-            scenario(folders["pieces"], config(), parallel="fsdp", microbatch=2, recompute="block"),
-            scenario(folders["parts"], config(), 3, parallel="fsdp"),
-            scenario(folders["parts"], config(), 2, parallel="fsdp"),
-            scenario(folders["parts"], config(), parallel="fsdp"),
-            scenario(folders["muon"], config(optimizer="muon", **POWER), parallel="fsdp"),
-            scenario(folders["to-one"], config(), 4, parallel="fsdp"),
-        ],
+        {"ranks": 2, "copy": None, "scenarios": two},
+        {"ranks": 4, "copy": [str(folders["to-one"]), str(folders["to-four"])], "scenarios": four},
     )
-    shutil.copytree(folders["to-one"], folders["to-four"])
     train(config(), folders["to-one"])
-    launch(
-        tmp,
-        4,
-        [
-            scenario(folders["to-four"], config(), parallel="fsdp"),
-            scenario(folders["hsdp"], config(), parallel="hsdp", shard_ranks=2),
-        ],
-    )
     torch.set_num_threads(before)
     return folders
 

@@ -228,6 +228,8 @@ def test_a_studys_plan_is_of_its_own_models(tmp_path: Path) -> None:
         depth=3,
         model={"image_size": 32, "latent_factor": 1, "in_channels": 3, "patch": 8, "condition": "none"},
         training={"batch": 24, "lr": 5e-3},
+        lr_images=10_000,
+        lr_exponent=0.2,
     )
     own = Study.create(tmp_path, study_of)
     table = study(noise=0.004)
@@ -244,7 +246,8 @@ def test_a_studys_plan_is_of_its_own_models(tmp_path: Path) -> None:
         assert c["params_per_token"] == pytest.approx(p.params, rel=0.02)
         assert p.tokens == pytest.approx(16 * p.images)
         # What its runs trained with, where no other law of batch and rate was given.
-        assert (c["batch"], p.lr, p.batch_tokens) == (24, own.plan["training"]["lr"], 24 * 16)
+        assert (c["batch"], p.lr, p.batch_tokens) == (24, own.config.rate(5e-3, p.images), 24 * 16)
+        assert p.lr == pytest.approx(5e-3 * (p.images / 10_000) ** -0.2, rel=1e-3)
         assert c["steps"] == c["images"] // 24
     larger = plan(tmp_path, budget=1e20, image_size=64).configuration
     assert larger is not None and larger["tokens_per_image"] == 64 and larger["depth"] == 3

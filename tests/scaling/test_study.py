@@ -100,6 +100,10 @@ def test_the_demo_s_design_keeps_its_promises():
         ({"model": 3}, "model: expected a table"),
         ({"training": [1]}, "training: expected a table"),
         ({"execution": "x"}, "execution: expected a table"),
+        ({"lr_exponent": 0.25}, "lr_images: expected the images"),
+        ({"lr_images": 0}, "lr_images: expected a positive"),
+        ({"lr_images": "many"}, "lr_images: expected a positive"),
+        ({"lr_images": 1000, "lr_exponent": 3}, "lr_exponent"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -112,6 +116,29 @@ def test_impossible_studies_are_named(change, named):
 def test_a_prior_that_asks_for_endless_widths_is_named(change):
     with pytest.raises(InputError, match="prior_exponent"):
         design(small(**change))
+
+
+def test_rates_follow_the_length_of_a_run(tmp_path):
+    assert {run.training["lr"] for run in design(small())} == {5e-3}
+    study = Study.create(tmp_path, small(lr_images=2000, lr_exponent=0.25))
+    for run in study.grid:
+        factor = (run.images / 2000) ** -0.25
+        assert run.training["lr"] == pytest.approx(5e-3 * factor, rel=1e-3)
+        assert run.training["muon_lr"] == pytest.approx(TrainConfig.muon_lr * factor, rel=1e-3)
+    assert len({run.training["lr"] for run in study.grid}) > len(study.grid) / 2
+    # The plan names the rate that the rule starts from, and the same study is known again.
+    assert study.plan["training"]["lr"] == 5e-3 and study.plan["training"]["muon_lr"] == TrainConfig.muon_lr
+    assert Study.create(tmp_path, small(lr_images=2000, lr_exponent=0.25)).grid == study.grid
+    with pytest.raises(InputError, match="another study"):
+        Study.create(tmp_path, small(lr_images=2000, lr_exponent=0.3))
+
+
+def test_a_study_from_before_a_field_existed_is_known_again(tmp_path):
+    Study.create(tmp_path, small())
+    plan = json.loads((tmp_path / "study.json").read_text())
+    del plan["config"]["lr_images"], plan["config"]["lr_exponent"]
+    (tmp_path / "study.json").write_text(json.dumps(plan))
+    assert Study.create(tmp_path, small()).grid == design(small())
 
 
 def test_a_budget_too_small_for_its_models_is_named():
