@@ -27,10 +27,16 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seeds() -> Iterator[None]:
+def _same_start() -> Iterator[None]:
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
-    if "torch" in sys.modules:  # tests of rooms without torch do not pay for its import
-        sys.modules["torch"].manual_seed(0)
+    torch = sys.modules.get("torch")  # tests of rooms without torch do not pay for its import
+    if torch is None:
+        yield
+        return
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
     yield
+    if torch.get_num_threads() != threads:  # a command chose its own; the next test's would wait for the other worker's
+        torch.set_num_threads(threads)
