@@ -154,6 +154,10 @@ class Feeder:
             drop = (torch.rand(config.batch, generator=generator) < config.condition_dropout)[rows]
         return StepInputs(x_0, y, eps, t, drop).changed(self._move)
 
+    def close(self) -> None:
+        """End the workers. Left to the collector of cycles they would not hear of it, and be waited for, five seconds each."""
+        self._ahead = None
+
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(self.ranks.device, non_blocking=True) if self._pinned else tensor
 

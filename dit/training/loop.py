@@ -202,6 +202,7 @@ class _Run:
     def train(self) -> RunRecord:
         """Train to the end, and judge."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self.feed.close)
             self.ranks.on_first(lambda: self._open_logs(stack))
             self.saved_at = self.clock = time.perf_counter()
             return self._judge(self._loop())

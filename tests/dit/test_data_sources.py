@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import pickle
 import tarfile
 
@@ -315,6 +316,7 @@ def test_workers_prepare_the_same_images(tars, tmp_path):
         train(config, tmp_path / "helped", execution=Execution(data_workers=2), should_stop=stop_after(5))
     helped = train(config, tmp_path / "helped", execution=Execution(data_workers=2))
     assert weights_of(tmp_path / "helped") == weights_of(tmp_path / "alone") and result(helped) == result(alone)
+    assert not multiprocessing.active_children()  # they ended with the run, and not with the collector
 
 
 def test_data_that_does_not_fit_the_model_is_named(tars, latents, tmp_path):
