@@ -65,7 +65,8 @@ def _save(figure: Any, path: Path, rows: Sequence[Row]) -> Path:
 
 
 def draw_all(rows: Sequence[Row], out: str | Path) -> list[Path]:
-    """Of each device ``roofline-<op>-<device>.svg`` for every operator that has a roof, and ``speedups-<device>.svg``.
+    """Of each device ``roofline-<op>-<device>.svg`` for every operator that has a roof, and ``speedups-<device>.svg``
+    where operators were timed beside PyTorch's.
 
     Raises:
         InputError: there are no times to draw, or the folder cannot be written.
@@ -78,7 +79,8 @@ def draw_all(rows: Sequence[Row], out: str | Path) -> list[Path]:
         for op in with_roof(mine):
             of_op = [r for r in mine if r["op"] == op and r.get("roof_share")]
             paths.append(_roofline(of_op, op, Path(out) / roofline_name(op, device)))
-        paths.append(_speedups(mine, Path(out) / figure_name(device)))
+        if headline(mine):
+            paths.append(_speedups(mine, Path(out) / figure_name(device)))
     return paths
 
 
