@@ -42,12 +42,21 @@ def small(**changes):
     return StudyConfig(**{**settings, **changes})
 
 
+def study_of(folder, flops):
+    study = Study.create(folder, small())
+    return study, [plan_run(study.config, study.config.size(width), flops, "fit") for width in (8, 16, 24)]
+
+
 @pytest.fixture
 def study(tmp_path):
-    """A study whose first three runs take a second or so; what they should give."""
-    study = Study.create(tmp_path / "study", small())
-    runs = [plan_run(study.config, study.config.size(width), 4 * 10**8, "fit") for width in (8, 16, 24)]
-    return study, runs
+    """A study and three runs of it that take a second or so."""
+    return study_of(tmp_path / "study", 4 * 10**8)
+
+
+@pytest.fixture
+def longer_study(tmp_path):
+    """The same with runs of several seconds: a scheduler takes seconds to say what it does."""
+    return study_of(tmp_path / "study", 8 * 10**9)
 
 
 def result(record):
@@ -297,15 +306,15 @@ def slurm(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_slurm_goes_on_with_a_run_whose_worker_was_killed(slurm, study, tmp_path):
-    study, runs = study
+def test_slurm_goes_on_with_a_run_whose_worker_was_killed(slurm, longer_study, tmp_path):
+    study, runs = longer_study
     options = {"timeout_min": 10, "slurm_partition": "test"}
     check_killed(study, runs, open_engine("slurm", study, workers=1, threads=1, options=options), tmp_path)
 
 
 @pytest.mark.slow
-def test_slurm_stops_in_order(slurm, study):
-    study, runs = study
+def test_slurm_stops_in_order(slurm, longer_study):
+    study, runs = longer_study
 
     def interrupt(progress):
         if progress.active:
@@ -335,9 +344,9 @@ def ray_cluster():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Ray's own
-def test_ray_goes_on_with_a_run_whose_worker_was_killed(ray_cluster, study, tmp_path):
+def test_ray_goes_on_with_a_run_whose_worker_was_killed(ray_cluster, longer_study, tmp_path):
     import ray
 
-    study, runs = study
+    study, runs = longer_study
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2
     check_killed(study, runs, open_engine("ray", study, workers=1, threads=1), tmp_path)
