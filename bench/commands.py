@@ -270,7 +270,6 @@ def _session(
     from ditscale.bench import devices
 
     devices.pin(threads)  # before torch loads
-    devices.keep_memory()
     from ditscale.bench.runner import Session
     from ditscale.bench.timing import TINY, Protocol
     from ditscale.errors import InputError

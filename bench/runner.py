@@ -55,11 +55,12 @@ class Session:
             self.protocol = replace(self.protocol, refuse=False)
 
     def start(self) -> list[Row]:
-        """Calibrate and measure the ceilings; returns the ceilings' rows.
+        """Have freed memory kept, calibrate and measure the ceilings; returns the ceilings' rows.
 
         Raises:
             MachineTooNoisy: and noise was not allowed.
         """
+        devices.keep_memory()
         spread = calibrate(self.device, self.protocol)
         self.common = {
             "schema": SCHEMA,

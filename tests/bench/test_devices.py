@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from ditscale.bench import devices
+from ditscale.bench.runner import Session
+from ditscale.bench.timing import TINY
+
 FAULTS = """
 import resource, sys, torch
 from ditscale.bench import devices
@@ -32,3 +36,10 @@ def test_large_results_come_from_memory_that_was_kept() -> None:
     # 64 MiB: by default mapped anew at every call, in pages of at most 2 MiB.
     assert faults("default") >= 16
     assert faults("keep") <= 2
+
+
+def test_every_session_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(devices, "keep_memory", lambda: asked.append(True))
+    Session("cpu", TINY, allow_noise=True, tiny=True).start()
+    assert asked == [True]
