@@ -22,6 +22,7 @@ struct RotaryArgs {
   float eps;
   int norm;                     // HeadNorm
   bool interleaved;             // pairs are (2 i, 2 i + 1), else (i, i + K / 2)
+  bool stream;                  // write past the caches: what is read and written is larger than them
 };
 
 }  // namespace ditscale

@@ -1,6 +1,7 @@
 // Normalisation of queries or keys and their rotation on the CPU: the split over threads.
 #include "../common/rotary_bindings.h"
 #include "adaln_rows.h"
+#include "past_caches.h"
 #include "rotary_rows.h"
 #include "scratch.h"
 
@@ -32,20 +33,28 @@ const RotaryKernels& kernels_of(Storage storage) {
   return rotary_table().by_storage[static_cast<int>(storage)];
 }
 
+// `tensors` of the shape of x are read and written. In place every line is in the cache already.
+bool streams(int64_t tensors, const RotaryArgs& a, Storage storage, const Tensor& x) {
+  const int64_t row = a.K * bytes_of(storage);
+  return a.out.data != a.x.data && goes_past_caches(tensors * x.size(0) * a.T * a.H * row, row, 16, {a.out.data});
+}
+
 struct Cpu {
-  static void forward(const RotaryArgs& a, Storage storage, const Tensor& x) {
+  static void forward(RotaryArgs a, Storage storage, const Tensor& x) {
+    a.stream = streams(2, a, storage, x);
     const RotaryKernels& kernels = kernels_of(storage);
     torch::stable::parallel_for(0, x.size(0) * a.T, grain(a), [&](int64_t begin, int64_t end) {
-      kernels.forward(a, begin, end, scratch_of_thread.get(ROTARY_SCRATCH * a.K));
+      kernels.forward(a, begin, end, scratch_of_thread.get(rotary_scratch(a.K)));
     });
   }
 
-  static void backward(const RotaryArgs& a, Storage storage, const Tensor& x, float* dweight) {
+  static void backward(RotaryArgs a, Storage storage, const Tensor& x, float* dweight) {
+    a.stream = streams(3, a, storage, x);
     const RotaryKernels& kernels = kernels_of(storage);
     const int64_t tokens = x.size(0) * a.T;
     if (dweight == nullptr) {
       torch::stable::parallel_for(0, tokens, grain(a), [&](int64_t begin, int64_t end) {
-        kernels.backward(a, begin, end, nullptr, scratch_of_thread.get(ROTARY_SCRATCH * a.K));
+        kernels.backward(a, begin, end, nullptr, scratch_of_thread.get(rotary_scratch(a.K)));
       });
       return;
     }
@@ -58,7 +67,7 @@ struct Cpu {
     torch::stable::parallel_for(0, chunks, grain(a) / chunk + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t last = (i + 1) * chunk < tokens ? (i + 1) * chunk : tokens;
-        kernels.backward(a, i * chunk, last, sum + i * a.K, scratch_of_thread.get(ROTARY_SCRATCH * a.K));
+        kernels.backward(a, i * chunk, last, sum + i * a.K, scratch_of_thread.get(rotary_scratch(a.K)));
       }
     });
     for (int64_t i = 0; i < a.K; ++i) {

@@ -5,7 +5,13 @@
 
 namespace ditscale::cpu {
 
-constexpr int64_t ROTARY_SCRATCH = 7;  // times K floats
+// Floats of scratch: seven rows, each from a cache line's start.
+constexpr int64_t rotary_room(int64_t K) {
+  return (K + 15) / 16 * 16;
+}
+constexpr int64_t rotary_scratch(int64_t K) {
+  return 7 * rotary_room(K);
+}
 
 // Tokens [begin, end) of the flattened batch (b * T + t), all heads.
 struct RotaryKernels {

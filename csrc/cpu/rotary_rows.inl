@@ -6,7 +6,7 @@
 namespace ditscale::cpu {
 namespace {
 
-constexpr int64_t ROWS_AHEAD = 8;
+constexpr int64_t ROWS_AHEAD = 16;
 
 template <class T>
 DS_INLINE const float* widen(const T* from, int64_t n, float* room) {
@@ -19,10 +19,21 @@ DS_INLINE void narrow(const float* from, int64_t n, T* to) {
   if ((const void*)from == (const void*)to) return;
   for_row(n, [&](auto whole, int64_t i, int64_t m) { put<whole.value>(to + i, get<whole.value>(from + i, m), m); });
 }
+// Where a row is worked on before `deliver` brings it to its place.
 template <class T>
-DS_INLINE float* place(T* to, float* room) {
-  if constexpr (sizeof(T) == 4) return (float*)to;
+DS_INLINE float* place(T* to, float* room, bool stream) {
+  if constexpr (sizeof(T) == 4) return stream ? room : (float*)to;
   return room;
+}
+template <class T>
+DS_INLINE void deliver(const float* from, int64_t n, T* to, float* room, bool stream) {
+  if (!stream) return narrow(from, n, to);
+  if constexpr (sizeof(T) == 4) {
+    stream_bytes(to, from, n * 4);
+  } else {
+    narrow(from, n, (T*)room);
+    stream_bytes(to, room, n * (int64_t)sizeof(T));
+  }
 }
 
 // Pairs (2 i, 2 i + 1) laid out as (i, i + K / 2), and back: the norm does not care, and the rotation knows one layout only.
@@ -54,26 +65,35 @@ struct RowNorm {
   float mean, rstd;
 };
 
+// The row is taken in the pieces that the rotation takes it in, so that they stay in registers.
+template <bool TURN>
 DS_INLINE RowNorm row_norm(const float* x, int64_t K, int norm, float eps) {
   if (norm == (int)HeadNorm::none) return {0.f, 1.f};
+  const auto for_pieces = [&](const auto& body) {
+    for_span(TURN ? K / 2 : K, [&](auto v, int64_t i) {
+      body(get_at<decltype(v)>(x + i));
+      if constexpr (TURN) body(get_at<decltype(v)>(x + K / 2 + i));
+    });
+  };
   float mean = 0.f;
   if (norm == (int)HeadNorm::layer) {
     Total total;
-    for_span(K, [&](auto v, int64_t i) { total.add(get_at<decltype(v)>(x + i)); });
+    for_pieces([&](auto piece) { total.add(piece); });
     mean = total.get() / (float)K;
   }
   Total squares;
-  for_span(K, [&](auto v, int64_t i) {
-    const auto a = get_at<decltype(v)>(x + i) - mean;
-    squares.add(a * a);
+  for_pieces([&](auto piece) {
+    const auto centred = piece - mean;
+    squares.add(centred * centred);
   });
   return {mean, 1.f / __builtin_sqrtf(squares.get() / (float)K + eps)};
 }
 
-template <bool WEIGHT, bool TURN, class T>
-DS_INLINE void forward_rows(const RotaryArgs& a, int64_t begin, int64_t end, float* scratch) {
-  const int64_t K = a.K, half = K / 2, ahead = tokens_ahead(a.H);
-  float *x_room = scratch, *y_room = scratch + K, *x_parts = scratch + 2 * K, *w_parts = scratch + 3 * K;
+template <int64_t WIDTH, bool WEIGHT, bool TURN, class T>
+DS_INLINE void forward_rows(const RotaryArgs a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t K = WIDTH > 0 ? WIDTH : a.K, half = K / 2, ahead = tokens_ahead(a.H);
+  const int64_t room = rotary_room(K);
+  float *x_room = scratch, *y_room = scratch + room, *x_parts = scratch + 2 * room, *w_parts = scratch + 3 * room;
   const bool pairs = TURN && a.interleaved;
   const float* w = WEIGHT && pairs ? part_pairs(a.weight, K, w_parts) : a.weight;
   int64_t b = begin / a.T, t = begin % a.T;
@@ -85,8 +105,8 @@ DS_INLINE void forward_rows(const RotaryArgs& a, int64_t begin, int64_t end, flo
       const float* x = widen(stored, K, x_room);
       if (pairs) x = part_pairs(x, K, x_parts);
       T* to = (T*)a.out.data + b * a.out.b + h * a.out.h + t * a.out.t;
-      float *row = place(to, y_room), *y = pairs ? x_parts : row;  // a pair is read before it is written
-      const RowNorm m = row_norm(x, K, a.norm, a.eps);
+      float *row = place(to, y_room, a.stream), *y = pairs ? x_parts : row;  // a pair is read before it is written
+      const RowNorm m = row_norm<TURN>(x, K, a.norm, a.eps);
       const auto normed = [&](auto v, int64_t i) {
         typedef decltype(v) V;
         V n = (get_at<V>(x + i) - m.mean) * m.rstd;
@@ -105,20 +125,22 @@ DS_INLINE void forward_rows(const RotaryArgs& a, int64_t begin, int64_t end, flo
         for_span(K, [&](auto v, int64_t i) { put_at(y + i, normed(v, i)); });
       }
       if (pairs) join_pairs(y, K, row);
-      narrow(row, K, to);
+      deliver(row, K, to, x_room, a.stream);
     }
     if (++t == a.T) {
       t = 0;
       ++b;
     }
   }
+  if (a.stream) end_stream();
 }
 
-template <bool WEIGHT, bool TURN, class T>
-DS_INLINE void backward_rows(const RotaryArgs& a, int64_t begin, int64_t end, float* dweight, float* scratch) {
-  const int64_t K = a.K, half = K / 2, ahead = tokens_ahead(a.H);
-  float *x_room = scratch, *dy_room = scratch + K, *dx_room = scratch + 2 * K;
-  float *x_parts = scratch + 3 * K, *dy_parts = scratch + 4 * K, *w_parts = scratch + 5 * K, *sums = scratch + 6 * K;
+template <int64_t WIDTH, bool WEIGHT, bool TURN, class T>
+DS_INLINE void backward_rows(const RotaryArgs a, int64_t begin, int64_t end, float* dweight, float* scratch) {
+  const int64_t K = WIDTH > 0 ? WIDTH : a.K, half = K / 2, ahead = tokens_ahead(a.H);
+  const int64_t room = rotary_room(K);
+  float *x_room = scratch, *dy_room = scratch + room, *dx_room = scratch + 2 * room;
+  float *x_parts = scratch + 3 * room, *dy_parts = scratch + 4 * room, *w_parts = scratch + 5 * room, *sums = scratch + 6 * room;
   const bool pairs = TURN && a.interleaved;
   const float* w = WEIGHT && pairs ? part_pairs(a.weight, K, w_parts) : a.weight;
   if constexpr (WEIGHT) __builtin_memset(sums, 0, sizeof(float) * K);
@@ -137,8 +159,8 @@ DS_INLINE void backward_rows(const RotaryArgs& a, int64_t begin, int64_t end, fl
         dy = part_pairs(dy, K, dy_parts);
       }
       T* to = (T*)a.out.data + b * a.out.b + h * a.out.h + t * a.out.t;
-      float *row = place(to, dx_room), *dx = pairs ? dy_parts : row;
-      const RowNorm m = row_norm(x, K, a.norm, a.eps);
+      float *row = place(to, dx_room, a.stream), *dx = pairs ? dy_parts : row;
+      const RowNorm m = row_norm<TURN>(x, K, a.norm, a.eps);
       Total mean, along;  // of the normalised row's gradient, and of its product with the row
       const auto take = [&](auto v, int64_t i, auto g) {
         typedef decltype(v) V;
@@ -179,13 +201,14 @@ DS_INLINE void backward_rows(const RotaryArgs& a, int64_t begin, int64_t end, fl
         }
       }
       if (pairs) join_pairs(dx, K, row);
-      narrow(row, K, to);
+      deliver(row, K, to, x_room, a.stream);
     }
     if (++t == a.T) {
       t = 0;
       ++b;
     }
   }
+  if (a.stream) end_stream();
   if constexpr (WEIGHT) {
     if (pairs) {
       join_pairs(sums, K, dweight);
@@ -195,26 +218,38 @@ DS_INLINE void backward_rows(const RotaryArgs& a, int64_t begin, int64_t end, fl
   }
 }
 
+template <auto V>
+struct constant_t {
+  static constexpr auto value = V;
+};
+
+// run(width, weighted, turned): the usual widths are the compiler's to know, which then unrolls a row and keeps it in registers.
+template <class F>
+DS_INLINE void for_kind(const RotaryArgs& a, const F& run) {
+  const auto for_width = [&](auto weighted) {
+    if (a.cos == nullptr) return run(constant_t<int64_t{0}>{}, weighted, constant_t<false>{});
+    if (a.K == 64) return run(constant_t<int64_t{64}>{}, weighted, constant_t<true>{});
+    if (a.K == 72) return run(constant_t<int64_t{72}>{}, weighted, constant_t<true>{});
+    return run(constant_t<int64_t{0}>{}, weighted, constant_t<true>{});
+  };
+  if (a.weight != nullptr) return for_width(constant_t<true>{});
+  return for_width(constant_t<false>{});
+}
+
 template <class T>
 void forward(const RotaryArgs& a, int64_t begin, int64_t end, float* scratch) {
   if (begin >= end) return;
-  if (a.cos != nullptr) {
-    if (a.weight != nullptr) return forward_rows<true, true, T>(a, begin, end, scratch);
-    return forward_rows<false, true, T>(a, begin, end, scratch);
-  }
-  if (a.weight != nullptr) return forward_rows<true, false, T>(a, begin, end, scratch);
-  return forward_rows<false, false, T>(a, begin, end, scratch);
+  for_kind(a, [&](auto width, auto weighted, auto turned) {
+    forward_rows<width.value, weighted.value, turned.value, T>(a, begin, end, scratch);
+  });
 }
 
 template <class T>
 void backward(const RotaryArgs& a, int64_t begin, int64_t end, float* dweight, float* scratch) {
   if (begin >= end) return;
-  if (a.cos != nullptr) {
-    if (a.weight != nullptr) return backward_rows<true, true, T>(a, begin, end, dweight, scratch);
-    return backward_rows<false, true, T>(a, begin, end, dweight, scratch);
-  }
-  if (a.weight != nullptr) return backward_rows<true, false, T>(a, begin, end, dweight, scratch);
-  return backward_rows<false, false, T>(a, begin, end, dweight, scratch);
+  for_kind(a, [&](auto width, auto weighted, auto turned) {
+    backward_rows<width.value, weighted.value, turned.value, T>(a, begin, end, dweight, scratch);
+  });
 }
 
 template <class T>

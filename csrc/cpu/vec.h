@@ -177,6 +177,26 @@ DS_INLINE void stream_words(void* p, vh h) {
 }
 DS_INLINE void end_stream() {}
 #endif
+// Bytes of which there is a multiple of 16, to an address that is a multiple of the largest of 16, 32 and 64 that divides them.
+DS_INLINE void stream_bytes(void* to, const void* from, int64_t bytes) {
+#if defined(__AVX2__)
+  char* p = (char*)to;
+  const char* q = (const char*)from;
+#if defined(__AVX512F__)
+  if (bytes % 64 == 0) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm512_stream_si512((__m512i*)(p + i), _mm512_loadu_si512(q + i));
+    return;
+  }
+#endif
+  if (bytes % 32 == 0) {
+    for (int64_t i = 0; i < bytes; i += 32) _mm256_stream_si256((__m256i*)(p + i), _mm256_loadu_si256((const __m256i*)(q + i)));
+    return;
+  }
+  for (int64_t i = 0; i < bytes; i += 16) _mm_stream_si128((__m128i*)(p + i), _mm_loadu_si128((const __m128i*)(q + i)));
+#else
+  __builtin_memcpy(to, from, (unsigned long)bytes);
+#endif
+}
 DS_INLINE void stream(bf16* p, vf a) {
   stream_words(p, float_to_bf16(a));
 }

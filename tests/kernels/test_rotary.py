@@ -225,6 +225,33 @@ def test_equal_bits_for_any_thread_count():
         torch.set_num_threads(threads)
 
 
+@needs_library
+@pytest.mark.parametrize(
+    ("dtype", "H", "K", "interleaved"),
+    [
+        (torch.float32, 4, 64, False),  # rows of whole cache lines
+        (torch.float32, 4, 72, False),  # of half ones
+        (torch.float32, 3, 20, True),  # of quarters
+        (torch.bfloat16, 4, 72, True),
+        (torch.float16, 2, 40, False),
+        (torch.float32, 3, 10, False),  # of none: written as usual
+    ],
+    ids=str,
+)
+def test_large_results_are_the_same_as_small_ones(dtype, H, K, interleaved):
+    """Calls larger than the caches write past them (csrc/cpu/past_caches.h)."""
+    T = (17 << 20) // (2 * H * K * dtype.itemsize)
+    x, dout = torch.randn(1, T, 3, H, K).to(dtype)[:, :, 1].transpose(1, 2), torch.randn(1, H, T, K).to(dtype)
+    w, angles = torch.randn(K).to(dtype), torch.randn(T, K // 2)
+    cos, sin = angles.cos(), angles.sin()
+    whole = run("cpu", x, w, cos, sin, dout, "rms", interleaved)
+    for at in range(0, T, T // 4):
+        some = slice(at, at + 33)
+        part = run("cpu", x[:, :, some], w, cos[some], sin[some], dout[:, :, some], "rms", interleaved)
+        for name in ("y", "dx"):
+            assert torch.equal(whole[name][:, :, some], part[name])
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 0, 5, 8), (2, 2, 0, 8)])
 def test_empty(backend, shape):
     x, w = torch.zeros(shape, requires_grad=True), torch.ones(8, requires_grad=True)
