@@ -104,10 +104,15 @@ class Roof:
             if c["op"] == "matmul":
                 self.flop_rate[c["dtype"]] = max(self.flop_rate.get(c["dtype"], 0.0), c["value"])
 
-    def ms(self, work: Sequence[Work], dtype: str) -> tuple[float, str]:
-        """(milliseconds, "memory" or "compute"): every piece at the slower of its bytes and its products, added up."""
+    def ms(self, work: Sequence[Work], dtype: str, *, copied: float = 0.0) -> tuple[float, str]:
+        """(milliseconds, "memory" or "compute"): every piece at the slower of its bytes and its products, added up.
+
+        ``copied``: bytes/s of a copy in the same rounds. Where it is faster than the one that the session began with, as on a
+        machine that others had slowed down then, it is the roof.
+        """
         rate = self.flop_rate.get(dtype) or max(self.flop_rate.values())
-        memory = [w.bytes_moved / self.bandwidth for w in work]
+        bandwidth = max(self.bandwidth, copied)
+        memory = [w.bytes_moved / bandwidth for w in work]
         compute = [w.matmul_flops / rate for w in work]
         seconds = sum(map(max, memory, compute))
         bound = "compute" if sum(c for m, c in zip(memory, compute, strict=True) if c > m) > seconds / 2 else "memory"

@@ -237,12 +237,13 @@ class Session:
         work = case.work()
         if not work or self.roof is None:
             return {}
-        roof_ms, bound = self.roof.ms(work, case.dtype)
+        bytes_moved, flops = sum(w.bytes_moved for w in work), sum(w.matmul_flops or w.flops for w in work)
+        copied = bytes_moved / copy.median_ms * 1e3 if copy is not None else 0.0
+        roof_ms, bound = self.roof.ms(work, case.dtype, copied=copied)
         if case.cache == "resident" and copy is not None:
             # How fast a cache is depends on how much of it is used: the copy of as many bytes beside it is its roof.
             roof_ms, bound = copy.median_ms, "memory"
         seconds = timing.median_ms / 1e3
-        bytes_moved, flops = sum(w.bytes_moved for w in work), sum(w.matmul_flops or w.flops for w in work)
         row: Row = {
             "bytes_moved": bytes_moved,
             "flops": flops,

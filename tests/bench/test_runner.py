@@ -67,6 +67,21 @@ def test_rows_of_a_case_are_complete(session: Session, case: Case) -> None:
     assert set(rows["compile"]["speedup_over"]) == {"eager", "copy"} if case.suite == "adaln" else {"eager"}
 
 
+def test_a_copy_beside_the_case_is_the_roof_where_it_is_faster(session: Session) -> None:
+    case = replace(KINDS[0], cache="rotating")
+    assert session.roof is not None
+    kept = session.roof.bandwidth
+    try:
+        session.roof.bandwidth = 1.0  # bytes/s
+        rows = {row["provider"]: row for row in session.case(case)}
+        assert rows["eager"]["roof_ms"] == pytest.approx(rows["copy"]["time_ms"])
+        session.roof.bandwidth = 1e15
+        rows = {row["provider"]: row for row in session.case(case)}
+        assert rows["eager"]["roof_ms"] < rows["copy"]["time_ms"] / 10
+    finally:
+        session.roof.bandwidth = kept
+
+
 def test_step_rows_have_the_models_utilisation(session: Session) -> None:
     row = next(r for r in session.case(KINDS[-1]) if r["provider"] == "ours")
     assert row["mfu"] > 0
