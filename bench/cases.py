@@ -13,6 +13,7 @@ from ditscale.errors import InputError
 from ditscale.kernels.adaln import cost as adaln
 from ditscale.kernels.attn import cost as attention
 from ditscale.kernels.gelu import cost as gelu
+from ditscale.kernels.matmul import cost as matmul
 from ditscale.kernels.rotary import cost as rotary
 
 SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -107,9 +108,20 @@ def _attention_work(case: Case) -> Iterable[Work]:
         yield Work(flops, flops, moved)
 
 
+def _linear_work(case: Case) -> Iterable[Work]:
+    s, size = case.shape, SIZE[case.dtype]
+    sizes = (s["B"] * s["T"], s["D"], s["F"])
+    for direction in _directions(case.passes):
+        flops = getattr(matmul, f"linear_flops_{direction}")(*sizes)
+        yield Work(flops, flops, getattr(matmul, f"linear_bytes_{direction}")(*sizes, size))
+
+
 def _model_work(case: Case) -> Iterable[Work]:
     from ditscale.dit.flops import count
 
+    if case.op == "linear":
+        yield from _linear_work(case)
+        return
     s = case.shape
     report = count(model_config(case), batch=s["B"], convention="all", dtype_bytes=SIZE[case.dtype])
     for line in report.ledger:
@@ -185,11 +197,13 @@ def operator_case(
     label: str = "",
 ) -> Case:
     """A case of one operator, with the sizes that it is said in."""
-    suite = "attention" if op in ATTENTION_OPS else "adaln"
+    suite = "attention" if op in ATTENTION_OPS else "block" if op == "linear" else "adaln"
     if op in ATTENTION_OPS:
         dims: tuple[tuple[str, int], ...] = (("B", B), ("H", H), ("T", T), ("K", D // H))
     elif op == "bias_gelu":
         dims = (("B", B), ("T", T), ("F", 4 * D))
+    elif op == "linear":
+        dims = (("B", B), ("T", T), ("D", D), ("F", 4 * D))
     else:
         dims = (("B", B), ("T", T), ("D", D))
     return Case(suite, op, passes, dtype, dims, cache, label)
@@ -251,6 +265,8 @@ def _cpu() -> dict[str, list[Case]]:
             block_case(8, 256, 384, 6, label="DiT-S"),
             block_case(2, 256, 1152, 16, label="DiT-XL"),
             block_case(16, 64, 256, 8, label="width 256"),
+            at("linear", "forward", 8, 256, "S"),
+            at("linear", "forward_backward", 8, 256, "S"),
         ],
         "step": [
             step_case(16, 64, 256, 8, 6, label="width 256, depth 6"),
@@ -333,7 +349,10 @@ def _tiny(device: str) -> dict[str, list[Case]]:
     return {
         "adaln": small,
         "attention": heads,
-        "block": [block_case(2, 16, 32, 2, dtype=dtype, label="tiny")],
+        "block": [
+            block_case(2, 16, 32, 2, dtype=dtype, label="tiny"),
+            operator_case("linear", "forward_backward", dtype, 2, 16, 32, 2, label="tiny"),
+        ],
         "step": [step_case(2, 16, 32, 2, 2, dtype=dtype, label="tiny")],
     }
 

@@ -11,6 +11,7 @@ from ditscale.bench.cases import Work
 from ditscale.bench.devices import core_caches, last_level_cache, rotation_bytes
 from ditscale.bench.subjects import DTYPES
 from ditscale.bench.timing import Protocol, Timing, measure
+from ditscale.kernels import dispatch, linear
 
 _COPY_DTYPE = torch.float32
 
@@ -39,11 +40,21 @@ def matmul_call(n: int, dtype: torch.dtype, device: str) -> Any:
     return call
 
 
+def onednn_call(n: int) -> Any:
+    """The same by oneDNN, in float32 on a processor."""
+    a, b = torch.randn(n, n), torch.randn(n, n)
+
+    def call(place: int) -> None:
+        linear(a, b, backend="onednn")
+
+    return call
+
+
 def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> list[dict[str, Any]]:
     """The ceilings, as dictionaries: ``op`` copy or matmul, its size, ``value`` in bytes/s or FLOP/s, and the timing.
 
     Copies are measured in the caches, beyond them, and of four times as much, which shows that beyond is beyond. Products are
-    measured at several sizes per dtype; the roof of a dtype is the best of its sizes.
+    measured at several sizes per dtype, and by oneDNN too where it beats PyTorch's own; the roof of a dtype is the best of all.
     """
     found: list[dict[str, Any]] = []
     for where, size, sets in _copies(device, tiny):
@@ -54,6 +65,9 @@ def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> 
             calls = {"matmul": matmul_call(n, DTYPES[dtype], device)}
             timing = measure(calls, sets=1, device=device, protocol=protocol)["matmul"]
             found.append(_ceiling("matmul", "", n, 2 * n**3, timing, dtype))
+            if dtype == "float32" and dispatch.resolve("linear", "auto", device, torch.float32) == "onednn":
+                timing = measure({"matmul": onednn_call(n)}, sets=1, device=device, protocol=protocol)["matmul"]
+                found.append(_ceiling("matmul", "onednn", n, 2 * n**3, timing, dtype))
     return found
 
 

@@ -27,6 +27,7 @@ LEAVES = {
     "bias_gelu": ("x", "bias"),
     "qk_norm_rope": ("q", "k", "q_weight", "k_weight"),
     "attention": ("q", "k", "v"),
+    "linear": ("x", "weight", "bias"),
 }  # what gradients are taken of; further inputs (the tables of angles) are constants
 
 
@@ -55,6 +56,9 @@ def make_set(case: Case, device: str, seed: int) -> Set:
     if case.op == "bias_gelu":
         return [draw(s["B"] * s["T"], s["F"]), draw(s["F"])], [draw(s["B"] * s["T"], s["F"])]
     B, T, D = s["B"], s["T"], s["D"]
+    if case.op == "linear":
+        width = s["F"]
+        return [draw(B, T, D), draw(width, D) * D**-0.5, draw(width)], [draw(B, T, width)]
     parts = dict(zip(("shift", "scale", "gate"), draw(B, 6 * D).chunk(6, dim=1), strict=False))
     values = {"x": draw(B, T, D), "branch": draw(B, T, D), **parts}
     outputs = 2 if case.op == "gate_residual_layernorm_modulate" else 1
@@ -97,6 +101,7 @@ PLAIN: dict[str, Function] = {
     "bias_gelu": _bias_gelu,
     "qk_norm_rope": _qk_norm_rope,
     "attention": _attention,
+    "linear": F.linear,
 }
 
 
@@ -238,14 +243,14 @@ def operator_subject(case: Case, device: str, most_sets: int = 512) -> Subject:
         build["ours-auto"] = with_backend("auto")  # which looks at the shape too
     for name in dict.fromkeys((*dispatch.BACKENDS[case.op], "triton", "cuda")):
         # On a CPU the GPU's backends are no news; on a GPU a missing one is. Other people's kernels are peers.
-        if name in ("cpu", "triton", "cuda") and (name == "cpu") == (device == "cpu"):
+        if name in ("cpu", "onednn", "triton", "cuda") and (name in ("cpu", "onednn")) == (device == "cpu"):
             build[f"ours-{name}"] = with_backend(name)
 
     def exact() -> Results:
         wide = [(_inputs(case, [t.double() for t in data[0][0]]), [t.double() for t in data[0][1]])]
         return _results(PLAIN[case.op], case, wide)  # shares nothing with what is judged
 
-    return Subject(case, sets, set_bytes, build, exact, copies=case.op != "attention")
+    return Subject(case, sets, set_bytes, build, exact, copies=case.op not in ("attention", "linear"))
 
 
 def _inputs(case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -313,7 +313,7 @@ def _described(case: Case) -> Row:
 
 
 def _subject(case: Case, device: str, protocol: Protocol) -> Subject:
-    if case.suite == "block":
+    if case.op == "dit_block":
         from ditscale.bench.models import block_subject
 
         return block_subject(case, device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.layers import Attention, CrossAttention, Mlp, Modulation, Norm, Pending, Turns, settle
+from ditscale.dit.layers import Attention, CrossAttention, Linear, Mlp, Modulation, Norm, Pending, Turns, settle
 from ditscale.dit.moe import Mixture
 
 # Shift, scale and gate of a branch, [B, D] each; None where a branch has none.
@@ -149,7 +149,7 @@ class FinalLayer(nn.Module):
         d = config.width
         self.modulation = config.modulation
         self.norm_final = Norm(d, config.norm, affine=config.modulation == "none")
-        self.linear = nn.Linear(d, config.patch_frames * config.patch**2 * config.out_channels)
+        self.linear = Linear(d, config.patch_frames * config.patch**2 * config.out_channels)
         if config.modulation == "adaln-single":
             self.scale_shift_table = nn.Parameter(torch.zeros(2, d))
         elif config.modulation != "none":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.embed import axis_table
-from ditscale.dit.layers import Mlp
+from ditscale.dit.layers import Linear, Mlp
 
 # What a model takes beside image and time: a tensor, or several of them, by row.
 Condition: TypeAlias = "Tensor | tuple[Tensor, ...] | None"
@@ -61,7 +61,7 @@ class CaptionEmbed(nn.Module):
         self.words = config.vocabulary_size > 0
         # Under the names of PixArt-alpha where there are two layers.
         if config.caption_layers == 1:
-            self.proj = nn.Linear(width, config.width)
+            self.proj = Linear(width, config.width)
         else:
             self.y_proj = Mlp(width, config.width, config.width)
 

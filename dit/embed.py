@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditscale.dit.layers import Linear
+from ditscale.kernels import linear
+
 
 class PatchEmbed(nn.Module):
     """Cut an image [B, C, H, W], or a video [B, C, F, H, W], into patches and bring each to the model's width.
@@ -39,7 +42,7 @@ class PatchEmbed(nn.Module):
         order = [0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)]
         x = x.reshape(*x.shape[:2], *split).permute(order)
         x = x.reshape(x.shape[0], math.prod(grid), -1)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def unpatchify(x_BTF: Tensor, channels: int, patch: Sequence[int], grid: Sequence[int]) -> Tensor:
@@ -89,7 +92,7 @@ class VectorEmbed(nn.Module):
 
 def vector_mlp(fan_in: int, width: int) -> nn.Sequential:
     """Linear, SiLU, Linear."""
-    return nn.Sequential(nn.Linear(fan_in, width), nn.SiLU(), nn.Linear(width, width))
+    return nn.Sequential(Linear(fan_in, width), nn.SiLU(), Linear(width, width))
 
 
 def axis_table(width: int, length: int) -> Tensor:

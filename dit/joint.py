@@ -6,13 +6,12 @@ Shape suffixes as in layers.py. The image's tokens stand before the caption's, w
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditscale.dit.block import Around
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.layers import Attention, Heads, Mlp, Modulation, Norm, Pending, Turns, activated, merged
-from ditscale.kernels import attention
+from ditscale.dit.layers import Attention, Heads, Linear, Mlp, Modulation, Norm, Pending, Turns, activated, merged
+from ditscale.kernels import attention, linear
 
 
 class Stream(nn.Module):
@@ -83,8 +82,8 @@ class SingleBlock(Heads):
         d, f = config.width, config.mlp_width
         self.swiglu = config.mlp == "swiglu"
         self.heads_width = (self.heads + 2 * self.key_heads) * self.head_width
-        self.linear1 = nn.Linear(d, self.heads_width + f * (2 if self.swiglu else 1))
-        self.linear2 = nn.Linear(d + f, d)
+        self.linear1 = Linear(d, self.heads_width + f * (2 if self.swiglu else 1))
+        self.linear2 = Linear(d + f, d)
         self.norm1 = Norm(d, config.norm, affine=False)
         self.add_output(config, proj=False)
         self.adaLN_modulation = Modulation(d, 3)
@@ -99,7 +98,7 @@ class SingleBlock(Heads):
         sizes = [self.heads_width, self.linear1.out_features - self.heads_width]
         heads_weight, hidden_weight = self.linear1.weight.split(sizes)
         heads_bias, hidden_bias = self.linear1.bias.split(sizes)
-        q, k, v = self.split(F.linear(y_BTD, heads_weight, heads_bias), around.turns)
+        q, k, v = self.split(linear(y_BTD, heads_weight, heads_bias), around.turns)
         hidden = activated(y_BTD, hidden_weight, hidden_bias, self.swiglu)
         y_BTD = merged(attention(q, k, v, lengths=around.lengths))
         return x_BTD, Pending(self.linear2(torch.cat([y_BTD, hidden], dim=-1)), gate)

@@ -19,8 +19,17 @@ from ditscale.kernels import (
     gate_residual,
     gate_residual_layernorm_modulate,
     layernorm_modulate,
+    linear,
     qk_norm_rope,
 )
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` by the fastest products on this processor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return linear(x, self.weight, self.bias)
 
 
 class Pending(NamedTuple):
@@ -109,7 +118,7 @@ class Heads(nn.Module):
     def add_output(self, config: DiTConfig, *, proj: bool = True) -> None:
         """The layers after the projection to queries and keys; after it, so that weights are drawn in their order."""
         if proj:
-            self.proj = nn.Linear(config.width, config.width)
+            self.proj = Linear(config.width, config.width)
         if self.qk_norm != "none":
             self.q_norm = QKNorm(self.qk_norm, self.heads, self.head_width)
             self.k_norm = QKNorm(self.qk_norm, self.key_heads, self.head_width)
@@ -140,7 +149,7 @@ class Attention(Heads):
 
     def __init__(self, config: DiTConfig, *, proj: bool = True) -> None:
         super().__init__(config)
-        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.key_heads) * self.head_width)
+        self.qkv = Linear(config.width, (self.heads + 2 * self.key_heads) * self.head_width)
         self.add_output(config, proj=proj)
 
     def forward(self, x_BTD: Tensor, lengths_B: Tensor | None = None, turns: Turns | None = None) -> Tensor:
@@ -157,8 +166,8 @@ class CrossAttention(Heads):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
-        self.q = nn.Linear(config.width, config.width)
-        self.kv = nn.Linear(config.width, 2 * self.key_heads * self.head_width)
+        self.q = Linear(config.width, config.width)
+        self.kv = Linear(config.width, 2 * self.key_heads * self.head_width)
         self.add_output(config)
 
     def forward(self, x_BTD: Tensor, context_BSD: Tensor, lengths_B: Tensor | None) -> Tensor:
@@ -184,8 +193,8 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, out: int, *, swiglu: bool = False) -> None:
         super().__init__()
         self.swiglu = swiglu
-        self.fc1 = nn.Linear(width, hidden * (2 if swiglu else 1))
-        self.fc2 = nn.Linear(hidden, out)
+        self.fc1 = Linear(width, hidden * (2 if swiglu else 1))
+        self.fc2 = Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(activated(x, self.fc1.weight, self.fc1.bias, self.swiglu))
@@ -194,8 +203,8 @@ class Mlp(nn.Module):
 def activated(x: Tensor, weight: Tensor, bias: Tensor, swiglu: bool) -> Tensor:
     """A linear layer and the activation after it."""
     if not swiglu:
-        return bias_gelu(F.linear(x, weight), bias)
-    gate, value = F.linear(x, weight, bias).chunk(2, dim=-1)
+        return bias_gelu(linear(x, weight), bias)
+    gate, value = linear(x, weight, bias).chunk(2, dim=-1)
     return F.silu(gate) * value
 
 
@@ -206,7 +215,7 @@ class Modulation(nn.Module):
         super().__init__()
         self.parts = parts
         # Named like the released models' nn.Sequential(SiLU, Linear), whose linear layer is number 1.
-        self.add_module("1", nn.Linear(width, parts * width))
+        self.add_module("1", Linear(width, parts * width))
 
     @property
     def linear(self) -> nn.Linear:

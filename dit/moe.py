@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.layers import Mlp, activated
+from ditscale.dit.layers import Linear, Mlp, activated
+from ditscale.kernels import linear
 
 
 class Experts(nn.Module):
@@ -38,7 +39,7 @@ class Experts(nn.Module):
         )
         return torch.cat(
             [
-                F.linear(activated(part, w1, b1, self.swiglu), w2, b2)
+                linear(activated(part, w1, b1, self.swiglu), w2, b2)
                 for part, (w1, b1, w2, b2) in zip(parts, weights, strict=True)
             ]
         )
@@ -58,7 +59,7 @@ class Mixture(nn.Module):
         super().__init__()
         d, f, swiglu = config.width, config.mlp_width, config.mlp == "swiglu"
         self.count, self.chosen, self.capacity = config.experts, config.experts_per_token, config.expert_capacity
-        self.router = nn.Linear(d, self.count, bias=False)
+        self.router = Linear(d, self.count, bias=False)
         self.experts = Experts(self.count, d, f, swiglu=swiglu)
         self.shared: Mlp | None = None
         if config.shared_experts:

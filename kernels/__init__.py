@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ditscale.kernels.attn.op import attention as attention
     from ditscale.kernels.attn.op import attention_qkv as attention_qkv
     from ditscale.kernels.gelu.op import bias_gelu as bias_gelu
+    from ditscale.kernels.matmul.op import linear as linear
     from ditscale.kernels.rotary.op import qk_norm_rope as qk_norm_rope
 
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
     "gate_residual": "adaln",
     "gate_residual_layernorm_modulate": "adaln",
     "layernorm_modulate": "adaln",
+    "linear": "matmul",
     "qk_norm_rope": "rotary",
 }
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_layernorm_modulate",
     "layernorm_modulate",
+    "linear",
     "qk_norm_rope",
 ]
 

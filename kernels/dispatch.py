@@ -28,6 +28,7 @@ BACKENDS: Final[dict[str, tuple[str, ...]]] = {
     "bias_gelu": ("cpu", "cuda", "triton"),
     "qk_norm_rope": ("cpu", "cuda", "triton"),
     "attention": ("cpu", "cuda", "triton", "sdpa", "flash_attn", "xformers"),
+    "linear": ("onednn",),
 }
 _FAMILY: Final = {
     "layernorm_modulate": "adaln",
@@ -37,8 +38,9 @@ _FAMILY: Final = {
     "qk_norm_rope": "rotary",
     "attention": "attn",
 }
-_LIBRARIES: Final = ("sdpa", "flash_attn", "xformers")  # of others: nothing of ours to prove
-_KNOWN: Final = ("cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers")
+LIBRARIES: Final = ("sdpa", "flash_attn", "xformers", "onednn")  # of others: nothing of ours to prove
+_KNOWN: Final = ("cpu", "triton", "cuda", *LIBRARIES)
+_NAMESPACES: Final = {"cpu": "ditscale", "cuda": "ditscale", "triton": "ditscale_triton", "onednn": "ditscale_onednn"}
 
 
 def interpreting() -> bool:
@@ -53,7 +55,11 @@ def unavailable_reason(op: str, backend: str, device_type: str) -> str | None:
         return None
     if backend not in BACKENDS[op]:
         return f"{op} has no {backend} implementation"
-    if backend in _LIBRARIES:
+    if backend == "onednn":
+        from ditscale.kernels.matmul import onednn
+
+        return onednn.missing(device_type)
+    if backend in LIBRARIES:
         from ditscale.kernels.attn import adapters
 
         return adapters.missing(backend, device_type)
@@ -96,17 +102,17 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
         if device_type == "cuda" and backend == "auto" and torch.cuda.is_current_stream_capturing():
             return "reference"  # a self-check cannot run inside a graph capture; warm up before it, as for any kernel
         chosen = _chosen[key] = _auto(op, device_type, dtype) if backend == "auto" else _named(*key)
-        if chosen in ("cpu", "cuda", "triton"):
+        if chosen in _NAMESPACES:
             _quick[key] = operators(chosen)
     return chosen
 
 
 def _auto(op: str, device_type: str, dtype: torch.dtype) -> str:
     if dtype in KERNEL_DTYPES:
-        for candidate in _order(op, device_type):
+        for candidate in _order(op, device_type, dtype):
             if unavailable_reason(op, candidate, device_type) is not None:
                 continue
-            if candidate in _LIBRARIES:
+            if candidate in LIBRARIES:
                 return candidate
             # Interpreted Triton is for tests: it is only ever asked for by name.
             if not (candidate == "triton" and device_type == "cpu") and not selfcheck.failure(
@@ -116,7 +122,11 @@ def _auto(op: str, device_type: str, dtype: torch.dtype) -> str:
     return "sdpa" if "sdpa" in BACKENDS[op] else "reference"
 
 
-def _order(op: str, device_type: str) -> tuple[str, ...]:
+def _order(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    if op == "linear":
+        from ditscale.kernels.matmul import onednn
+
+        return BACKENDS[op] if dtype == torch.float32 and onednn.preferred(device_type) else ()
     if op != "attention":
         return BACKENDS[op]
     from ditscale.kernels.attn import choice
@@ -129,8 +139,10 @@ def _named(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
         known = ", ".join(("auto", "reference", *BACKENDS[op]))
         raise InputError(f"backend: expected one of {known}, got {backend!r}")
     reason = unavailable_reason(op, backend, device_type)
-    if reason is None and backend not in ("reference", *_LIBRARIES) and dtype not in KERNEL_DTYPES:
+    if reason is None and backend not in ("reference", *LIBRARIES) and dtype not in KERNEL_DTYPES:
         reason = f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if reason is None and backend == "onednn" and dtype != torch.float32:
+        reason = f"it takes float32, not {str(dtype).removeprefix('torch.')}"
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot run {op} here: {reason}")
     return backend
@@ -187,10 +199,10 @@ _eager: dict[str, Any] = {}
 
 
 def operators(backend: Any) -> Any:
-    """The operators of a backend by its name, or what ``quick`` found; all namespaces have the same names and schemas."""
+    """The operators of a backend by its name, or what ``quick`` found; a family's are the same in every namespace."""
     if not isinstance(backend, str):
         return backend
-    namespace = torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
+    namespace = getattr(torch.ops, _NAMESPACES[backend])
     if torch.compiler.is_compiling():
         return namespace
     found = _eager.get(backend)

@@ -68,10 +68,10 @@ def report(*, check: bool = False) -> dict[str, Any]:
     for op, backends in dispatch.BACKENDS.items():
         rows: dict[str, Any] = {"reference": {"available": True, "reason": None}}
         for backend in backends:
-            device = "cpu" if backend in ("cpu", "sdpa") or types == ["cpu"] else "cuda"
+            device = "cpu" if backend in ("cpu", "sdpa", "onednn") or types == ["cpu"] else "cuda"
             reason = dispatch.unavailable_reason(op, backend, device)
             rows[backend] = {"available": reason is None, "reason": reason}
-            if check and reason is None and backend not in ("sdpa", "flash_attn", "xformers"):
+            if check and reason is None and backend not in dispatch.LIBRARIES:
                 for dtype in dispatch.KERNEL_DTYPES:
                     wrong = selfcheck.check(op, backend, dtype, device, again=True)
                     checks.append(

@@ -27,6 +27,7 @@ PUBLIC = {
         "gate_residual",
         "gate_residual_layernorm_modulate",
         "layernorm_modulate",
+        "linear",
         "qk_norm_rope",
     },
 }

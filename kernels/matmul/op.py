@@ -1,0 +1,111 @@
+"""The public ``linear``: checks, choice of a backend and autograd."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ditscale.errors import InputError
+from ditscale.kernels import dispatch
+from ditscale.kernels.autograd import differentiable, eager_apply, wants_graph
+from ditscale.kernels.dispatch import operators
+from ditscale.kernels.matmul import onednn
+from ditscale.kernels.matmul.reference import linear_ref
+
+
+class Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Any, always: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.run, ctx.always = run, always
+        return _forward(run, always, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, _, want_x, want_weight, want_bias = ctx.needs_input_grad
+        rows_dy = _rows(dy)
+        dbias = rows_dy.sum(0) if want_bias else None
+        if wants_graph():
+            return None, None, *differentiable(linear_ref, (x, weight), dy), dbias
+        product, always = operators(ctx.run).product, ctx.always
+        dx = product(rows_dy, weight.t(), None, always).view(x.shape) if want_x else None
+        dweight = product(rows_dy.t(), _rows(x).t(), None, always) if want_weight else None
+        return None, None, dx, dweight, dbias
+
+
+_linear_eager = eager_apply(Linear)
+
+
+def _forward(run: Any, always: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = operators(run).product(_rows(x), weight, bias, always)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: Literal["auto", "reference", "onednn"] = "auto",
+) -> Tensor:
+    """``x W^T + bias``, as ``torch.nn.functional.linear``, by the fastest float32 products there are on this processor.
+
+    Args:
+        x: [..., K] of one dimension or more; any strides.
+        weight: [N, K], the dtype of x; any strides.
+        bias: [N], the dtype of x. Default: None.
+        backend: "auto", "reference" (PyTorch's own products: MKL on a CPU, cuBLAS on a GPU) or "onednn" (float32 on a CPU).
+            Default: "auto": "onednn" for float32 on processors whose AVX-512 MKL makes no use of (AMD's), else "reference".
+
+    Returns:
+        [..., N], the dtype of x (under autocast the dtype that PyTorch's own linear layer has).
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not belong together.
+        BackendUnavailable: "onednn" was named and cannot run here (says why).
+
+    Numerics: float32 sums of at most 384 terms, added up; dbias is PyTorch's sum. Kept for backward: x and W.
+    PyTorch's own products serve under autocast, in ``torch.func`` transforms, for subclasses of tensors such as DTensor, and in
+    backward passes that are differentiated again.
+    Cost: ``ditscale.kernels.matmul.cost``.
+    """
+    _check(x, weight, bias)
+    always = backend != "auto"
+    if not (always or torch.compiler.is_compiling()) and x.numel() * weight.shape[0] < onednn.SMALLEST:
+        return linear_ref(x, weight, bias)
+    chosen = dispatch.quick("linear", backend, x) or dispatch.choose("linear", backend, x)
+    own = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight))
+    if chosen == "reference" or not own or torch.is_autocast_enabled(x.device.type):
+        return linear_ref(x, weight, bias)
+    if not torch.is_grad_enabled() or not (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _forward(chosen, always, x, weight, bias)
+    apply = Linear.apply if isinstance(chosen, str) else _linear_eager
+    return apply(chosen, always, x, weight, bias)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    dispatch.check_float("x", x)
+    dispatch.check_float("weight", weight)
+    if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise InputError(
+            f"x, weight: expected [..., K] and [N, K], got shapes {list(x.shape)} and {list(weight.shape)}"
+        )
+    others = (("weight", weight), ("bias", bias))
+    if bias is not None:
+        dispatch.check_float("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise InputError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, t in others:
+        if t is not None and (t.device != x.device or t.dtype != x.dtype):
+            if t.device == x.device and torch.is_autocast_enabled(x.device.type):
+                continue  # which converts them
+            raise InputError(f"{name}: expected {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}")

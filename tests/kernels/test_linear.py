@@ -1,0 +1,331 @@
+"""Linear layers: values and gradients against float64, strides, what serves when, PyTorch's machinery, mistakes."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import judge_draws, wide
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ditscale.errors import BackendUnavailable, InputError
+from ditscale.kernels import dispatch, linear
+from ditscale.kernels.matmul import cost, onednn
+
+MISSING = onednn.missing("cpu")
+needs_onednn = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+# (rows, K, N) and why it is here.
+SHAPES = {
+    "one": (1, 1, 1),
+    "vector": (1, 72, 40),  # no whole number of vectors
+    "demo": (64, 48, 144),
+    "sums-of-384": (33, 384, 20),
+    "sums-of-385": (33, 385, 20),  # two pieces, the second of one
+    "long-sums": (40, 1152, 96),
+    "many-rows": (1500, 24, 32),  # the weight's gradient is a sum of pieces
+    "fast": (512, 256, 64),  # above onednn.SMALLEST
+}
+
+
+def exact(x, weight, bias, dy):
+    """Float64 in numpy, gradients by hand."""
+    y = x @ weight.T
+    rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    found = {"y": y if bias is None else y + bias, "dx": dy @ weight, "dw": rows_dy.T @ rows_x}
+    return found | ({} if bias is None else {"db": rows_dy.sum(0)})
+
+
+def run(function, x, weight, bias, dy):
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = function(*leaves)
+    grads = torch.autograd.grad(y, leaves, dy)
+    return dict(zip(("y", "dx", "dw", "db"), (y, *grads), strict=False))
+
+
+def by(backend):
+    return lambda *leaves: linear(*leaves, backend=backend)
+
+
+@needs_onednn
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("backend", ["onednn", "auto", "reference"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_values_and_gradients(shape, backend, biased):
+    rows, K, N = shape
+    results = []
+    for draw in range(4):
+        lead = (rows,) if draw % 2 else (1, rows)
+        x, weight, dy = torch.randn(*lead, K), torch.randn(N, K), torch.randn(*lead, N)
+        arguments = (x, weight, torch.randn(N) if biased else None, dy)
+        want = exact(*(wide(t) for t in arguments))
+        results.append((run(by(backend), *arguments), want, run(F.linear, *arguments)))
+    for name in results[0][1]:
+        judge_draws(name, [(got[name], want[name], plain[name], 0.0) for got, want, plain in results])
+
+
+@needs_onednn
+def test_a_single_vector():
+    x, weight, bias = torch.randn(72, requires_grad=True), torch.randn(5, 72), torch.randn(5)
+    y = linear(x, weight, bias, backend="onednn")
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
+    (dx,) = torch.autograd.grad(y.sum(), x)  # from an expanded gradient
+    torch.testing.assert_close(dx, weight.sum(0))
+
+
+def strided(rng, rows, columns):
+    """A [rows, columns] view with strides of one of the kinds that models make."""
+    kind = rng.randrange(7)
+    if kind == 0:
+        return torch.randn(rows, columns)
+    if kind == 1:
+        return torch.randn(columns, rows).t()
+    if kind == 2:
+        return torch.randn(rows, columns + rng.randint(1, 70))[:, :columns]
+    if kind == 3:
+        return torch.randn(2 * rows, columns)[::2]
+    if kind == 4:
+        return torch.randn(1, columns).expand(rows, columns)
+    if kind == 5:
+        return torch.randn(rows, 2 * columns)[:, ::2]
+    return torch.randn(rows * columns + 1)[1:].view(rows, columns)  # not on a vector's boundary
+
+
+@needs_onednn
+@pytest.mark.parametrize("seed", range(60))
+def test_random_strides(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, K, N = (rng.choice([1, 2, 3, 7, 16, 33, 64, 100]) for _ in range(3))
+    if seed % 3 == 0:
+        K = rng.choice([400, 777, 1000])
+    size = 10 ** rng.uniform(-3, 3)
+    x, weight, dy = strided(rng, rows, K) * size, strided(rng, N, K), strided(rng, rows, N)
+    bias = torch.randn(2 * N)[::2] if rng.random() < 0.7 else None
+    want = exact(*(wide(t) for t in (x, weight, bias, dy)))
+    got, plain = (run(f, x, weight, bias, dy) for f in (by("onednn"), F.linear))
+    for name in want:
+        assert got[name].is_contiguous()
+        judge_draws(name, [(got[name], want[name], plain[name], 0.0)])
+
+
+@needs_onednn
+def test_strides_for_which_onednn_has_no_fast_code_are_copied(monkeypatch):
+    """Its reference code takes a thousand times as long."""
+    given = []
+    fast = torch.ops.mkldnn._linear_pointwise
+
+    class Watch:
+        @staticmethod
+        def default(x, weight, *rest):
+            given.append(weight)
+            return fast.default(x, weight, *rest)
+
+        @staticmethod
+        def binary(x, other, weight, *rest):
+            given.append(weight)
+            return fast.binary(x, other, weight, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", Watch)
+    for weight in (torch.randn(8, 1000), torch.randn(8, 1000)[:, :900], torch.randn(900, 16)[:, :8].t()):
+        onednn.product(torch.randn(4, weight.shape[1]), weight, None, True)
+    assert len(given) == 9
+    assert all(w.is_contiguous() or w.t().is_contiguous() for w in given)
+
+
+@needs_onednn
+def test_nan_stays_in_its_row():
+    x, weight = torch.randn(9, 40), torch.randn(16, 40)
+    x[4, 7] = float("nan")
+    y = linear(x, weight, backend="onednn")
+    assert torch.equal(y.isnan().all(1), y.isnan().any(1))
+    assert y.isnan().any(1).nonzero().tolist() == [[4]]
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(0, 8, 4), (3, 0, 4), (3, 8, 0)])
+def test_empty(shape):
+    rows, K, N = shape
+    leaves = [t.requires_grad_() for t in (torch.zeros(rows, K), torch.zeros(N, K), torch.ones(N))]
+    y = linear(*leaves, backend="onednn")
+    assert torch.equal(y, F.linear(*leaves))
+    for got, want in zip(*(torch.autograd.grad(f.sum(), leaves) for f in (y, F.linear(*leaves))), strict=True):
+        assert torch.equal(got, want)
+
+
+@needs_onednn
+def test_frozen_parts_have_no_gradient():
+    x, weight, bias = torch.randn(600, 96), torch.randn(128, 96, requires_grad=True), torch.randn(128)
+    y = linear(x, weight, bias, backend="onednn")
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(128, 96), atol=1e-3, rtol=1e-4)
+    assert x.grad is None
+    assert not linear(x, weight.detach(), bias, backend="onednn").requires_grad
+
+
+def resolved(monkeypatch, *, vendor, capability):
+    monkeypatch.setattr(onednn, "_vendor", lambda: f"vendor_id\t: {vendor}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    onednn.preferred.cache_clear()
+    try:
+        return [dispatch.resolve("linear", "auto", "cpu", dtype) for dtype in (torch.float32, torch.bfloat16)]
+    finally:
+        onednn.preferred.cache_clear()
+
+
+@needs_onednn
+def test_auto_takes_onednn_where_mkl_makes_no_use_of_avx512(monkeypatch):
+    assert resolved(monkeypatch, vendor="AuthenticAMD", capability="AVX512") == ["onednn", "reference"]
+    assert resolved(monkeypatch, vendor="AuthenticAMD", capability="AVX2") == ["reference", "reference"]
+    assert resolved(monkeypatch, vendor="GenuineIntel", capability="AVX512") == ["reference", "reference"]
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """``auto`` takes oneDNN, whatever the processor."""
+    monkeypatch.setattr(onednn, "preferred", lambda device_type: device_type == "cpu")
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_quick", {})
+
+
+def layer(rows=1100):
+    return torch.randn(rows, 96, requires_grad=True), torch.randn(80, 96, requires_grad=True), torch.randn(80)
+
+
+@needs_onednn
+def test_auto_leaves_small_layers_to_pytorch(everywhere):
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, weight, bias = layer()
+    for rows, ours in ((600, 0), (1100, 1)):
+        called = []
+        with Watch():
+            linear(x[:rows], weight, bias)
+        assert called.count("ditscale_onednn.product.default") == ours
+
+
+@needs_onednn
+def test_opcheck():
+    for x, weight, bias in ((torch.randn(9, 5), torch.randn(7, 5), torch.randn(7)), (*layer()[:2], None)):
+        torch.library.opcheck(torch.ops.ditscale_onednn.product.default, (x.detach(), weight.detach(), bias, True))
+
+
+@needs_onednn
+def test_compiles_whole_with_a_batch_of_any_size(everywhere):
+    x, weight, bias = layer()
+    compiled = torch.compile(linear, fullgraph=True)
+    for rows in (1100, 700, 3):  # the last is small
+        part = x.detach()[:rows].clone().requires_grad_()
+        torch._dynamo.mark_dynamic(part, 0)
+        found = [f(part, weight, bias) for f in (compiled, F.linear)]
+        grads = [torch.autograd.grad(y.square().sum(), (part, weight)) for y in found]
+        for got, want in zip((found[0], *grads[0]), (found[1], *grads[1]), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-2)
+
+
+@needs_onednn
+def test_autocast_is_pytorchs(everywhere):
+    x, weight, bias = layer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = linear(x, weight, bias)
+        assert torch.equal(y, F.linear(x, weight, bias))
+        assert y.dtype == torch.bfloat16
+        assert linear(x.bfloat16(), weight, bias).dtype == torch.bfloat16  # what the layer before gives
+
+
+@needs_onednn
+def test_transforms_and_second_derivatives(everywhere):
+    x, weight, bias = layer()
+    tangent = torch.randn_like(x)
+    _, found = torch.func.jvp(lambda x: linear(x, weight, bias), (x.detach(),), (tangent,))
+    torch.testing.assert_close(found, F.linear(tangent, weight))
+    many = torch.func.vmap(lambda x: linear(x, weight, bias))(x.detach().view(11, 100, 96))
+    torch.testing.assert_close(many.flatten(0, 1), F.linear(x, weight, bias))
+    second = []
+    for f in (linear, F.linear):
+        (dx,) = torch.autograd.grad(f(x, weight, bias).pow(3).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(dx.square().sum(), weight)[0])
+    torch.testing.assert_close(*second, rtol=1e-3, atol=1e-3 * float(second[1].abs().max()))
+    assert second[0].abs().max() > 0
+
+
+@needs_onednn
+def test_checkpointing_changes_no_bit(everywhere):
+    grads = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        x, weight, bias = layer()
+        y = (
+            torch.utils.checkpoint.checkpoint(linear, x, weight, bias, use_reentrant=False)
+            if again
+            else linear(x, weight, bias)
+        )
+        grads.append(torch.autograd.grad(y.square().sum(), (x, weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@needs_onednn
+def test_flops_are_those_of_cost(everywhere):
+    x, weight, bias = layer()
+    with FlopCounterMode(display=False) as counter:
+        y = linear(x, weight, bias)
+    assert counter.get_total_flops() == cost.linear_flops_forward(1100, 96, 80)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == cost.linear_flops_backward(1100, 96, 80)
+    assert cost.linear_bytes_forward(2, 3, 5, 4) == 4 * (6 + 15 + 5 + 10)
+    assert cost.linear_bytes_backward(2, 3, 5, 4) == 4 * (10 + 6 + 15 + 6 + 15 + 5)
+
+
+@needs_onednn
+def test_subclasses_of_tensors_are_pytorchs(everywhere):
+    class Marked(torch.Tensor):
+        pass
+
+    x, weight, bias = layer()
+    assert type(linear(x, weight.detach().as_subclass(Marked), bias)) is Marked
+
+
+@needs_onednn
+def test_float64_and_half_precision_are_pytorchs(everywhere):
+    for dtype in (torch.float64, torch.bfloat16):
+        x, weight, bias = (t.detach().to(dtype) for t in layer())
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+        with pytest.raises(BackendUnavailable, match=f"takes float32, not {str(dtype)[6:]}"):
+            linear(x, weight, bias, backend="onednn")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 5)}, r"x, weight: expected \[..., K\] and \[N, K\], got shapes \[3, 5\] and \[4, 8\]"),
+        ({"x": torch.tensor(1.0)}, "x, weight"),
+        ({"x": [1.0]}, "x: expected a tensor, got list"),
+        ({"x": torch.zeros(3, 8, dtype=torch.int64)}, "x: expected a floating-point tensor, got int64"),
+        ({"weight": torch.zeros(8)}, "x, weight"),
+        ({"weight": torch.zeros(4, 8).double()}, "weight: expected torch.float32 on cpu as x, got torch.float64"),
+        ({"bias": torch.zeros(3)}, r"bias: expected \[4\], got \[3\]"),
+        ({"bias": torch.zeros(4).bfloat16()}, "bias: expected torch.float32"),
+        ({"backend": "mkl"}, "backend: expected one of auto, reference, onednn, got 'mkl'"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    arguments = {"x": torch.zeros(3, 8), "weight": torch.zeros(4, 8), "bias": torch.zeros(4)} | change
+    with pytest.raises(InputError, match=message):
+        linear(**arguments)
+
+
+def test_the_reference_differentiates():
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (5, 4), (5,))]
+    assert torch.autograd.gradcheck(linear, leaves)
+    assert torch.autograd.gradgradcheck(linear, leaves)
+    assert np.isfinite(linear(*leaves).detach().numpy()).all()
