@@ -27,6 +27,7 @@ _OP = {
     "bias_gelu": "bias + GELU",
     "qk_norm_rope": "QK norm + RoPE",
     "attention": "attention",
+    "linear": "linear layer",
     "dit_block": "DiT block",
     "training_step": "training step",
 }
@@ -209,7 +210,8 @@ def _ceilings(rows: Iterable[Row]) -> list[str]:
             size = int(row["case"].split("/")[2]) / 2**20
             parts.append(f"copy of {size:.3g} MiB {row['bytes_per_second'] / 1e9:.0f} GB/s")
         else:
-            parts.append(f"{row['dtype']} product {row['flops_per_second'] / 1e9:.0f} GFLOP/s")
+            by = " by oneDNN" if row["case"].endswith("/onednn") else ""
+            parts.append(f"{row['dtype']} product{by} {row['flops_per_second'] / 1e9:.0f} GFLOP/s")
     return [f"Ceilings: {', '.join(parts)}."] if parts else []
 
 
