@@ -8,7 +8,14 @@ import types
 import torch
 import torch.nn.functional as F
 
-from ditscale.kernels import attention, bias_gelu, gate_residual, gate_residual_layernorm_modulate, layernorm_modulate
+from ditscale.kernels import (
+    attention,
+    bias_gelu,
+    gate_residual,
+    gate_residual_layernorm_modulate,
+    layernorm_modulate,
+    linear,
+)
 
 
 def fused_forward(block, hidden_states, timestep=None, class_labels=None, **_):
@@ -20,7 +27,7 @@ def fused_forward(block, hidden_states, timestep=None, class_labels=None, **_):
     q, k, v = (layer(y).unflatten(2, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_q, attn.to_k, attn.to_v))
     y = attn.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))
     x, y = gate_residual_layernorm_modulate(x, y, gate_a, shift_m, scale_m, eps=block.norm3.eps)
-    return gate_residual(x, second(bias_gelu(F.linear(y, first.proj.weight), first.proj.bias)), gate_m)
+    return gate_residual(x, second(bias_gelu(linear(y, first.proj.weight), first.proj.bias)), gate_m)
 
 
 def use_fused_operators(model):
