@@ -15,12 +15,38 @@ from ditscale.dit import DiT, DiTConfig
 from ditscale.dit.flops import condition_tokens, count
 from ditscale.dit.routing import kept_tokens
 from ditscale.errors import InputError
+from ditscale.kernels import dispatch
+from ditscale.kernels.matmul import onednn
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
+@pytest.fixture(params=["pytorch", "onednn"])
+def products(request, monkeypatch):
+    """Who makes the products of linear layers: PyTorch of such small ones, or oneDNN, as of large ones on some processors."""
+    if request.param == "onednn":
+        if onednn.missing("cpu"):
+            pytest.skip(str(onednn.missing("cpu")))
+        monkeypatch.setattr(onednn, "preferred", lambda device_type: device_type == "cpu")
+        monkeypatch.setattr(onednn, "SMALLEST", 1)
+        monkeypatch.setattr(onednn, "SMALLEST_OF_TRANSPOSED", 1)
+        for cache in ("_chosen", "_quick"):
+            monkeypatch.setattr(dispatch, cache, {})
+    return request.param
+
+
+def test_who_makes_the_products(products):
+    config = config_of("joint, then single")
+    model, inputs = randomised(config), inputs_of(config)
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs).sum().backward()
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    ours, plain = counts.get("ditscale_onednn.product", 0), counts.get("aten.addmm", 0) + counts.get("aten.mm", 0)
+    assert (ours > 0, plain > 0) == ((True, False) if products == "onednn" else (False, True)), counts
+
+
 @every_variant
-def test_forward_and_gradients_are_the_papers(name):
+def test_forward_and_gradients_are_the_papers(name, products):
     config = config_of(name)
     model, (x, t, y) = randomised(config), inputs_of(config)
     weights = {key: value.detach().double() for key, value in model.state_dict().items()}
