@@ -99,13 +99,12 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise InputError(
             f"x, weight: expected [..., K] and [N, K], got shapes {list(x.shape)} and {list(weight.shape)}"
         )
-    others = (("weight", weight), ("bias", bias))
     if bias is not None:
         dispatch.check_float("bias", bias)
         if bias.shape != weight.shape[:1]:
             raise InputError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, t in others:
-        if t is not None and (t.device != x.device or t.dtype != x.dtype):
-            if t.device == x.device and torch.is_autocast_enabled(x.device.type):
-                continue  # which converts them
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None or (t.device == x.device and t.dtype == x.dtype):
+            continue
+        if t.device != x.device or not torch.is_autocast_enabled(x.device.type):  # which converts them
             raise InputError(f"{name}: expected {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}")
