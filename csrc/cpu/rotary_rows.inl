@@ -135,6 +135,46 @@ DS_INLINE void forward_rows(const RotaryArgs a, int64_t begin, int64_t end, floa
   if (a.stream) end_stream();
 }
 
+// One row's gradient through the rotation and the norm by its mean square, the usual case: there is no mean to wait for, so both
+// sums are made in one pass and neither waits for the other.
+template <bool WEIGHT>
+DS_INLINE void backward_rms(
+    const float* x, const float* dy, const float* cos, const float* sin, const float* w, int64_t K, float eps, float* dx,
+    float* sums) {
+  const int64_t half = K / 2;
+  Total squares, along;  // of the row, and of its product with the gradient
+  for_span(half, [&](auto v, int64_t i) {
+    typedef decltype(v) V;
+    const V first = get_at<V>(dy + i), second = get_at<V>(dy + half + i), c = get_at<V>(cos + i), s = get_at<V>(sin + i);
+    const V g[2] = {first * c + second * s, second * c - first * s};
+    for (int part = 0; part < 2; ++part) {
+      const int64_t at = part * half + i;
+      const V a = get_at<V>(x + at);
+      squares.add(a * a);
+      if constexpr (WEIGHT) {
+        along.add(g[part] * get_at<V>(w + at) * a);
+      } else {
+        along.add(g[part] * a);
+      }
+      put_at(dx + at, g[part]);
+    }
+  });
+  const float rstd = 1.f / __builtin_sqrtf(squares.get() / (float)K + eps), share = rstd * (along.get() / (float)K);
+  for_span(half, [&](auto v, int64_t i) {
+    typedef decltype(v) V;
+    for (int part = 0; part < 2; ++part) {
+      const int64_t at = part * half + i;
+      const V n = get_at<V>(x + at) * rstd;
+      V g = get_at<V>(dx + at);
+      if constexpr (WEIGHT) {
+        put_at(sums + at, get_at<V>(sums + at) + g * n);
+        g *= get_at<V>(w + at);
+      }
+      put_at(dx + at, (g - n * share) * rstd);
+    }
+  });
+}
+
 template <int64_t WIDTH, bool WEIGHT, bool TURN, class T>
 DS_INLINE void backward_rows(const RotaryArgs a, int64_t begin, int64_t end, float* dweight, float* scratch) {
   const int64_t K = WIDTH > 0 ? WIDTH : a.K, half = K / 2, ahead = tokens_ahead(a.H);
@@ -160,44 +200,48 @@ DS_INLINE void backward_rows(const RotaryArgs a, int64_t begin, int64_t end, flo
       }
       T* to = (T*)a.out.data + b * a.out.b + h * a.out.h + t * a.out.t;
       float *row = place(to, dx_room, a.stream), *dx = pairs ? dy_parts : row;
-      const RowNorm m = row_norm<TURN>(x, K, a.norm, a.eps);
-      Total mean, along;  // of the normalised row's gradient, and of its product with the row
-      const auto take = [&](auto v, int64_t i, auto g) {
-        typedef decltype(v) V;
-        const V n = (get_at<V>(x + i) - m.mean) * m.rstd;
-        if constexpr (WEIGHT) {
-          put_at(sums + i, get_at<V>(sums + i) + g * n);
-          g *= get_at<V>(w + i);
-        }
-        mean.add(g);
-        along.add(g * n);
-        put_at(dx + i, g);
-      };
-      const auto give = [&](int64_t from, int64_t n, float c1, float c2) {
-        for_span(n, [&](auto v, int64_t i) {
-          typedef decltype(v) V;
-          const V normed = (get_at<V>(x + from + i) - m.mean) * m.rstd;
-          put_at(dx + from + i, (get_at<V>(dx + from + i) - c1 - normed * c2) * m.rstd);
-        });
-      };
-      if constexpr (TURN) {
-        for_span(half, [&](auto v, int64_t i) {
-          typedef decltype(v) V;
-          const V first = get_at<V>(dy + i), second = get_at<V>(dy + half + i);
-          const V c = get_at<V>(a.cos + angles + i), s = get_at<V>(a.sin + angles + i);
-          take(v, i, V(first * c + second * s));
-          take(v, half + i, V(second * c - first * s));
-        });
+      if (TURN && a.norm == (int)HeadNorm::rms) {
+        backward_rms<WEIGHT>(x, dy, a.cos + angles, a.sin + angles, w, K, a.eps, dx, sums);
       } else {
-        for_span(K, [&](auto v, int64_t i) { take(v, i, get_at<decltype(v)>(dy + i)); });
-      }
-      if (a.norm != (int)HeadNorm::none) {
-        const float c1 = a.norm == (int)HeadNorm::layer ? mean.get() / (float)K : 0.f, c2 = along.get() / (float)K;
-        if constexpr (TURN) {  // the vectors that were stored are loaded again as they are
-          give(0, half, c1, c2);
-          give(half, half, c1, c2);
+        const RowNorm m = row_norm<TURN>(x, K, a.norm, a.eps);
+        Total mean, along;  // of the normalised row's gradient, and of its product with the row
+        const auto take = [&](auto v, int64_t i, auto g) {
+          typedef decltype(v) V;
+          const V n = (get_at<V>(x + i) - m.mean) * m.rstd;
+          if constexpr (WEIGHT) {
+            put_at(sums + i, get_at<V>(sums + i) + g * n);
+            g *= get_at<V>(w + i);
+          }
+          mean.add(g);
+          along.add(g * n);
+          put_at(dx + i, g);
+        };
+        const auto give = [&](int64_t from, int64_t n, float c1, float c2) {
+          for_span(n, [&](auto v, int64_t i) {
+            typedef decltype(v) V;
+            const V normed = (get_at<V>(x + from + i) - m.mean) * m.rstd;
+            put_at(dx + from + i, (get_at<V>(dx + from + i) - c1 - normed * c2) * m.rstd);
+          });
+        };
+        if constexpr (TURN) {
+          for_span(half, [&](auto v, int64_t i) {
+            typedef decltype(v) V;
+            const V first = get_at<V>(dy + i), second = get_at<V>(dy + half + i);
+            const V c = get_at<V>(a.cos + angles + i), s = get_at<V>(a.sin + angles + i);
+            take(v, i, V(first * c + second * s));
+            take(v, half + i, V(second * c - first * s));
+          });
         } else {
-          give(0, K, c1, c2);
+          for_span(K, [&](auto v, int64_t i) { take(v, i, get_at<decltype(v)>(dy + i)); });
+        }
+        if (a.norm != (int)HeadNorm::none) {
+          const float c1 = a.norm == (int)HeadNorm::layer ? mean.get() / (float)K : 0.f, c2 = along.get() / (float)K;
+          if constexpr (TURN) {  // the vectors that were stored are loaded again as they are
+            give(0, half, c1, c2);
+            give(half, half, c1, c2);
+          } else {
+            give(0, K, c1, c2);
+          }
         }
       }
       if (pairs) join_pairs(dx, K, row);
