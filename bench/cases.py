@@ -70,7 +70,7 @@ class Case:
 
     def work(self) -> tuple[Work, ...]:
         """FLOPs and bytes, piece by piece; empty where the case is not about a device's arithmetic."""
-        return tuple(_WORK[self.suite](self)) if self.suite in _WORK else ()
+        return tuple(_WORK[self.op](self)) if self.op in _WORK else ()
 
 
 def _memory_work(case: Case) -> Iterable[Work]:
@@ -94,9 +94,6 @@ def _memory_work(case: Case) -> Iterable[Work]:
 
 
 def _attention_work(case: Case) -> Iterable[Work]:
-    if case.op != "attention":
-        yield from _memory_work(case)
-        return
     s, size = case.shape, SIZE[case.dtype]
     B, H, T, K = (s[k] for k in "BHTK")
     for direction in _directions(case.passes):
@@ -119,9 +116,6 @@ def _linear_work(case: Case) -> Iterable[Work]:
 def _model_work(case: Case) -> Iterable[Work]:
     from ditscale.dit.flops import count
 
-    if case.op == "linear":
-        yield from _linear_work(case)
-        return
     s = case.shape
     report = count(model_config(case), batch=s["B"], convention="all", dtype_bytes=SIZE[case.dtype])
     for line in report.ledger:
@@ -133,7 +127,13 @@ def _model_work(case: Case) -> Iterable[Work]:
             yield Work(flops if product else 0, flops, getattr(line, f"bytes_{direction}"))
 
 
-_WORK = {"adaln": _memory_work, "attention": _attention_work, "block": _model_work, "step": _model_work}
+_WORK = {
+    **dict.fromkeys((*ADALN_OPS, "bias_gelu", "qk_norm_rope"), _memory_work),
+    "attention": _attention_work,
+    "linear": _linear_work,
+    "dit_block": _model_work,
+    "training_step": _model_work,
+}
 
 
 def _directions(passes: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """``ditscale_onednn::product``: float32 products by oneDNN, which PyTorch carries but asks for half precision only.
 
-For float32 it asks MKL, and MKL takes its AVX-512 code on Intel's processors alone: on two cores of a Zen 5 EPYC it makes
-210 GFLOP/s, oneDNN 450 (docs/kernels.md).
+For float32 it asks MKL, which names no AVX-512 (MKL_VERBOSE=1) on AMD's processors that have it: on two cores of a Zen 5 EPYC it
+makes 217 GFLOP/s, oneDNN 392 (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from ditscale.kernels.register import Operator, define
 SMALLEST = 6 << 20
 # So do products of two transposed operands, which oneDNN copies first, where the result (a weight's gradient) is small.
 SMALLEST_OF_TRANSPOSED = 1 << 15
-# oneDNN adds up all terms of a sum one by one, MKL some hundred and then their sums: beyond 384 its error would be more than
-# twice MKL's, so longer sums are made of such pieces.
+# The longer a sum, the further oneDNN's error is from MKL's: at 1,536 terms twice it (r.m.s.), in pieces of 384 1.4 times.
 LONGEST_SUM = 384
 
 
