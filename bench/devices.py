@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib.metadata
 import os
@@ -205,20 +204,6 @@ def pin(threads: int | None) -> int:
 
     torch.set_num_threads(count)
     return count
-
-
-def keep_memory() -> bool:
-    """Let the C library keep what is freed, whatever its size; whether it does.
-
-    glibc maps each result of more than 32 MiB anew at every call, and the system zeroes its pages: ten times the time of a
-    fused kernel, the same for every candidate, and no part of any. A GPU's allocator keeps its memory, too.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return False
-    maps, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    return bool(mallopt(maps, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
 def _affinity() -> list[int]:

@@ -18,6 +18,7 @@ from ditscale.bench.rows import SCHEMA, Row
 from ditscale.bench.subjects import Candidate, Results, Subject
 from ditscale.bench.timing import MachineTooNoisy, Protocol, Timing, calibrate, measure, measure_host
 from ditscale.errors import BackendUnavailable
+from ditscale.memory import keep_memory
 
 SUITES = ("adaln", "attention", "block", "step", "flops", "fit")
 # What speed-ups are said over, where it was measured.
@@ -60,7 +61,7 @@ class Session:
         Raises:
             MachineTooNoisy: and noise was not allowed.
         """
-        devices.keep_memory()
+        keep_memory()
         spread = calibrate(self.device, self.protocol)
         self.common = {
             "schema": SCHEMA,

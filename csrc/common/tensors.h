@@ -14,6 +14,10 @@
 #include <optional>
 #include <tuple>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 // Turns what a function of the C shim returns into an exception; torch 2.10 and 2.11 have it under another name.
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK
 #define DS_SHIM_CHECK STABLE_TORCH_ERROR_CODE_CHECK
@@ -50,6 +54,20 @@ inline bool poisoned() {
   return on;
 }
 
+// glibc maps a block of this size anew whenever it is asked for and gives it back when it is freed: every page of 4 KiB is then
+// taken from the system and zeroed at its first touch, which was measured to take four times as long as layer norm takes to
+// write 75 MB. In pages of 2 MiB there are 512 times fewer. A hint: nothing is lost where the system refuses.
+constexpr size_t MAPPED_FROM = 32 << 20, LARGE_PAGE = 2 << 20;
+
+inline void ask_for_large_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  if (bytes < MAPPED_FROM) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / LARGE_PAGE * LARGE_PAGE;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // A contiguous uninitialised tensor on the device of `like`.
 inline Tensor allocate(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
   int64_t size[5], stride[5], dims = 0, run = 1;
@@ -65,8 +83,10 @@ inline Tensor allocate(std::initializer_list<int64_t> sizes, int32_t dtype, cons
   DS_SHIM_CHECK(
       aoti_torch_empty_strided(dims, size, stride, dtype, device_type, device_index, &handle));
   Tensor out(handle);
-  if (poisoned() && device_type == aoti_torch_device_type_cpu()) {
-    std::memset(out.mutable_data_ptr(), 0xFF, static_cast<size_t>(out.numel()) * out.element_size());
+  if (device_type == aoti_torch_device_type_cpu()) {
+    const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
+    ask_for_large_pages(out.mutable_data_ptr(), bytes);
+    if (poisoned()) std::memset(out.mutable_data_ptr(), 0xFF, bytes);
   }
   return out;
 }

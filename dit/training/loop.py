@@ -29,6 +29,7 @@ from ditscale.dit.training.step import Stepper
 from ditscale.dit.update import whole
 from ditscale.dit.weights import save_weights
 from ditscale.errors import InputError
+from ditscale.memory import keep_memory
 
 # The smoothing of the training loss in the metrics, as the decay of an exponential average over images.
 _SMOOTHING_IMAGES = 1024.0
@@ -62,7 +63,8 @@ def train(
 ) -> RunRecord:
     """Train, or go on training, or hand back the record of a run that is done.
 
-    Called by each of several processes that torchrun started, they train one model together.
+    Called by each of several processes that torchrun started, they train one model together. On a CPU the C library is
+    told to keep freed memory from then on (:func:`ditscale.memory.keep_memory`).
 
     Args:
         config: what to train.
@@ -87,6 +89,8 @@ def train(
     folder = Path("runs") / config.run_id if out is None else Path(out)
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(started(execution))
+        if ranks.device.type == "cpu":
+            keep_memory()  # for as long as the process lives
         speak = say or (lambda sentence: print(f"ditscale: {sentence}", file=sys.stderr))
         listeners = Listeners(
             progress if ranks.first else None, should_stop, speak if ranks.first else lambda sentence: None

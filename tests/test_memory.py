@@ -1,0 +1,95 @@
+"""Freed memory is kept by those who own their process, and large results of the kernels come in large pages."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_cases import tiny
+
+from ditscale.bench import runner
+from ditscale.bench.runner import Session
+from ditscale.bench.timing import TINY
+from ditscale.dit.training import loop, train
+from ditscale.memory import keep_memory
+
+# Pages that the system has to give for a result of 64 MiB, of torch and of ours; the fewest, for aligned pieces fit again once
+# freed neighbours have joined.
+COUNT = """
+import json, resource, sys, torch
+from ditscale.kernels import layernorm_modulate
+from ditscale.memory import keep_memory
+kept = sys.argv[1] == "keep" and keep_memory()
+x, m = torch.ones(1, 1 << 14, 1 << 10), torch.ones(1 << 10)
+def faults(call):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+calls = {"torch": lambda: torch.empty(16 << 20).fill_(1.0), "ours": lambda: layernorm_modulate(x, m, m, backend="cpu")}
+print(json.dumps({"kept": kept} | {name: min(faults(call) for _ in range(20)) for name, call in calls.items()}))
+"""
+UNDECIDED = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+needs_glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+
+
+def counted(how: str, **environment: str) -> dict[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, how],
+        capture_output=True,
+        text=True,
+        env=UNDECIDED | {"DITSCALE_POISON": "0"} | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def default() -> dict[str, int]:
+    """As a program is that asked for nothing."""
+    return counted("default")
+
+
+@needs_glibc
+def test_large_results_come_from_memory_that_was_kept(default: dict[str, int]) -> None:
+    # By default mapped anew at every call, in pages of at most 2 MiB.
+    assert default["torch"] >= 16
+    kept = counted("keep")
+    assert kept["kept"]
+    assert kept["torch"] <= 2
+    assert kept["ours"] <= 2
+
+
+@needs_glibc
+def test_whoever_set_the_allocator_has_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    assert not keep_memory()
+
+
+@needs_glibc
+@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no large pages")
+def test_large_results_of_kernels_come_in_large_pages(default: dict[str, int]) -> None:
+    if "[madvise]" in PAGES.read_text():
+        assert default["torch"] > 10_000
+    assert default["ours"] < 2_000
+
+
+def test_every_session_of_benchmarks_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(runner, "keep_memory", lambda: asked.append(True))
+    Session("cpu", TINY, allow_noise=True, tiny=True).start()
+    assert asked == [True]
+
+
+def test_training_on_a_cpu_keeps_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(loop, "keep_memory", lambda: asked.append(True))
+    train(tiny(images=8), tmp_path / "run")
+    assert asked == [True]
