@@ -18,6 +18,8 @@ constexpr int64_t SUMS = 3;  // rows of D floats of scratch, behind the kernel's
 // as much as PyTorch's sums do.
 constexpr int64_t ROWS_A_SUM = 64;
 
+constexpr int64_t COLUMNS = 256;  // of a piece of the sum over chunks
+
 // `tensors` [B, T, D] are read and written.
 bool streams(int64_t tensors, const Shape& s, Storage storage, std::initializer_list<const void*> results) {
   const int64_t row = s.D * bytes_of(storage);
@@ -81,11 +83,15 @@ void reduce_rows(const AdalnKernels& k, const Sums& s, const F& f) {
     }
   });
   if (direct) return;
-  torch::stable::parallel_for(0, cut.segments * count, 1, [&](int64_t begin, int64_t end) {
+  // Every column is a sum of its own, so one vector, as that of a bias, is work for several threads.
+  const int64_t pieces = (D + COLUMNS - 1) / COLUMNS, pieces_a_thread = 16384 / (COLUMNS * cut.chunks) + 1;
+  torch::stable::parallel_for(0, cut.segments * count * pieces, pieces_a_thread, [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
-      const int64_t segment = job / count, i = job % count;
+      const int64_t segment = job / pieces / count, i = job / pieces % count, first = job % pieces * COLUMNS;
+      const int64_t columns = D - first < COLUMNS ? D - first : COLUMNS;
       k.add_chunks(
-          partial + (segment * cut.chunks * count + i) * D, cut.chunks, count * D, D, storage, place(i, segment));
+          partial + (segment * cut.chunks * count + i) * D + first, cut.chunks, count * D, columns, storage,
+          place(i, segment) + first * bytes_of(s.storage));
     }
   });
 }

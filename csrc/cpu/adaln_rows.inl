@@ -572,16 +572,12 @@ void residual_backward(const ResidualArgs& a, int64_t begin, int64_t end, float*
   residual_as<T, true, false>(a, begin, end, sums, scratch);
 }
 
-// exp by powers of two: x = k ln 2 + r, |r| <= ln 2 / 2, polynomial of degree 6. Inputs are clamped to where the result is a
-// normal number; NaN passes. Relative error below 2 ulp.
+// e^x for |x| < 87: x = k ln 2 + r, |r| <= ln 2 / 2, polynomial of degree 6. Relative error below 2 ulp.
 DS_INLINE vf exp_of(vf x) {
-  const vf lo = splat(-87.0f), hi = splat(88.0f);
-  vf c = pick(x < lo, lo, x);
-  c = pick(c > hi, hi, c);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf shifted = c * splat(1.44269504088896341f) + magic;
+  const vf shifted = x * splat(1.44269504088896341f) + magic;
   const vf k = shifted - magic;
-  vf r = c - k * splat(0.693359375f);
+  vf r = x - k * splat(0.693359375f);
   r = r - k * splat(-2.12194440e-4f);
   vf p = splat(1.9875691500e-4f);
   p = p * r + splat(1.3981999507e-3f);
@@ -590,35 +586,28 @@ DS_INLINE vf exp_of(vf x) {
   p = p * r + splat(1.6666665459e-1f);
   p = p * r + splat(5.0000001201e-1f);
   const vf e = p * r * r + r + splat(1.0f);
-  const vi bits = ((vi)shifted - (vi)magic) << 23;
-  return (vf)((vi)e + bits);
+  return e * (vf)(((vi)shifted - (vi)magic + 127) << 23);
 }
 
 // gelu(z) = z * sigmoid(v), v = 2 sqrt(2 / pi) (z + 0.044715 z^3): the tanh form, since (1 + tanh(v / 2)) / 2 = sigmoid(v).
 constexpr float GELU_A = 1.59576912160573071f, GELU_B = 0.044715f;
 
-// sigmoid(v) and 1 - sigmoid(v), both from exp(-|v|), so that the smaller one is not what a subtraction leaves: its
-// rounding would come back multiplied by the slope of v.
+// q is z inside +-9.98, where e^-v is a normal number; beyond, sigmoid is 1 in float32, or below 2e-38.
 struct Gelu {
-  vf z;     // q is z inside [-20, 20], beyond which sigmoid is 0 or 1 in float32: z^3 cannot overflow
-  vf q, s, rest;
+  vf z, q, square, e;  // e = e^-v
   DS_INLINE vf value() const {
-    return pick(z > q, z, q) * s;
+    return greater(q, z) / (splat(1.f) + e);
   }
+  // sigmoid + q sigmoid (1 - sigmoid) dv/dq. 1 - sigmoid is e sigmoid: a subtraction would leave its rounding.
   DS_INLINE vf slope() const {
-    return s + q * (s * rest) * (splat(GELU_A) + splat(3.0f * GELU_A * GELU_B) * q * q);
+    const vf s = splat(1.f) / (splat(1.f) + e);
+    return s + (q * s) * (e * s) * (splat(GELU_A) + splat(3.0f * GELU_A * GELU_B) * square);
   }
 };
 
 DS_INLINE Gelu gelu_of(vf z) {
-  const vf hi = splat(20.f), lo = splat(-20.f), one = splat(1.f);
-  const vf q = pick(z > hi, hi, pick(z < lo, lo, z));
-  const vf v = q * (splat(GELU_A) + splat(GELU_A * GELU_B) * q * q);
-  const vf minus = pick(v > vf{}, -v, v);  // -|v|
-  const vf e = pick(minus < splat(-87.f), vf{}, exp_of(minus));
-  const vf large = one / (one + e), small = e * large;
-  const vi positive = v > vf{};
-  return {z, q, pick(positive, large, small), pick(positive, small, large)};
+  const vf q = lesser(splat(9.98f), greater(splat(-9.98f), z)), square = q * q;
+  return {z, q, square, exp_of(q * (splat(-GELU_A) - splat(GELU_A * GELU_B) * square))};
 }
 
 template <class T>
@@ -629,10 +618,12 @@ void gelu(const GeluArgs& a, int64_t begin, int64_t end, float* scratch) {
   for (int64_t r = begin; r < end; ++r) {
     const T* x = (const T*)a.x + r * a.x_stride;
     T* y = (T*)a.out + r * D;
-    for_row(D, [&](auto whole, int64_t d, int64_t n) {
-      constexpr bool w = whole.value;
-      const vf z = get<w>(x + d, n) + get<w>(bias + d, n);
-      put<w>(y + d, gelu_of(z).value(), n);
+    for_vectors<LINE<T>>(D, [&](auto v, int64_t d0, int64_t n) {
+      prefetch(x + d0);
+      each<v.count>([&](auto u) {
+        const int64_t d = d0 + u * W;
+        v.template put<false>(y + d, gelu_of(v.get(x + d, n) + v.get(bias + d, n)).value(), n);
+      });
     });
   }
 }
@@ -645,22 +636,32 @@ void gelu_backward(const GeluArgs& a, int64_t begin, int64_t end, float* sums, f
   for (int64_t r = begin; r < end; ++r) {
     const T *x = (const T*)a.x + r * a.x_stride, *dy = (const T*)a.dy + r * a.dy_stride;
     T* dx = (T*)a.out + r * D;
-    for_row(D, [&](auto whole, int64_t d, int64_t n) {
-      constexpr bool w = whole.value;
-      const vf z = get<w>(x + d, n) + get<w>(bias + d, n);
-      const vf grad = get<w>(dy + d, n) * gelu_of(z).slope();
-      put<w>(dx + d, grad, n);
-      put<w>(sums + d, get<w>(sums + d, n) + grad, n);
+    for_vectors<LINE<T>>(D, [&](auto v, int64_t d0, int64_t n) {
+      prefetch(x + d0);
+      prefetch(dy + d0);
+      each<v.count>([&](auto u) {
+        const int64_t d = d0 + u * W;
+        const vf grad = v.get(dy + d, n) * gelu_of(v.get(x + d, n) + v.get(bias + d, n)).slope();
+        v.template put<false>(dx + d, grad, n);
+        v.template put<false>(sums + d, v.get(sums + d, n) + grad, n);
+      });
     });
   }
 }
 
+// Whole lines of a chunk at a time: chunks may lie a page apart, where every one of them is in the same place of the caches.
 void add_chunks(const float* partial, int64_t chunks, int64_t step, int64_t D, int storage, void* out) {
-  for_row(D, [&](auto whole, int64_t d, int64_t n) {
-    constexpr bool w = whole.value;
-    vd total{};  // float64: thousands of chunks add no error of their own
-    for (int64_t c = 0; c < chunks; ++c) total += __builtin_convertvector(get<w>(partial + c * step + d, n), vd);
-    put_modulation(out, storage, d, __builtin_convertvector(total, vf), w, n);
+  for_vectors<4>(D, [&](auto v, int64_t d0, int64_t n) {
+    vd total[v.count];  // float64: thousands of chunks add no error of their own
+    each<v.count>([&](auto u) { total[u] = vd{}; });
+    for (int64_t c = 0; c < chunks; ++c) {
+      each<v.count>([&](auto u) {
+        total[u] += __builtin_convertvector(v.get(partial + c * step + d0 + u * W, n), vd);
+      });
+    }
+    each<v.count>([&](auto u) {
+      put_modulation(out, storage, d0 + u * W, __builtin_convertvector(total[u], vf), v.whole, n);
+    });
   });
 }
 

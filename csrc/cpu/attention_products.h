@@ -11,21 +11,6 @@
 namespace ditscale::cpu {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr __mmask16 ALL = 0xFFFF;  // the unmasked intrinsics start from an undefined register, which GCC warns of
-#endif
-
-// The greater of two; the second where either is NaN.
-DS_INLINE vf greater(vf a, vf b) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_maskz_max_ps(ALL, (__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  return pick(a > b, a, b);
-#endif
-}
-
 // 2^x for x <= 0, relative error below 1e-7; 0 for -infinity and where the result is below the smallest normal number
 // (AVX-512: gradual underflow). NaN stays NaN. The polynomial is the minimax one of 2^r on [-1/2, 1/2] with p(0) = 1.
 DS_INLINE vf exp2_of(vf x) {

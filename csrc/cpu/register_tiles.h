@@ -6,24 +6,6 @@
 namespace ditscale::cpu {
 namespace {
 
-template <int N>
-struct count_t {
-  static constexpr int value = N;
-  constexpr operator int() const {
-    return N;
-  }
-};
-
-// body(count_t<0>{}) to body(count_t<N - 1>{}). What the registers of a tile are reached by: an array that a loop counts through,
-// and one set to `= {}`, the compiler keeps in memory, even where it unrolls the loop in the end.
-template <int N, class F>
-DS_INLINE void each(const F& body) {
-  if constexpr (N > 0) {
-    each<N - 1>(body);
-    body(count_t<N - 1>{});
-  }
-}
-
 // Rows of a register tile beside N vectors: enough independent sums to hide the latency of a multiply-add, and so many for
 // every load that the loads do not hold it up.
 constexpr int tile_rows(int vectors) {

@@ -48,6 +48,30 @@ DS_INLINE vf pick(vi mask, vf a, vf b) {
   return mask ? a : b;
 }
 
+#if defined(__AVX512F__)
+constexpr __mmask16 ALL = 0xFFFF;  // the unmasked intrinsics start from an undefined register, which GCC warns of
+#endif
+
+// The greater or lesser of two; the second where either is NaN.
+DS_INLINE vf greater(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_max_ps(ALL, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return pick(a > b, a, b);
+#endif
+}
+DS_INLINE vf lesser(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_min_ps(ALL, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return pick(a < b, a, b);
+#endif
+}
+
 // 16-bit words as 32-bit ones and back: what the compiler makes of __builtin_convertvector takes each word on its own.
 #if defined(__AVX512F__)
 DS_INLINE vu widen_words(vh h) {
@@ -247,6 +271,24 @@ DS_CALLED void store_part(T* p, vf a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
 }
 #endif
+
+template <int N>
+struct count_t {
+  static constexpr int value = N;
+  constexpr operator int() const {
+    return N;
+  }
+};
+
+// body(count_t<0>{}) to body(count_t<N - 1>{}). Where an array is registers it is reached by these: one that a loop counts through, or
+// that is set to `= {}`, GCC keeps in memory, even where it unrolls the loop in the end.
+template <int N, class F>
+DS_INLINE void each(const F& body) {
+  if constexpr (N > 0) {
+    each<N - 1>(body);
+    body(count_t<N - 1>{});
+  }
+}
 
 // `load<true>` and `store<true>` are whole vectors, `<false>` the rest of a row, so that one body serves both.
 template <bool WHOLE, class T>
