@@ -61,7 +61,7 @@ class Session:
         Raises:
             MachineTooNoisy: and noise was not allowed.
         """
-        keep_memory()
+        keep_memory(override=True)  # one protocol for all rows
         spread = calibrate(self.device, self.protocol)
         self.common = {
             "schema": SCHEMA,

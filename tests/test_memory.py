@@ -68,9 +68,22 @@ def test_large_results_come_from_memory_that_was_kept(default: dict[str, int]) -
 
 
 @needs_glibc
-def test_whoever_set_the_allocator_has_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
-    assert not keep_memory()
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "1000000", False),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=1000000", False),
+        ("GLIBC_TUNABLES", "glibc.cpu.x86_shstk=off", True),
+    ],
+)
+def test_whoever_set_the_allocator_has_decided(
+    name: str, value: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in [n for n in os.environ if n not in UNDECIDED]:
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, value)
+    assert keep_memory() is kept
+    assert keep_memory(override=True)
 
 
 @needs_glibc
@@ -83,7 +96,7 @@ def test_large_results_of_kernels_come_in_large_pages(default: dict[str, int]) -
 
 def test_every_session_of_benchmarks_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(runner, "keep_memory", lambda: asked.append(True))
+    monkeypatch.setattr(runner, "keep_memory", lambda *, override: asked.append(override))
     Session("cpu", TINY, allow_noise=True, tiny=True).start()
     assert asked == [True]
 

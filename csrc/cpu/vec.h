@@ -280,8 +280,8 @@ struct count_t {
   }
 };
 
-// body(count_t<0>{}) to body(count_t<N - 1>{}). Where an array is registers it is reached by these: one that a loop counts through, or
-// that is set to `= {}`, GCC keeps in memory, even where it unrolls the loop in the end.
+// body(count_t<0>{}) to body(count_t<N - 1>{}), for arrays that are to be registers: one that a loop counts through, or that is
+// set to `= {}`, GCC keeps in memory, even where it unrolls the loop in the end.
 template <int N, class F>
 DS_INLINE void each(const F& body) {
   if constexpr (N > 0) {
