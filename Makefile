@@ -6,6 +6,9 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tools/build -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
+# Some containers forbid Python to keep what it compiles: every process of the tests and the demo would compile its imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-slow test-installed bench lint clean
 help:
 	@echo "make demo    a scaling law on embedded images, and a prediction that is then tested (about a quarter of an hour)"

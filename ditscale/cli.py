@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the work was done and what it found is bad (a failed check
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -52,6 +53,7 @@ def version() -> None:
     typer.echo(__version__)
 
 
+@functools.cache
 def _gather() -> None:
     # Light by contract: a commands.py imports typer at its top and everything else inside its functions.
     from ditscale.bench import commands as bench

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -33,18 +34,31 @@ learn_sigma = false
 """
 
 
-def ditscale(*arguments, code=0):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "ditscale", *map(str, arguments)] if sys.version_info >= (3, 11)
-        else [sys.executable, "-m", "ditscale", *map(str, arguments)],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done
+@pytest.fixture
+def ditscale(run):
+    """In this process, with the exit code that is expected."""
+
+    def call(*arguments, code=0):
+        found, out, err = run(*arguments)
+        assert found == code, err
+        return SimpleNamespace(stdout=out, stderr=err)
+
+    return call
 
 
-def test_flops_prints_the_ledger():
+def test_as_a_program_of_its_own():
+    def program(*arguments):
+        command = [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else []), "-m", "ditscale", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    done = program("flops", "DiT-XL/2", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["forward_flops"] == 237_242_843_136, done.stderr
+    for arguments in (["nonsense"], ["sample", "nowhere", "--out", "x.png"]):
+        done = program(*arguments)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+
+
+def test_flops_prints_the_ledger(ditscale):
     out = json.loads(ditscale("flops", "DiT-XL/2", "--image-size", 256, "--json").stdout)
     assert out["forward_flops"] == 237_242_843_136 and out["train_flops"] == 711_718_502_400
     assert out["convention"] == "matmul" and sum(line["forward"] for line in out["ledger"]) == out["forward_flops"]
@@ -71,32 +85,32 @@ def test_flops_prints_the_ledger():
     ],
     ids=lambda value: "-".join(value)[:30] if isinstance(value, tuple) else "",
 )
-def test_a_mistake_is_one_line_and_code_2(arguments, named):
+def test_a_mistake_is_one_line_and_code_2(ditscale, arguments, named):
     done = ditscale(*arguments, code=2)
     assert done.stdout == "" and done.stderr.count("\n") == 1 and named in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", [(), ("fit",), ("study",), ("bench",)], ids=" ".join)
-def test_no_command_is_a_mistake_that_shows_the_help(command):
+def test_no_command_is_a_mistake_that_shows_the_help(ditscale, command):
     done = ditscale(*command, code=2)
     assert "Usage" in done.stdout and done.stderr.startswith("ditscale: expected a command, got none")
     assert done.stderr.count("\n") == 1
 
 
-def test_the_version_is_printed():
+def test_the_version_is_printed(ditscale):
     from ditscale import __version__
 
     assert ditscale("--version").stdout == ditscale("version").stdout == f"{__version__}\n"
 
 
-def test_a_demo_into_a_foreign_folder_changes_nothing(tmp_path):
+def test_a_demo_into_a_foreign_folder_changes_nothing(ditscale, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     assert "letter.txt" in ditscale("demo", "--out", tmp_path, code=2).stderr
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_train_sample_evaluate_export(tmp_path):
+def test_train_sample_evaluate_export(ditscale, tmp_path):
     (tmp_path / "config.toml").write_text(CONFIG)
     run = tmp_path / "run"
     record = json.loads(ditscale("train", tmp_path / "config.toml", "--out", run, "--threads", 1, "--json").stdout)
@@ -113,10 +127,8 @@ def test_train_sample_evaluate_export(tmp_path):
     assert json.loads((run / "run.json").read_text()) == record
 
 
-def test_no_help_text_loses_words_to_markup(monkeypatch):
+def test_no_help_text_loses_words_to_markup():
     """What stands in square brackets is a style to the help page, and is not shown."""
-    monkeypatch.setattr(cli, "app", typer.Typer())
-    cli.app.callback()(cli._root)
     cli._gather()
     waiting, texts = [typer.main.get_command(cli.app)], {}
     while waiting:

@@ -95,11 +95,8 @@ def test_commands_exist_with_their_options(page):
 
     from ditscale import cli
 
-    app = typer.Typer()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "app", app)
-        cli._gather()
-    root = typer.main.get_command(app)
+    cli._gather()
+    root = typer.main.get_command(cli.app)
     for text in commands_in((ROOT / page).read_text(encoding="utf-8")):
         words = text.replace("[", " ").replace("]", " ").split()
         commands = [root]

@@ -28,8 +28,7 @@ def _light(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (models, operators):
         monkeypatch.setattr(module, "fresh_compile", lambda function, **_: function)
     monkeypatch.setattr(devices, "pin", lambda threads: 1)  # the test process keeps its cores
-    if not cli.app.registered_groups:
-        cli._gather()
+    cli._gather()
 
 
 def run(*arguments: str) -> str:

@@ -73,6 +73,15 @@ def native() -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(params=["portable", "avx2"])
+def lesser_isa(native: None, request: pytest.FixtureRequest) -> str:
+    """An instruction set below this process's own. It is chosen once a process: DITSCALE_CPU_ISA asks another for it."""
+    own = library.cpu_isa()
+    if own in ("portable", request.param):
+        pytest.skip(f"every test of this process runs on {own}")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def emulated_operators(request: pytest.FixtureRequest) -> object:
     """``torch.ops.ditscale_emulated``: the CUDA source compiled for the host, built once for a state of csrc/ and torch."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,25 +10,8 @@ import pytest
 from law_helpers import cells as _cells
 from law_helpers import lawdata, study
 
-from ditscale import cli
 from ditscale.scaling import RunTable
 from ditscale.scaling.gpus import peak_flops
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Run ``ditscale`` in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ditscale", *map(str, arguments)])
-        monkeypatch.setattr(cli, "app", cli.typer.Typer(no_args_is_help=True))
-        cli.app.callback()(cli._root)
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(done.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def _write(table: RunTable, path: Path) -> Path:
