@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from ditscale.bench.subjects import DTYPES
 from ditscale.bench.timing import Protocol, Timing, measure
 from ditscale.kernels import dispatch, linear
 
-_COPY_DTYPE = torch.float32
+_PROBE = 256  # a product of this size takes a millisecond, emulated a twentieth of a second
 
 
 def copy_call(total_bytes: int, sets: int, device: str) -> Any:
@@ -55,12 +56,15 @@ def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> 
 
     Copies are measured in the caches, beyond them, and of four times as much, which shows that beyond is beyond. Products are
     measured at several sizes per dtype, and by oneDNN too where it beats PyTorch's own; the roof of a dtype is the best of all.
+    A dtype whose products are emulated has no ceiling of its own: that of float32 stands over it.
     """
     found: list[dict[str, Any]] = []
     for where, size, sets in _copies(device, tiny):
         timing = measure({"copy": copy_call(size, sets, device)}, sets=sets, device=device, protocol=protocol)["copy"]
         found.append(_ceiling("copy", where, size, size // 8 * 8, timing, "float32"))
     for dtype in _dtypes(device):
+        if dtype != "float32" and device == "cpu" and _emulated(DTYPES[dtype]):
+            continue
         for n in (64,) if tiny else _matmul_sizes(device):
             calls = {"matmul": matmul_call(n, DTYPES[dtype], device)}
             timing = measure(calls, sets=1, device=device, protocol=protocol)["matmul"]
@@ -89,8 +93,18 @@ def _copies(device: str, tiny: bool) -> list[tuple[str, int, int]]:
 
 
 def _dtypes(device: str) -> Sequence[str]:
-    # Processors without float16 arithmetic emulate it a hundred times slower; nobody's ceiling.
     return ("float32", "bfloat16") if device == "cpu" else ("bfloat16", "float16", "float32")
+
+
+def _emulated(dtype: torch.dtype) -> bool:
+    """Whether the processor has no arithmetic for products of ``dtype``: then they take ten to two hundred times as long as
+    float32's, and to measure large ones would take minutes."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        call = matmul_call(_PROBE, dtype, "cpu")
+        return min(timeit.repeat(lambda: call(0), number=1, repeat=5))
+
+    return seconds(dtype) > 5 * seconds(torch.float32)
 
 
 def _matmul_sizes(device: str) -> Sequence[int]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ditscale.bench import fits, models, operators, timing
-from ditscale.bench.cases import Case, block_case, cases, step_case
+from ditscale.bench import ceilings, fits, models, operators, timing
+from ditscale.bench.cases import Case, Work, block_case, cases, step_case
 from ditscale.bench.plain_dit import PlainDiT
 from ditscale.bench.rows import REQUIRED, STATUSES
 from ditscale.bench.runner import Session
@@ -32,9 +33,21 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def session() -> Session:
     found = Session("cpu", TINY, tiny=True, say=lambda line: None)
-    ceilings = found.start()
-    assert {row["op"] for row in ceilings} == {"copy", "matmul"}
+    rows = found.start()
+    assert {row["op"] for row in rows} == {"copy", "matmul"}
     return found
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_emulated_products_are_nobodys_ceiling(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(n: int, dtype: torch.dtype, device: str) -> Callable[[int], None]:
+        return lambda place: time.sleep(0.01 if emulated and dtype == torch.bfloat16 else 0.001)
+
+    monkeypatch.setattr(ceilings, "matmul_call", product)
+    found = ceilings.measure_ceilings("cpu", TINY, tiny=True)
+    assert {c["dtype"] for c in found} == ({"float32"} if emulated else {"float32", "bfloat16"})
+    milliseconds, bound = ceilings.Roof(found).ms([Work(10**9, 10**9, 1)], "bfloat16")
+    assert milliseconds > 0 and bound == "compute"
 
 
 # A case of each kind of candidate: an operator with and without a backend of ours, a backward pass alone, the models.
