@@ -211,6 +211,10 @@ def _rows_of(norm: Function, weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: norm(x.reshape(-1, x.shape[-1]), weight, eps=1e-6).view_as(x)
 
 
+# What "auto" takes hangs on the shape too, or may be none of the backends named below.
+_BY_SHAPE = ("attention", "linear")
+
+
 def operator_subject(case: Case, device: str, most_sets: int = 512) -> Subject:
     """The candidates of an operator case."""
     first = make_set(case, device, 0)
@@ -226,7 +230,7 @@ def operator_subject(case: Case, device: str, most_sets: int = 512) -> Subject:
     def with_backend(name: str) -> Callable[[], Candidate]:
         def build() -> Candidate:
             dispatch.resolve(case.op, name, device, dtype)  # raises with the reason
-            taken = name == ("auto" if case.op == "attention" else auto)
+            taken = name == ("auto" if case.op in _BY_SHAPE else auto)
             return _candidate(lambda *leaves: op(*leaves, backend=name), case, data, auto=taken)
 
         return build
@@ -239,8 +243,8 @@ def operator_subject(case: Case, device: str, most_sets: int = 512) -> Subject:
     for name, make in peers(case, device, first[0]).items():
         build[name] = lambda make=make: _candidate(make(), case, data)  # type: ignore[misc]
     build["reference"] = with_backend("reference")
-    if case.op == "attention":
-        build["ours-auto"] = with_backend("auto")  # which looks at the shape too
+    if case.op in _BY_SHAPE:
+        build["ours-auto"] = with_backend("auto")
     for name in dict.fromkeys((*dispatch.BACKENDS[case.op], "triton", "cuda")):
         # On a CPU the GPU's backends are no news; on a GPU a missing one is. Other people's kernels are peers.
         if name in ("cpu", "onednn", "triton", "cuda") and (name in ("cpu", "onednn")) == (device == "cpu"):

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -28,11 +27,17 @@ from ditscale.kernels.library import cpu_isa, path_of
 
 # Largest error allowed, relative to the largest value of the exact result: some ten roundings of the dtype.
 TOLERANCE: Final = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+Shape = tuple[int, int, int]
 # [B, T, D]: vectors of every width fit in 72, none in 13; two chunks of tokens and one.
-_SHAPES: Final = ((2, 37, 72), (3, 5, 13))
-# Rows of several warps, and enough numbers for statistics to be kept for backward.
-_WIDE: Final = (1, 17, 1152)
-_OF_ROWS: Final = ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate", "bias_gelu")
+_SHAPES: Final[tuple[Shape, ...]] = ((2, 37, 72), (3, 5, 13))
+# Rows of several warps, and enough numbers for statistics to be kept for backward; rows that no thread holds in registers.
+_WIDE: Final[tuple[Shape, ...]] = ((1, 17, 1152), (1, 2, 16384))
+# Heads of which several tiles are on their way at once, the last one whole or not.
+_LONG: Final[tuple[Shape, ...]] = ((1, 200, 72), (1, 256, 64))
+# The other widths that have a kernel of their own. (Triton would compile three for each: at a first use, seconds.)
+_OTHER_HEADS: Final[tuple[Shape, ...]] = ((1, 200, 80), (1, 200, 96), (1, 200, 128))
+_MODULATED: Final = ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate")
 
 THREW: Final = "it threw "  # how such a reason begins; it may be of the moment (no memory left), so it is not kept
 
@@ -48,10 +53,10 @@ def _numbers(shape: tuple[int, ...], seed: int, device: str) -> Tensor:
     return (1.6 * torch.sin(i * 12.9898 + seed * 78.233)).reshape(shape)
 
 
-def _inputs(op: str, shape: tuple[int, int, int], device: str) -> Tensors:
+def _inputs(op: str, shape: Shape, device: str, *, per_token: bool) -> Tensors:
     B, T, D = shape
     rows = [_numbers((B, T, D), k, device) for k in (1, 2)]
-    mods = _numbers((B, 3 * D), 3, device).chunk(3, dim=1)  # strided, as a model's are
+    mods = _numbers((B, T, 3 * D) if per_token else (B, 3 * D), 3, device).chunk(3, dim=-1)  # strided, as a model's are
     if op == "layernorm_modulate":
         return (rows[0], mods[0], mods[1])
     if op == "gate_residual":
@@ -60,15 +65,15 @@ def _inputs(op: str, shape: tuple[int, int, int], device: str) -> Tensors:
         return (rows[0], rows[1], mods[2], mods[0], mods[1])
     if op == "bias_gelu":
         return (rows[0], mods[0][0])
+    q, k, v = _numbers((B, T, 3, 2, D), 1, device).permute(2, 0, 3, 1, 4)  # two heads; parts of one projection
     if op == "qk_norm_rope":
-        q, k, _ = _numbers((B, T, 3, 2, D), 1, device).permute(2, 0, 3, 1, 4)  # two heads; parts of one projection
         return (q, k, mods[0][0], mods[1][0])
     if op == "attention":
-        return tuple(_numbers((B, T, 3, D), 1, device).unsqueeze(1).unbind(3))  # one head; parts of one projection
+        return (q, k, v)
     raise ValueError(f"no self-check for {op}")
 
 
-def _calls(op: str, shape: tuple[int, int, int], device: str) -> list[Callable[..., Tensor | Tensors]]:
+def _calls(op: str, shape: Shape, device: str) -> list[Callable[..., Tensor | Tensors]]:
     """The operator as it is called at a shape: with rotations too, both kinds of pairs, where the width allows one."""
     from ditscale import kernels
 
@@ -116,10 +121,19 @@ def _apart(call: Callable[[], str | None], device: str) -> str | None:
         return thread.submit(run).result()
 
 
+def _cases(op: str, backend: str) -> list[tuple[Shape, bool]]:
+    """Shapes, and whether every token has a modulation of its own: what takes an operator through all kernels of a backend."""
+    shapes = _SHAPES
+    if op == "attention":
+        shapes += _LONG if backend == "triton" else _LONG + _OTHER_HEADS
+    elif op != "qk_norm_rope":
+        shapes += _WIDE
+    return [(s, False) for s in shapes] + [(s, True) for s in _SHAPES if op in _MODULATED]
+
+
 def _compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | None:
-    shapes = (*_SHAPES, _WIDE) if op in _OF_ROWS else _SHAPES
-    for shape, function in ((s, f) for s in shapes for f in _calls(op, s, device)):
-        inputs = tuple(t.to(dtype) for t in _inputs(op, shape, device))
+    for (shape, per_token), function in ((c, f) for c in _cases(op, backend) for f in _calls(op, c[0], device)):
+        inputs = tuple(t.to(dtype) for t in _inputs(op, shape, device, per_token=per_token))
         got = _run(function, inputs, backend, dtype)
         exact = _run(function, tuple(t.double() for t in inputs), "reference", dtype)
         for k, (a, b) in enumerate(zip(got, exact, strict=True)):
@@ -136,12 +150,12 @@ def _cache_file() -> Path | None:
 
 
 @functools.cache
-def _where(op: str, backend: str, device_type: str) -> str:
+def _where(backend: str, device_type: str) -> str:
     """What a verdict holds for: versions, the build of the kernel, device and driver."""
     parts = [ditscale.__version__, torch.__version__]
-    source = path_of(backend) if backend in ("cpu", "cuda") else _triton_source(op)
-    stat = source.stat()
-    parts += [str(stat.st_size), str(stat.st_mtime_ns)]
+    for source in _sources(backend):
+        stat = source.stat()
+        parts += [str(stat.st_size), str(stat.st_mtime_ns)]
     if backend == "cpu":
         parts.append(str(cpu_isa()))
     if backend == "triton":
@@ -155,11 +169,10 @@ def _where(op: str, backend: str, device_type: str) -> str:
     return " ".join(parts)
 
 
-def _triton_source(op: str) -> Path:
-    from ditscale import kernels
-
-    module = getattr(kernels, op).__module__.rpartition(".")[0] + ".triton_kernels"
-    return Path(str(sys.modules[module].__file__))
+def _sources(backend: str) -> list[Path]:
+    """This check, and what the kernels are made of: families of Triton kernels use each other's."""
+    here = Path(__file__)
+    return [here, *([path_of(backend)] if backend in ("cpu", "cuda") else sorted(here.parent.glob("*/triton_*.py")))]
 
 
 def _read() -> dict[str, str | None]:
@@ -188,7 +201,7 @@ def _write(key: str, verdict: str | None) -> None:
 
 def check(op: str, backend: str, dtype: torch.dtype, device_type: str, *, again: bool = False) -> str | None:
     """What is wrong with a kernel, from the cache or, where that knows nothing or ``again``, by running it; None: nothing."""
-    key = f"{op} {backend} {str(dtype).removeprefix('torch.')} on {_where(op, backend, device_type)}"
+    key = f"{op} {backend} {str(dtype).removeprefix('torch.')} on {_where(backend, device_type)}"
     known = {} if again else _read()
     if key in known:
         return known[key]

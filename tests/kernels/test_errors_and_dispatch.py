@@ -18,6 +18,7 @@ import torch
 from ditscale import kernels
 from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import dispatch, library, selfcheck
+from ditscale.kernels.attn import op as attn_op
 
 X, ROW, HEADS = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 2, 3, 8)
 
@@ -187,6 +188,38 @@ class TestSelfCheck:
             kernels.layernorm_modulate(X, ROW, ROW)
         (verdict,) = json.loads((fresh / "selfcheck.json").read_text()).values()
         assert "result 1 at shape" in verdict and "is off by" in verdict
+
+    @pytest.mark.parametrize(
+        ("op", "operator", "lies"),
+        [
+            ("attention", "attention_fwd", lambda q, *_: q.shape[2] > 128),  # where tiles follow each other
+            ("attention", "attention_bwd", lambda dout, *_: dout.shape[3] == 128),  # a width with a kernel of its own
+            ("layernorm_modulate", "layernorm_modulate_infer", lambda x, shift, *_: shift.dim() == 3),  # one a token
+            (
+                "gate_residual_layernorm_modulate",
+                "gate_residual_layernorm_modulate_bwd",
+                lambda dy, *_: dy.shape[2] > 8192,
+            ),
+        ],
+    )
+    def test_a_kernel_that_lies_somewhere_is_found(self, native, monkeypatch, op, operator, lies):
+        right = getattr(torch.ops.ditscale, operator)
+
+        def wrong(*args):
+            found = right(*args)
+            if not lies(*args):
+                return found
+            return 1.1 * found if isinstance(found, torch.Tensor) else [1.1 * t for t in found]
+
+        assert selfcheck.compare(op, "cpu", torch.float32, "cpu") is None
+        monkeypatch.setitem(dispatch._eager, "cpu", Instead(**{operator: wrong}))
+        monkeypatch.setattr(attn_op, "_ops", lambda backend: dispatch._eager["cpu"])
+        forget(monkeypatch)
+        assert "is off by" in selfcheck.compare(op, "cpu", torch.float32, "cpu")
+
+    def test_a_verdict_holds_for_the_sources_of_every_triton_kernel(self):
+        names = {f"{path.parent.name}/{path.name}" for path in selfcheck._sources("triton")}
+        assert {"kernels/selfcheck.py", "attn/triton_configs.py", "adaln/triton_kernels.py"} <= names
 
     def test_doctor_takes_a_verdict_back(self, native, fresh, monkeypatch):
         with monkeypatch.context() as lying:
