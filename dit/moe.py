@@ -53,6 +53,10 @@ class Mixture(nn.Module):
     first choices come before second ones, then tokens in their order, and what finds no room is left out of the sum. The
     balance loss is ``E sum_e f_e p_e``, f_e the share of tokens' choices that went to expert e and p_e its mean probability:
     1 where all are used alike, E where one does everything (arXiv:2101.03961, equation 4).
+
+    N counts the tokens of one call, so a batch that is split has other balance losses, whose mean is not the whole's, and
+    with a capacity, in evaluation too, what a sample gets depends on the samples beside it (under guidance its own
+    unconditional half is one of them). Without a capacity no sample's result depends on others.
     """
 
     def __init__(self, config: DiTConfig) -> None:

@@ -83,7 +83,8 @@ def draw_samples(
         shift: > 1 spends more steps at high noise, ``t' = shift t / (1 + (shift - 1) t)``. Default: 1.0.
         eta: noise of "ddim", from 0 (deterministic) to 1 (as much as the posterior). Default: 0.0.
         churn: noise for "euler" and "heun". Default: None.
-        seed: of the noise that stochastic samplers add. Default: 0.
+        seed: of the noise that stochastic samplers add, which is another than ``noise`` even where that was drawn with the
+            same seed. Default: 0.
         progress: called with (steps done, steps). Default: None.
 
     Returns:
@@ -161,7 +162,10 @@ class _Noise:
     """Standard normal tensors of one shape in a fixed order, the same on every device."""
 
     def __init__(self, like: Tensor, seed: int) -> None:
-        self.like, self.generator = like, torch.Generator().manual_seed(seed)
+        from ditscale.dit.training.batches import seed_for  # which imports this module
+
+        # A caller may well have drawn the noise that sampling starts from with the same seed.
+        self.like, self.generator = like, torch.Generator().manual_seed(seed_for(seed, "sampler"))
 
     def __call__(self) -> Tensor:
         return torch.randn(self.like.shape, generator=self.generator).to(self.like.device)

@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from ditscale.dit.average import Profile, WeightAverage
 from ditscale.dit.muon import momentum_ahead, orthogonal_steps
+from ditscale.dit.mup import hidden_matrices
 from ditscale.errors import InputError
 
 # Weights of at most so many numbers are small: copying their gradients together takes less time than calls for each.
@@ -142,14 +143,12 @@ class Updater:
         self._parameters = dict(model.named_parameters())
         self._parts = {name: local_part(p.detach()) for name, p in self._parameters.items()}
         named = {id(p): name for name, p in self._parameters.items()}
+        # Experts' biases and modulation tables have two axes too, but are no linear maps.
+        matrices = {n for n in hidden_matrices(model) if rule.muon and n.startswith(("blocks.", "single_blocks."))}
         self._groups: list[_Group] = []
         for group in groups:
             members = [named[id(p)] for p in group["params"]]
-            by_muon = [
-                n
-                for n in members
-                if rule.muon and n.startswith(("blocks.", "single_blocks.")) and self._parameters[n].ndim >= 2
-            ]
+            by_muon = [n for n in members if n in matrices]
             by_adamw = [n for n in members if n not in set(by_muon)]
             if by_adamw:
                 small = [n for n in by_adamw if self._is_small(n)]

@@ -184,4 +184,5 @@ def folder_name(path: str | os.PathLike[str]) -> str:
 
 def _share(name: str) -> float:
     """A fixed number in 0..1 for a name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+    # A file's name need not be UTF-8: Python holds its other bytes as surrogates.
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48

@@ -19,6 +19,17 @@ from ditscale.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = "captions.jsonl"
+_ORIENTATION = 0x0112  # the EXIF tag
+# What turns an image of that orientation upright; 1 is upright.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 class ImageFolder(FiniteImages):
@@ -128,13 +139,33 @@ def fitted(image: Any, shape: Sequence[int]) -> NDArray[np.uint8]:
     """A PIL image as `read_image` gives it."""
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    image.load()  # a PNG may tell its orientation behind its pixels
+    # Not exif_transpose: it also writes the other tags anew, and fails at one that it cannot write.
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if turn is not None:
+        image = image.transpose(Image.Transpose[turn])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     height, width = shape
     pixels = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+
+
+def _eight_bits(image: Any) -> Any:
+    """Grey levels of 16 bits as those of eight; PIL's own conversion makes white of all above 255.
+
+    Modes "I;16", and "I", by which PIL reads such files too. Raises ValueError for levels outside 0..65535 and floats.
+    """
+    from PIL import Image
+
+    values = np.array(image.convert("I"))
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("grey levels that are not of 8 or 16 bits")
+    values[values == image.info.get("transparency", 65535)] = 65535  # on white
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _image_names(path: Path) -> list[str]:
@@ -179,13 +210,14 @@ def _text(file: Path) -> str:
 def _told(file: Path, names: set[str]) -> dict[str, str]:
     """File name -> caption from a JSON Lines file."""
     told: dict[str, str] = {}
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    # Not splitlines, which also ends lines at characters that JSON allows inside a string.
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             name, caption = row["file"], row["caption"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(
                 f'{file}, line {number}: expected {{"file": ..., "caption": ...}}, got {line[:80]!r}'
             ) from None

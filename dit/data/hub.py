@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ class HubImages(FiniteImages):
         name, row = self._rows[self.chosen[sample]]
         try:
             return fitted(self._parts[name][row][self._image], self.shape[1:])
-        except (OSError, ValueError, SyntaxError, AttributeError) as error:
+        except (OSError, ValueError, SyntaxError, AttributeError, struct.error) as error:
+            # struct.error: datasets turns images upright as PIL does, which fails at some EXIF.
             raise InputError(f"{self.path}: expected an image in row {row} of {name}, got {error}") from error
 
 

@@ -42,6 +42,8 @@ class _Shard:
                 if not 2 <= length <= 10**8:
                     raise ValueError(f"a header of {length} bytes")
                 header: dict[str, Any] = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("a header that is no JSON object")
             self.tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
             self._base = 8 + length
             if self._base + max(e["data_offsets"][1] for e in self.tensors.values()) > path.stat().st_size:
@@ -52,7 +54,7 @@ class _Shard:
             counts = {name: e["shape"][0] for name, e in self.tensors.items()}
             if "latents" not in counts or len(set(counts.values())) != 1:
                 raise ValueError(f"tensors with so many rows: {counts}")
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: expected a shard of latents, got {error}") from error
         self.count: int = counts["latents"]
         self.sha256 = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
@@ -193,11 +195,18 @@ def _description(path: Path, shape: Sequence[int]) -> dict[str, Any]:
         if told["format"] != 1:
             raise ValueError(f"format {told['format']!r}")
         found |= {name: told[name] for name in found if name in told}
+        if not all(map(_finite, [*found["mean"], *found["std"]])):
+            raise ValueError(f"mean {found['mean']} and std {found['std']}, which are not all finite numbers")
         if len(found["mean"]) != shape[0] or len(found["std"]) != shape[0] or min(found["std"]) <= 0:
             raise ValueError(f"mean {found['mean']} and std {found['std']} for {shape[0]} channels")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: expected a description of format 1, got {error}") from error
     return found
+
+
+def _finite(value: Any) -> bool:
+    """Whether a value from JSON is a number that float32 holds."""
+    return isinstance(value, (int, float)) and abs(value) < 1e38
 
 
 def _captions(shard: _Shard) -> list[str]:
@@ -205,8 +214,9 @@ def _captions(shard: _Shard) -> list[str]:
     if not file.exists():
         return [""] * shard.count
     try:
-        captions = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        with open(file, encoding="utf-8") as lines:  # which end at "\n"; splitlines ends them inside some captions too
+            captions = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: expected one JSON string a line, got {error}") from error
     if len(captions) != shard.count or not all(isinstance(caption, str) for caption in captions):
         raise InputError(f"{file}: expected {shard.count} captions, got {len(captions)} lines")

@@ -48,8 +48,8 @@ class ImageShards(FiniteImages):
     samples of a few shards at a time.
 
     The first reading lists the members of every shard and keeps the list in the cache folder (``DITSCALE_CACHE``), by
-    the shard's path, size and time. Raises InputError for a folder without shards, a shard that is no tar file or is
-    compressed, a sample with several images, bad texts; at `batch` for an image that is none.
+    the shard's path, size and time. Raises InputError for a folder without shards, a shard that is no tar file, is
+    compressed or cut short, a sample with several images, bad texts; at `batch` for an image that is none.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ def _told(shard: Path, key: str, texts: dict[str, bytes]) -> tuple[str, int]:
         label = int(texts[".cls"]) if ".cls" in texts else row.get("label", -1)
         if not isinstance(caption, str) or isinstance(label, bool) or not isinstance(label, int) or label < -1:
             raise ValueError(f"caption {caption!r} and label {label!r}")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{shard}: expected a caption in text and a whole number as class of {key!r}, got {error}"
         ) from error
@@ -158,7 +158,8 @@ def _index(shard: Path) -> dict[str, dict[str, Sequence[int]]]:
     """Stem -> ending -> (offset, size) of every file in a shard, from the cache where it is the same shard."""
     try:
         state = shard.stat()
-        identity = repr((str(shard.resolve()), state.st_size, state.st_mtime_ns))
+        # "whole": lists that were kept before the end of a shard was checked are not taken.
+        identity = repr(("whole", str(shard.resolve()), state.st_size, state.st_mtime_ns))
         kept = cached_path("shards", hashlib.sha256(identity.encode()).hexdigest() + ".json")
         if kept is not None and kept.is_file():
             index: dict[str, dict[str, Sequence[int]]] = json.loads(kept.read_text(encoding="utf-8"))
@@ -170,6 +171,9 @@ def _index(shard: Path) -> dict[str, dict[str, Sequence[int]]]:
                 if member.isfile() and stem and dot:
                     key = os.path.join(os.path.dirname(member.name), stem)
                     index.setdefault(key, {})["." + ending.lower()] = (member.offset_data, member.size)
+            # tarfile takes a header that is cut off or damaged for the end, which a whole file marks with zeros.
+            if _bytes(shard, _Member(0, tar.offset, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError(f"no end of the archive after {tar.offset} bytes: the file is cut short or damaged")
     except (OSError, tarfile.TarError, ValueError) as error:
         raise InputError(f"{shard}: expected a tar file, not compressed, got {error}") from error
     keep(kept, json.dumps(index).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -13,12 +14,21 @@ from numpy.typing import NDArray
 from ditscale.errors import InputError
 
 PAD, UNKNOWN = 0, 1
-_WORD = re.compile(r"[a-z0-9']+|[,()]")
+# No word begins with a mark: what is left of an emoji may.
+_WORD = re.compile(r"(?=[\w'])[a-z0-9'\x80-\U0010ffff]+|[,()]")
 
 
 def split_words(caption: str) -> list[str]:
-    """Lower-case words, commas and parentheses of a caption, in order; all else separates."""
-    return _WORD.findall(caption.lower())
+    """Lower-case words, commas and parentheses of a caption, in order; all else separates.
+
+    Words are letters of any script with their marks, digits and apostrophes. Accents are composed (NFC), so that a word is one
+    however it was typed.
+    """
+    text = caption.lower()
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+        text = "".join(c if c.isascii() or unicodedata.category(c)[0] in "LMN" else " " for c in text)
+    return _WORD.findall(text)
 
 
 class Vocabulary:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ditscale.dit.data import ImageFolder
+from ditscale.dit.data.folder import fitted
 from ditscale.errors import InputError
 
 
@@ -115,7 +118,75 @@ def test_file_that_is_no_image(folder: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line", ["not json", '{"file": "cats/0.png"}', '{"file": "gone.png", "caption": "x"}', "[1]"])
+def test_greys_of_16_bits_become_greys_of_8(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (32, 1))
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    expected = np.broadcast_to(ramp >> 8, (3, 32, 32))
+    assert np.array_equal(ImageFolder(tmp_path, 32).batch(0, 1).images[0], expected)
+    for mode in ("I;16", "I;16B", "I"):  # older versions of PIL read such a file as "I"
+        image = Image.frombytes(mode, (32, 32), ramp.astype({"I;16": "<u2", "I;16B": ">u2", "I": "i4"}[mode]).tobytes())
+        assert np.array_equal(fitted(image, (32, 32)), expected), mode
+    Image.fromarray(ramp).save(tmp_path / "a.png", transparency=0)
+    assert (ImageFolder(tmp_path, 32).batch(0, 1).images[0, :, :, :2] == (255, 2114 >> 8)).all()
+
+
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 65536), ("I", -1)])
+def test_greys_that_have_no_range_are_refused(mode: str, value: float) -> None:
+    with pytest.raises(ValueError, match="grey levels"):
+        fitted(Image.new(mode, (4, 4), value), (4, 4))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_honoured_whatever_the_other_tags_hold(tmp_path: Path, orientation: int) -> None:
+    """An image whose EXIF cannot be written anew, which PIL's own rotation tries to."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8, :8], pixels[:8, 8:] = 250, 120
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = orientation, "hello"
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "JPEG", exif=exif)
+    with Image.open(data) as whole:
+        expected = np.asarray(ImageOps.exif_transpose(whole))
+    # The text becomes a tag that has to be a table of numbers.
+    broken = data.getvalue().replace(b"\x01\x0e\x00\x02", b"\x01\x2d\x00\x02")
+    assert broken != data.getvalue()
+    (tmp_path / "a.jpg").write_bytes(broken)
+    assert np.array_equal(ImageFolder(tmp_path, 16).batch(0, 1).images[0].transpose(1, 2, 0), expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are Unicode there")
+def test_names_that_are_not_utf8(folder: Path) -> None:
+    os.rename(folder / "cats", os.fsencode(folder) + b"/c\xe9")
+    name = os.fsencode(folder) + b"/c\xe9/caf\xe9.png"
+    try:
+        Image.new("RGB", (20, 12)).save(os.fsdecode(name))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    parts = [ImageFolder(folder, 8, split=split, held_out=0.4) for split in ("train", "validation")]
+    assert sum(os.fsdecode(b"c\xe9/caf\xe9.png") in part.names for part in parts) == 1
+    for part in parts:
+        assert len(part.batch(0, part.unique_images).images) and len(part.sha256) == 64
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_caption_lines_end_at_newlines_only(folder: Path, ending: str) -> None:
+    """JSON allows these characters inside a string."""
+    caption = "one\u2028two\u2029three\x85four"
+    rows = [json.dumps({"file": f"cats/{i}.png", "caption": caption}, ensure_ascii=False) for i in range(2)]
+    (folder / "captions.jsonl").write_bytes((ending.join(rows) + ending).encode())
+    assert ImageFolder(folder, 8).captions.count(caption) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param("[" * 100_000, id="nested"),
+        "not json",
+        '{"file": "cats/0.png"}',
+        '{"file": "gone.png", "caption": "x"}',
+        "[1]",
+    ],
+)
 def test_bad_caption_lines(folder: Path, line: str) -> None:
     (folder / "captions.jsonl").write_text(line, encoding="utf-8")
     with pytest.raises(InputError, match="captions.jsonl, line 1: expected"):

@@ -6,6 +6,9 @@ import io
 import json
 import multiprocessing
 import pickle
+import shutil
+import struct
+import subprocess
 import tarfile
 
 import numpy as np
@@ -212,6 +215,82 @@ def test_lists_of_shards_are_kept_and_noticed_when_a_shard_changes(tars, monkeyp
     assert ImageShards(tars, 8).unique_images == 21
 
 
+def test_a_shard_that_is_cut_short_is_refused(tars):
+    """Wherever: between two members tarfile itself takes it for a shorter one."""
+    shard = tars / "box-0.tar"
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        headers = [member.offset for member in tar]
+        end = tar.offset
+    for cut in [place + more for place in headers[1:] for more in (0, 1, 511)] + [headers[2] + 600, end, end + 511]:
+        shard.write_bytes(whole[:cut])
+        with pytest.raises(InputError, match=r"box-0\.tar: expected a tar file, .*, got") as error:
+            ImageShards(tars, 8)
+        assert "\n" not in str(error.value), cut
+    shard.write_bytes(whole[: headers[3]] + b"?" * 512 + whole[headers[3] + 512 :])
+    with pytest.raises(InputError, match="the file is cut short or damaged"):
+        ImageShards(tars, 8)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, "program"])
+def test_whole_shards_of_every_form_are_taken(tmp_path, form):
+    (tmp_path / ("folder" * 10)).mkdir()
+    members = [
+        "a.png",
+        "b.png",
+        f"{'folder' * 10}/{'name' * 20}.png",
+    ]  # the last in more than one block, or in two fields
+    for number, name in enumerate(members):
+        (tmp_path / name).write_bytes(encoded(number))
+    (tmp_path / "tars").mkdir()
+    if form == "program":
+        if shutil.which("tar") is None:
+            pytest.skip("there is no program tar")
+        subprocess.run(["tar", "-cf", "tars/a.tar", *members], cwd=tmp_path, check=True)
+    else:
+        with tarfile.open(tmp_path / "tars" / "a.tar", "w", format=form) as tar:
+            for name in members:
+                tar.add(tmp_path / name, name)
+    source = ImageShards(tmp_path / "tars", 8)
+    assert sorted(source.batch(0, 3).images[:, 0, 0, 0]) == [0, 1, 2]
+
+
+def test_damaged_descriptions_are_refused_in_one_line(tars, latents):
+    """What is JSON, but not what it should be, or nested without end."""
+    nested = "[" * 100_000
+    with tarfile.open(tars / "box-3.tar", "w") as tar:
+        add(tar, "a.png", encoded(1))
+        add(tar, "a.json", nested.encode())
+    with pytest.raises(InputError, match=r"box-3\.tar: expected a caption in text"):
+        ImageShards(tars, 8)
+    shard, description = latents / "latents-00000.safetensors", latents / "latents.json"
+    whole = shard.read_bytes()
+    for header in ("[1, 2]", nested):
+        shard.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+        with pytest.raises(InputError, match="expected a shard of latents"):
+            LatentShards(latents)
+    shard.write_bytes(whole)
+    for mean in ('["a", "b", "c"]', "[[0], [0], [0]]", "[NaN, 0, 0]", f"[1{'0' * 400}, 0, 0]", nested):
+        description.write_text(f'{{"format": 1, "mean": {mean}}}')
+        with pytest.raises(InputError, match=r"latents\.json: expected a description of format 1") as error:
+            LatentShards(latents)
+        assert "\n" not in str(error.value)
+    description.write_text('{"format": 1}')
+    (latents / "latents-00000.captions.jsonl").write_text(nested)
+    with pytest.raises(InputError, match="expected one JSON string a line"):
+        LatentShards(latents)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_captions_of_latents_end_at_newlines_only(latents, ending):
+    """JSON allows these characters inside a string."""
+    captions = [f"{i} one\u2028two\u2029three\x85four" for i in range(10)]
+    lines = ending.join(json.dumps(text, ensure_ascii=False) for text in captions)
+    for text in (lines, lines + ending):
+        (latents / "latents-00000.captions.jsonl").write_bytes(text.encode())
+        assert set(captions) <= set(LatentShards(latents).captions)
+
+
 def test_a_part_of_a_data_set_is_the_validation_split(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
@@ -227,6 +306,26 @@ def test_a_part_of_a_data_set_is_the_validation_split(tmp_path):
     assert [part.unique_images for part in (train_part, held, every)] == [5, 2, 7]
     assert sorted(held.batch(0, 2).images[:, 0, 0, 0]) == [5, 6] and held.classes == ()
     assert train_part.vocabulary.sha256 == held.vocabulary.sha256
+
+
+def test_an_image_that_a_data_set_cannot_decode_is_named(tmp_path, monkeypatch):
+    """EXIF that PIL cannot write anew, as `datasets` passes it on; a part stands in for the package's own."""
+
+    class Image:
+        pass
+
+    class Part:
+        features = {"image": Image()}
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, row):
+            raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr("ditscale.dit.data.hub._load", lambda path: {"train": Part()})
+    with pytest.raises(InputError, match="expected an image in row 0 of train, got required argument"):
+        HubImages(tmp_path, 8).batch(0, 1)
 
 
 def test_what_is_no_data_is_named(tmp_path, tars, latents):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import numpy as np
 import pytest
 
 from ditscale.dit.data import EmojiScenes, Vocabulary, emoji_vocabulary
+from ditscale.dit.data.words import split_words
 from ditscale.errors import InputError
 
 
@@ -33,6 +37,27 @@ def test_padding_unknown_and_cut() -> None:
 
 def test_special_words_cannot_be_spelled() -> None:
     assert Vocabulary(["a"]).encode(["<unknown>"], 3).tolist() == [[1, 0, 0]]
+
+
+def test_words_of_any_script_are_whole() -> None:
+    captions = ["Größe, cafe\u0301 CAFÉ", "猫と犬", "हिन्दी l'été – “x-ray”", "snake_case ❤\ufe0f ä_b"]
+    assert [split_words(caption) for caption in captions] == [
+        ["größe", ",", "café", "café"],
+        ["猫と犬"],
+        ["हिन्दी", "l'été", "x", "ray"],
+        ["snake", "case", "ä", "b"],
+    ]
+    vocabulary = Vocabulary.from_captions(captions)
+    assert vocabulary.decode(vocabulary.encode(captions[:1], 8)) == ["größe, café café"]
+
+
+def test_words_of_ascii_are_those_that_models_were_trained_on() -> None:
+    """Whatever surrounds a word, and in the captions of both kinds of emoji scenes."""
+    former = re.compile(r"[a-z0-9']+|[,()]")
+    ascii_pairs = ["".join(pair) for pair in itertools.product(map(chr, range(128)), repeat=2)]
+    scenes = [EmojiScenes(split, 16).batch(0, 500).captions for split in ("train", "validation")]
+    for caption in itertools.chain(ascii_pairs, *scenes):
+        assert split_words(caption) == former.findall(caption.lower()), caption
 
 
 def test_emoji_vocabulary_is_fixed() -> None:

@@ -77,6 +77,23 @@ def test_without_room_for_anyone_only_the_shared_experts_work():
 
 
 @pytest.mark.parametrize("capacity", [None, 0.7])
+def test_a_sample_depends_on_those_beside_it_only_with_a_capacity(capacity):
+    layer, x = mixture(expert_capacity=capacity).eval(), torch.randn(4, 9, 24)
+    together, alone = layer(x)[0], torch.cat([layer(sample)[0] for sample in x.split(1)])
+    assert torch.allclose(together, alone, atol=1e-5) == (capacity is None)
+
+
+def test_the_balance_loss_of_a_batch_is_not_the_mean_of_its_parts():
+    layer, x = mixture(experts_per_token=1), torch.zeros(2, 8, 24)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[torch.arange(4), torch.arange(4)] = 30.0
+    x[torch.arange(2), :, torch.arange(2)] = 1.0  # each sample goes to an expert of its own
+    assert [float(layer(part)[1].detach()) for part in x.split(1)] == pytest.approx([4, 4], rel=1e-5)
+    assert float(layer(x)[1].detach()) == pytest.approx(2, rel=1e-5)
+
+
+@pytest.mark.parametrize("capacity", [None, 0.7])
 def test_two_runs_are_equal_to_the_bit(capacity):
     layer, x = mixture(expert_capacity=capacity, mlp="swiglu"), torch.randn(4, 33, 24, requires_grad=True)
 

@@ -140,6 +140,15 @@ def test_stochastic_samplers_repeat_by_their_seed(settings):
     assert torch.equal(draw(1), draw(1)) and not torch.allclose(draw(1), draw(2), atol=0.01)
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_added_noise_is_independent_of_starting_noise_drawn_with_the_same_seed(seed):
+    noise = normals(256, 3, 8, 8, seed=seed)
+    settings = {"steps": 12, "sampler": "ddim", "eta": 0.5, "seed": seed}
+    out = draw_samples(ExactFlow(MEAN, STD), noise, **settings)
+    mean, std = chain_on_the_path(RectifiedFlow().levels(12).double(), 1, 0.5)
+    assert float(out.mean()) == pytest.approx(mean, abs=0.008) and float(out.std()) == pytest.approx(std, rel=0.012)
+
+
 def test_full_ddim_noise_is_the_ancestral_step():
     for objective, model in ((RectifiedFlow(), ExactFlow(MEAN, STD)), (EDM(), ExactEDM(MEAN, STD))):
         noise = normals(2, 1, 4, 4)

@@ -5,25 +5,32 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from model_variants import config_of
 from torch import nn
 
+from ditscale.dit import DiT
 from ditscale.dit.average import Profile
+from ditscale.dit.moe import Experts
 from ditscale.dit.muon import orthogonal
+from ditscale.dit.optim import parameter_groups
 from ditscale.dit.update import Updater, UpdateRule
 from ditscale.errors import InputError
 
 
 class Small(nn.Module):
-    """Two kinds of matrices, a bank of three, and vectors."""
+    """Two kinds of matrices, banks of three, vectors, and banks of three vectors."""
 
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 5), nn.Linear(5, 7)])
-        self.blocks[0].bank = nn.Parameter(torch.randn(3, 4, 6))
+        self.blocks[0].bank = Experts(3, 4, 6, swiglu=False)
+        for parameter in self.blocks[0].bank.parameters():
+            nn.init.normal_(parameter)
         self.head = nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.head(self.blocks[1](self.blocks[0](x) + self.blocks[2](x)).tanh()) + self.blocks[0].bank.sum()
+        banks = sum(parameter.sum() for parameter in self.blocks[0].bank.parameters())
+        return self.head(self.blocks[1](self.blocks[0](x) + self.blocks[2](x)).tanh()) + banks
 
 
 def orthogonal_twin(g):
@@ -48,7 +55,7 @@ def twin(weights, gradients, rates, decays, rule, profile):
         scale = min(1.0, rule.clip / (norm + 1e-6))
         for name, w in weights.items():
             g = grads[name] * scale
-            if rule.muon and name.startswith("blocks.") and w.ndim >= 2:
+            if rule.muon and name.startswith("blocks.") and name.endswith("weight"):
                 first[name] = rule.muon_momentum * first[name] + g
                 ahead = g + rule.muon_momentum * first[name]
                 each = ahead.reshape(-1, *ahead.shape[-2:])
@@ -91,6 +98,36 @@ def test_steps_are_those_of_the_restatement(muon, clip):
         found = updater.averages[0].weights[name].numpy()
         np.testing.assert_allclose(found, average[name], rtol=2e-5, atol=2e-6, err_msg=name)
     assert updater.updates == 6
+
+
+BY_MUON = {
+    "mixture": {
+        "adaLN_modulation.1.weight", "attn.qkv.weight", "attn.proj.weight", "mlp.router.weight", "mlp.experts.fc1_weight",
+        "mlp.experts.fc2_weight",
+    },
+    "adaln-single": {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"},
+}  # fmt: skip
+BY_ADAMW = {
+    "mixture": {
+        "adaLN_modulation.1.bias", "attn.qkv.bias", "attn.proj.bias", "mlp.experts.fc1_bias", "mlp.experts.fc2_bias",
+    },
+    "adaln-single": {"attn.qkv.bias", "attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias", "scale_shift_table"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_MUON)
+def test_muon_steps_the_weights_of_the_blocks_layers_and_adamw_their_biases_and_tables(name):
+    model = DiT(config_of(name))
+    updater = Updater(model, parameter_groups(model, lr=0.1), UpdateRule(muon=True))
+    # AdamW alone keeps second moments.
+    by_adamw = {key.removeprefix("second.") for key in updater.tensors() if key.startswith("second.")}
+    by_muon = {key for key, _ in model.named_parameters()} - by_adamw
+    blocks = range(model.config.depth)
+    assert by_muon == {f"blocks.{i}.{part}" for i in blocks for part in BY_MUON[name]}
+    assert {key for key in by_adamw if key.startswith("blocks.")} == {
+        f"blocks.{i}.{part}" for i in blocks for part in BY_ADAMW[name]
+    }
+    assert {"x_embedder.proj.weight", "t_embedder.mlp.2.weight", "final_layer.linear.weight"} <= by_adamw
 
 
 def test_small_weights_that_lie_together_step_as_each_by_itself(monkeypatch):
