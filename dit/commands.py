@@ -132,6 +132,12 @@ def train(
             f"images, {record['flops']:.4g} FLOPs (convention {record['flop_convention']}), {record['seconds']:.0f} s"
         )
     if record["status"] != "finished":
+        if first:
+            typer.echo(
+                f"ditscale: {out}: the run {record['status']} after {record['steps']:,} of {plan.steps:,} steps; it is not "
+                "trained again, and a changed configuration needs another --out",
+                err=True,
+            )
         raise typer.Exit(1)
 
 

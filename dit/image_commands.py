@@ -21,7 +21,7 @@ _MOST_IMAGES = 65_536  # in one picture
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
-RunPath = Annotated[Path, typer.Argument(help="A run's folder, or its weights.safetensors.")]
+RunPath = Annotated[Path, typer.Argument(help="A run's folder, its weights.safetensors, or what export made of it.")]
 
 
 def sample(
@@ -159,7 +159,8 @@ def evaluate(
         plan = TrainConfig.from_dict(plan.to_dict() | {k: v for k, v in changes.items() if v is not None})
         model, objective = load_weights(weights_path(run))
         model = model.to(where)
-        validation = validation_set(plan)
+        data = RunData.read(run)
+        validation = validation_set(plan, data)
         by_time = validation.loss(model, objective)
         result: dict[str, Any] = {"run": run.name, "loss": math.fsum(by_time) / len(by_time)}
         result |= {"loss_kind": objective.loss_kind, "images": plan.evaluation_images}
@@ -168,7 +169,7 @@ def evaluate(
             record = check_record(run / "run.json")
             decoder = None
             if autoencoder is not None:
-                decode = functools.partial(_decode, autoencoder, RunData.read(run))
+                decode = functools.partial(_decode, autoencoder, data)
                 decoder = Decoder(autoencoder.name, autoencoder.sha256, decode)
             with progress_bar(f"samples of {run.name}", show=not as_json) as advance:
                 quality = measure_quality(
@@ -176,6 +177,7 @@ def evaluate(
                     objective,
                     plan,
                     settings,
+                    trained=data,
                     decoder=decoder,
                     device=where,
                     progress=lambda n, of: advance(n, of, math.nan),
@@ -234,6 +236,7 @@ def export(
 ) -> None:
     """Write a model's averaged weights in another layout, or read one: safetensors, never a pickle."""
     from ditscale.dit.foreign import LAYOUTS, load_foreign, save_diffusers, save_released
+    from ditscale.dit.rundata import RunData
     from ditscale.dit.weights import load_weights, save_weights
     from ditscale.errors import InputError
 
@@ -244,7 +247,9 @@ def export(
     else:
         model, objective = load_foreign(run, layout, heads=heads, num_classes=classes)
     if form == "ditscale":
-        save_weights(out, dict(model.named_parameters()), model.config, objective)
+        # Away from the run's folder, the words, classes and scale that the model was trained with go in the file.
+        data = RunData.read(run) if layout is None else None
+        save_weights(out, dict(model.named_parameters()), model.config, objective, data)
     elif form == "dit":
         save_released(out, model)
     elif form == "diffusers":
@@ -291,8 +296,8 @@ def condition_tensor(
     vocabulary = embedded if data is None else data.vocabulary
     if len(vocabulary) != config.vocabulary_size:
         raise InputError(
-            f"--caption: expected a run's folder, whose data.json knows the words, or a model of the {len(vocabulary)} "
-            f"embedded ones, got a model of {config.vocabulary_size}"
+            f"--caption: expected a run's folder, whose data.json knows the words, or an export of it, or a model of the "
+            f"{len(vocabulary)} embedded ones, got a model of {config.vocabulary_size}"
         )
     length = CAPTION_LENGTH if config.context == "pooled" else config.caption_tokens
     return torch.from_numpy(vocabulary.encode(given, length))

@@ -1,7 +1,11 @@
-"""What a run knows of its data besides the images: words, classes and the scale of latents. ``data.json`` in its folder."""
+"""What a run knows of its data besides the images: words, classes and the scale of latents.
+
+``data.json`` in its folder; a file of exported weights has it in its header.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,11 @@ from torch import Tensor
 
 from ditscale.dit.data import Vocabulary
 from ditscale.dit.files import read_json, write_json
+from ditscale.dit.weights import read_data
 from ditscale.errors import InputError
 
 _FILE = "data.json"
+_FIELDS = ("words", "classes", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -42,24 +48,43 @@ class RunData:
 
     @classmethod
     def read(cls, run: Path) -> RunData | None:
-        """From a run's folder, or the folder that a weights file lies in; None where there is none.
+        """From a run's folder, or of a weights file: its header, else the folder that it lies in; None where there is none.
 
         Raises:
             InputError: the file is damaged.
         """
-        path = (run if run.is_dir() else run.parent) / _FILE
-        if not path.is_file():
-            return None
-        content = read_json(path)
+        path, content = run, read_data(run) if run.is_file() else None
+        if content is None:
+            path = cls.path(run if run.is_dir() else run.parent)
+            if not path.is_file():
+                return None
+            content = read_json(path)
         try:
-            return cls(content["name"], *(tuple(content[name]) for name in ("words", "classes", "mean", "std")))
+            return cls(content["name"], *(tuple(content[name]) for name in _FIELDS))
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: expected what a run knows of its data, got a damaged file ({error})") from error
 
     def write(self, run: Path) -> None:
         """Into a run's folder."""
-        content = {name: list(getattr(self, name)) for name in ("words", "classes", "mean", "std")}
-        write_json(run / _FILE, {"name": self.name} | content)
+        write_json(self.path(run), self.to_dict())
+
+    @staticmethod
+    def path(run: Path) -> Path:
+        """The file in a run's folder."""
+        return run / _FILE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"name": self.name} | {name: list(getattr(self, name)) for name in _FIELDS}
+
+    def check(self, now: RunData, place: str, fields: Iterable[str] = _FIELDS) -> None:
+        """Raise InputError, which begins with ``place``, where a field of what the data tell now is not as it was."""
+        for field in fields:
+            if getattr(self, field) != getattr(now, field):
+                raise InputError(
+                    f"{place}: expected the {field} of the data that the run was trained on, got others from {now.name}; "
+                    "bring the data back as they were, or train another run on the new ones"
+                )
 
     @property
     def vocabulary(self) -> Vocabulary:

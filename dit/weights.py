@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -17,14 +18,26 @@ from ditscale.dit.model import DiT
 from ditscale.dit.objective import Objective, objective_from_dict
 from ditscale.errors import InputError
 
+if TYPE_CHECKING:
+    from ditscale.dit.rundata import RunData
 
-def save_weights(path: Path, tensors: Mapping[str, Tensor], config: DiTConfig, flow: Objective) -> None:
-    """Write a model's weights as safetensors, with its configuration and its objective in the header."""
+_ENTRY = "ditscale"
+
+
+def save_weights(
+    path: Path, tensors: Mapping[str, Tensor], config: DiTConfig, flow: Objective, data: RunData | None = None
+) -> None:
+    """Write a model's weights as safetensors, with its configuration and its objective in the header.
+
+    ``data``: what its run knows of its data, for a file that leaves the run's folder. Default: None.
+    """
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     content = {"version": ditscale.__version__, "config": config.to_dict(), "flow": flow.to_dict()}
+    if data is not None:
+        content["data"] = data.to_dict()
     # One entry: the order of several is left to chance, and equal weights should be equal files.
-    header = {"ditscale": json.dumps(content)}
+    header = {_ENTRY: json.dumps(content)}
     write_atomically(path, safetensors.torch.save(tensors, metadata=header))
 
 
@@ -37,7 +50,7 @@ def load_weights(path: str | Path) -> tuple[DiT, Objective]:
 
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            content = json.loads((file.metadata() or {})["ditscale"])
+            content = json.loads((file.metadata() or {})[_ENTRY])
             config, flow = DiTConfig.from_dict(content["config"]), objective_from_dict(content["flow"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         model = DiT(config)
@@ -48,3 +61,16 @@ def load_weights(path: str | Path) -> tuple[DiT, Objective]:
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: expected weights written by ditscale, got {error}") from error
     return model, flow
+
+
+def read_data(path: Path) -> Any:
+    """What a weights file's header tells of the training data, as :func:`save_weights` was given it; None where nothing.
+
+    Raises:
+        InputError: the file is no safetensors file, or its header is damaged.
+    """
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return json.loads((file.metadata() or {}).get(_ENTRY, "{}")).get("data")
+    except (OSError, AttributeError, ValueError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: expected weights written by ditscale, got {error}") from error

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def wants_graph() -> bool:
-    """True in a backward pass that will be differentiated itself (``create_graph``): it must be made of plain PyTorch."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """True in a backward pass that will be differentiated itself (``create_graph``) or whose cotangents have tangents: it must
+    be made of plain PyTorch."""
+    return (torch.is_grad_enabled() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling()
 
 
 def differentiable(
@@ -24,9 +26,11 @@ def differentiable(
         inputs: floating-point; those that belong to a graph are led back to.
         cotangents: the gradients of its results.
     """
-    # Each input as a tensor of its own: where one tensor is given twice, each place has its own gradient.
-    own = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-    return torch.autograd.grad(function(*own), own, cotangents, create_graph=True)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Each input as a tensor of its own: where one is given twice, or depends on another, each place has its own gradient.
+        own = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        return torch.autograd.grad(function(*own), own, cotangents, create_graph=again)
 
 
 def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

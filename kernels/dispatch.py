@@ -102,7 +102,8 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
         if device_type == "cuda" and backend == "auto" and torch.cuda.is_current_stream_capturing():
             return "reference"  # a self-check cannot run inside a graph capture; warm up before it, as for any kernel
         chosen = _chosen[key] = _auto(op, device_type, dtype) if backend == "auto" else _named(*key)
-        if chosen in _NAMESPACES:
+        # Not Triton's: a launch trusts its arguments, so what the full path checks and converts must have been.
+        if chosen in _NAMESPACES and chosen != "triton":
             _quick[key] = operators(chosen)
     return chosen
 

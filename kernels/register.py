@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
@@ -21,6 +23,17 @@ class Operator(NamedTuple):
     schema: str
     fake: Callable[..., Any]
     flops: Callable[..., int]
+
+
+def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """``implementation`` with its first tensor's device as the current one: Triton launches on that, wherever tensors are."""
+
+    @functools.wraps(implementation)
+    def run(first: Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return implementation(first, *others)
+
+    return run
 
 
 _libraries: list[torch.library.Library] = []  # what a library object defined lives as long as it does
@@ -44,6 +57,6 @@ def define(
     library = torch.library.Library(namespace, "FRAGMENT")
     for name, operator in operators.items():
         library.define(name + operator.schema)
-        library.impl(name, implementations[name], key)
+        library.impl(name, on_its_device(implementations[name]), key)
     _libraries.append(library)
     describe(namespace, operators)

@@ -103,7 +103,20 @@ def compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | Non
     try:
         return _apart(lambda: _compare(op, backend, dtype, device), device)
     except Exception as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
-        return f"{THREW}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        began = "it broke the device's context: " if _context_is_lost(device) else THREW
+        return f"{began}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _context_is_lost(device: str) -> bool:
+    """Whether nothing runs on the device any more in this process, as after an access to what is not there: no matter of the
+    moment, and the next process is better off not to try."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _apart(call: Callable[[], str | None], device: str) -> str | None:

@@ -10,12 +10,6 @@ inline HeadView view_of(const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// [B, H, T, K] over memory laid out [B, T, H, K].
-inline Tensor allocate_heads(const Tensor& like) {
-  const Tensor rows = allocate({like.size(0), like.size(2), like.size(1), like.size(3)}, dtype_of(like), like);
-  return torch::stable::transpose(rows, 1, 2);
-}
-
 inline const float* vector_of(const std::optional<Tensor>& t, int64_t n, const Tensor& x, const char* name) {
   if (!t.has_value()) return nullptr;
   STD_TORCH_CHECK(

@@ -68,14 +68,8 @@ inline void ask_for_large_pages(void* data, size_t bytes) {
 #endif
 }
 
-// A contiguous uninitialised tensor on the device of `like`.
-inline Tensor allocate(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
-  int64_t size[5], stride[5], dims = 0, run = 1;
-  for (int64_t s : sizes) size[dims++] = s;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    stride[d] = run;
-    run *= size[d] > 1 ? size[d] : 1;
-  }
+// An uninitialised tensor on the device of `like`.
+inline Tensor allocate_strided(int64_t dims, const int64_t* size, const int64_t* stride, int32_t dtype, const Tensor& like) {
   int32_t device_type = 0, device_index = 0;
   DS_SHIM_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   DS_SHIM_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
@@ -90,11 +84,31 @@ inline Tensor allocate(std::initializer_list<int64_t> sizes, int32_t dtype, cons
   }
   return out;
 }
+inline Tensor allocate(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
+  int64_t size[5], stride[5], dims = 0, run = 1;
+  for (int64_t s : sizes) size[dims++] = s;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    stride[d] = run;
+    run *= size[d] > 1 ? size[d] : 1;
+  }
+  return allocate_strided(dims, size, stride, dtype, like);
+}
 
 inline int32_t dtype_of(const Tensor& t) {
   int32_t dtype = 0;
   DS_SHIM_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
+}
+
+// [B, H, T, K] over memory laid out [B, T, H, K]: what the next projection reads as [B, T, H * K] without a copy. Not a view of
+// another tensor: such a result of a function of ours could not be written in place.
+inline Tensor allocate_heads(int64_t B, int64_t H, int64_t T, int64_t K, const Tensor& like) {
+  const auto some = [](int64_t n) { return n > 1 ? n : 1; };
+  const int64_t size[] = {B, H, T, K}, row = some(H) * some(K), stride[] = {some(T) * row, some(K), row, 1};
+  return allocate_strided(4, size, stride, dtype_of(like), like);
+}
+inline Tensor allocate_heads(const Tensor& like) {
+  return allocate_heads(like.size(0), like.size(1), like.size(2), like.size(3), like);
 }
 
 // The kernels walk the last dimension with stride 1; anything else is copied first.

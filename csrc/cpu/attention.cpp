@@ -36,12 +36,6 @@ HeadView input(const Tensor& t) {
   return view_of(t, const_cast<void*>(t.const_data_ptr()));
 }
 
-// [B, H, T, K] over memory laid out [B, T, H, K]: what the next projection reads as [B, T, H * K] without a copy.
-Tensor allocate_heads(int64_t B, int64_t H, int64_t T, int64_t K, const Tensor& like) {
-  const Tensor rows = allocate({B, T, H, K}, dtype_of(like), like);
-  return torch::stable::transpose(rows, 1, 2);
-}
-
 // What a call has besides its tensors of numbers.
 struct Options {
   const std::optional<Tensor>&key_bias, &lengths, &cu_q, &cu_k;
@@ -62,7 +56,7 @@ int64_t longest(const int32_t* cu, int64_t sequences, int64_t rows, const char* 
   int64_t most = 0;
   bool right = cu[0] == 0 && cu[sequences] <= rows;
   for (int64_t i = 0; i < sequences; ++i) {
-    const int64_t length = cu[i + 1] - cu[i];
+    const int64_t length = int64_t{cu[i + 1]} - cu[i];
     right = right && length >= 0;
     if (length > most) most = length;
   }
@@ -115,7 +109,7 @@ AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const O
         t->size(0) == a.B && t->size(1) == a.H_kv && t->size(2) == a.S && t->size(3) == a.K && dtype_of(*t) == dtype_of(q),
         "k, v: expected [B, H_kv, S, K] to go with q, of its dtype");
   }
-  STD_TORCH_CHECK(a.H_kv > 0 ? a.H % a.H_kv == 0 : a.H == 0, "k: expected a number of heads that divides that of q");
+  STD_TORCH_CHECK(a.H_kv > 0 ? a.H > 0 && a.H % a.H_kv == 0 : a.H == 0, "k: expected a number of heads that divides that of q");
   a.q = input(q);
   a.k = input(k);
   a.v = input(v);

@@ -124,8 +124,8 @@ void forward(const AttentionArgs& a, int64_t n, int64_t h, int64_t begin, int64_
       scores(k.block(k0, keys), qt, bias, keys, vectors, K, s, top, ahead);
       for (int64_t i = 0; i < lanes; i += W) {
         // A row without a score above -infinity keeps weights of zero instead of 2^(infinity - infinity).
-        const vf most = get_at<vf>(top + i), to = pick(most == splat(none), vf{}, origin(most));
-        put_at(factor + i, exp2_of(change(get_at<vf>(from + i), to)));
+        const vf most = get_at<vf>(top + i), to = pick(most == splat(none), vf{}, most);
+        put_at(factor + i, exp2_of(exponent(get_at<vf>(from + i), to)));
         put_at(from + i, to);
       }
       soften(s, keys, vectors, from, factor, sum);

@@ -40,30 +40,11 @@ DS_INLINE vf exp2_of(vf x) {
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// What a row's scores are measured from, made of the greatest, and the exponent of two that is left of a score. With
-// multiply-add the product is not rounded, and what the greatest was rounded by is in every weight of the row and in their
-// sum; without, the difference is taken first, so that the rounding of the product is one of a small number.
-DS_INLINE vf origin(vf greatest) {
-#if defined(__FMA__)
-  return greatest * splat(LOG2_E);
-#else
-  return greatest;
-#endif
-}
+// The exponent of two that is left of a score, measured from the greatest of its row. The difference is taken first: it is exact
+// where it matters, and neither a score of 1e9 nor a bias of the least float32, as masks have it, overflows or drowns in the
+// rounding of a product.
 DS_INLINE vf exponent(vf score, vf from) {
-#if defined(__FMA__)
-  return score * splat(LOG2_E) - from;
-#else
   return (score - from) * splat(LOG2_E);
-#endif
-}
-// The exponent by which weights measured from `old` become weights measured from `next`.
-DS_INLINE vf change(vf old, vf next) {
-#if defined(__FMA__)
-  return old - next;
-#else
-  return (old - next) * splat(LOG2_E);
-#endif
 }
 
 // Rows that the next head will read, brought near while this one's arithmetic runs: some with every register tile.

@@ -26,6 +26,7 @@ struct AttentionArgs {
 };
 
 constexpr int64_t WIDEST_HEAD = 128;
+constexpr int64_t FEWEST_ROWS = 64;  // of a block
 
 // Each returns null, or what the launch failed with. Backward: the gradient of queries and delta, then that of keys and values.
 const char* launch_attention_forward(const AttentionArgs& a, Storage storage, void* stream);

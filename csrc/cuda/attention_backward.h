@@ -19,9 +19,31 @@ struct BackwardShape {
   static constexpr int SHARED = BOTH > 4 * BN * STRIDE ? BOTH : 4 * BN * STRIDE;
 };
 template <class T, int W>
-using QueriesShape = BackwardShape<T, W, sizeof(T) == 2 ? 64 : 32, sizeof(T) == 2, sizeof(T) == 2>;
+using QueriesShape = BackwardShape<T, W, sizeof(T) == 2 ? 64 : W < 128 ? 32 : 16, sizeof(T) == 2, sizeof(T) == 2>;
 template <class T, int W>
 using KeysShape = BackwardShape<T, W, W < 128 && sizeof(T) == 2 ? 32 : 16, sizeof(T) == 2, sizeof(T) == 2 && W < 96>;
+
+// The statistics of the queries of a tile, by kind. They have memory of their own where a block of sm_86, 89 and 120 has so much;
+// else each stands behind its query's row, in the chunk that parts rows.
+template <class T, int W>
+struct QueryStats {
+  using F = KeysShape<T, W>;
+  using L = Tile<T, W>;
+  static constexpr int KINDS = sizeof(T) == 4 ? 3 : 2;  // float32: the sum of weights stands apart from the greatest score
+  static constexpr int BYTES = 2 * KINDS * F::BN * static_cast<int>(sizeof(float));
+  static constexpr bool BEHIND_ROWS = F::SHARED + BYTES > SMALLEST_LIMIT;
+  static_assert(!BEHIND_ROWS || L::CHUNKS % 2 == 0, "a chunk between rows");
+  static constexpr int SHARED = F::SHARED + (BEHIND_ROWS ? 0 : BYTES);  // dynamic and not
+  char* shared;
+  __device__ __forceinline__ float* at(int stage, int kind, int query) const {
+    if constexpr (BEHIND_ROWS) {
+      return reinterpret_cast<float*>(shared + (stage * 2 * F::BN + query) * L::STRIDE + L::CHUNKS * 16) + kind;
+    } else {
+      __shared__ float stats[2][KINDS][F::BN];
+      return &stats[stage][kind][query];
+    }
+  }
+};
 
 template <class T>
 __device__ __forceinline__ float dot_16_bytes(const T* a, const T* b) {
@@ -128,10 +150,10 @@ __global__ void __launch_bounds__(THREADS) attention_dkv(AttentionArgs a, int bl
   using F = KeysShape<T, W>;
   using L = Tile<T, W>;
   constexpr int BN = F::BN;
-  constexpr bool FACTOR = sizeof(T) == 4;  // the sum of weights stands apart from the greatest score
+  constexpr bool FACTOR = sizeof(T) == 4;
   static_assert(BN <= THREADS, "a thread for the statistics of each query");
   char* const shared = dynamic_shared();
-  __shared__ float stats[2][FACTOR ? 3 : 2][BN];
+  const QueryStats<T, W> stats{shared};
   const int64_t h = blockIdx.x / blocks % a.H_kv, b = blockIdx.x / blocks / a.H_kv;
   const int begin = static_cast<int>(blockIdx.x % blocks) * F::ROWS;
   const Place queries = place_of(a.cu_q, b, a.T), owned = place_of(a.cu_k, b, a.S);
@@ -139,7 +161,7 @@ __global__ void __launch_bounds__(THREADS) attention_dkv(AttentionArgs a, int bl
   const int K = static_cast<int>(a.K), group = static_cast<int>(a.H / a.H_kv);
   const int rows = owned.rows - begin, count = counted(a.lengths, b, owned.rows) - begin;
   const int64_t row = owned.first + begin;
-  const int tiles = count > 0 ? (queries.rows + BN - 1) / BN : 0;  // of one head
+  const int tiles = count > 0 && group > 0 ? (queries.rows + BN - 1) / BN : 0;  // of one head
   const auto stats_of = [&](int64_t head) { return (a.cu_q == nullptr ? b * a.H + head : head) * a.T + queries.first; };
   const auto fetch_tiles = [&](int tile, int stage) {
     const int64_t head = h * group + tile / tiles;
@@ -151,9 +173,9 @@ __global__ void __launch_bounds__(THREADS) attention_dkv(AttentionArgs a, int bl
     if (i >= BN) return;
     const int64_t at = stats_of(head) + start + i;
     // From an origin of infinity the weights of queries that do not exist are zero.
-    store_shared(&stats[stage][0][i], i < left ? a.origin[at] : INFINITY);
-    store_shared(&stats[stage][1][i], i < left ? a.delta[at] : 0.f);
-    if constexpr (FACTOR) store_shared(&stats[stage][2][i], i < left ? a.factor[at] : 0.f);
+    store_shared(stats.at(stage, 0, i), i < left ? a.origin[at] : INFINITY);
+    store_shared(stats.at(stage, 1, i), i < left ? a.delta[at] : 0.f);
+    if constexpr (FACTOR) store_shared(stats.at(stage, 2, i), i < left ? a.factor[at] : 0.f);
   };
 
   char* const k_tile = shared + F::OWN;
@@ -200,8 +222,8 @@ __global__ void __launch_bounds__(THREADS) attention_dkv(AttentionArgs a, int bl
       for (int i = 0; i < 4; ++i) {
         const int query = n * 8 + lane_id() % 4 * 2 + i % 2;
         const float score = u.scaled ? fused(s[0][n][i], u.before, bias[i / 2]) : s[0][n][i];
-        s[0][n][i] = exp2_fast(fused(score, u.factor, -load_shared(&stats[stage][0][query])));
-        if constexpr (FACTOR) s[0][n][i] *= load_shared(&stats[stage][2][query]);
+        s[0][n][i] = exp2_fast(fused(score, u.factor, -load_shared(stats.at(stage, 0, query))));
+        if constexpr (FACTOR) s[0][n][i] *= load_shared(stats.at(stage, 2, query));
       }
     }
     add_weighted<T, W, F::APART>(dv, s, q_tile + BN * L::STRIDE);
@@ -211,7 +233,7 @@ __global__ void __launch_bounds__(THREADS) attention_dkv(AttentionArgs a, int bl
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int query = n * 8 + lane_id() % 4 * 2 + i % 2;
-        s[0][n][i] *= dp[0][n][i] - load_shared(&stats[stage][1][query]);
+        s[0][n][i] *= dp[0][n][i] - load_shared(stats.at(stage, 1, query));
         dbias[i / 2] += s[0][n][i];
       }
     }

@@ -60,20 +60,15 @@ Result result(Tensor wanted, bool packed) {
   return {wanted, wide};
 }
 
-// [B, H, T, K] over memory laid out [B, T, H, K]: what the next projection reads as [B, T, H * K] without a copy.
-Tensor allocate_heads(const Tensor& like) {
-  const Tensor rows = allocate({like.size(0), like.size(2), like.size(1), like.size(3)}, dtype_of(like), like);
-  return stable::transpose(rows, 1, 2);
-}
-
 Tensor allocate_float32(bool wanted, std::initializer_list<int64_t> sizes, const Tensor& like, bool packed) {
   Tensor t = wanted ? allocate(sizes, aoti_torch_dtype_float32(), like) : allocate({0}, aoti_torch_dtype_float32(), like);
   if (wanted && packed) stable::zero_(t);
   return t;
 }
 
-const int32_t* integers(const Optional& t, int64_t count, const char* name) {
+const int32_t* integers(const Optional& t, int64_t count, const Tensor& like, const char* name) {
   if (!t.has_value()) return nullptr;
+  check_device(*t, like, name);
   STD_TORCH_CHECK(
       t->dim() == 1 && t->size(0) == count && t->scalar_type() == ScalarType::Int && t->is_contiguous(), name,
       ": expected int32, contiguous, one a sample (of packed sequences one more than there are)");
@@ -94,6 +89,7 @@ void check_rows(const Tensor& t, const Tensor& like, int64_t B, int64_t H, int64
   STD_TORCH_CHECK(
       t.dim() == 4 && t.size(0) == B && t.size(1) == H && t.size(2) == T && t.size(3) == K && dtype_of(t) == dtype_of(like),
       name, ": expected [", B, ", ", H, ", ", T, ", ", K, "] of the dtype of q");
+  check_device(t, like, name);
 }
 
 // Everything but the data of inputs and results.
@@ -108,30 +104,36 @@ AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const O
   a.K = whole_chunks(q.size(3));
   check_rows(k, q, B, a.H_kv, a.S, q.size(3), "k");
   check_rows(v, q, B, a.H_kv, a.S, q.size(3), "v");
-  STD_TORCH_CHECK(a.H_kv > 0 ? a.H % a.H_kv == 0 : a.H == 0, "k: expected a number of heads that divides that of q");
+  STD_TORCH_CHECK(a.H_kv > 0 ? a.H > 0 && a.H % a.H_kv == 0 : a.H == 0, "k: expected a number of heads that divides that of q");
   STD_TORCH_CHECK(a.K <= WIDEST_HEAD, "q: expected heads of at most ", WIDEST_HEAD, " columns, got ", q.size(3));
   STD_TORCH_CHECK(a.T < INT32_MAX && a.S < INT32_MAX, "q, k: expected fewer than 2^31 rows");
   a.samples = B;
   a.max_q = a.T;
   a.max_k = a.S;
   a.scale = static_cast<float>(o.scale);
-  a.lengths = integers(o.lengths, B, "lengths");
+  a.lengths = integers(o.lengths, B, q, "lengths");
   if (o.packed()) {
     STD_TORCH_CHECK(B == 1 && a.lengths == nullptr, "cu_q: expected one sample of packed sequences, and no lengths");
     STD_TORCH_CHECK(o.cu_q->dim() == 1 && o.cu_q->size(0) > 0, "cu_q: expected one number more than there are sequences");
     a.samples = o.cu_q->size(0) - 1;
-    a.cu_q = integers(o.cu_q, a.samples + 1, "cu_q");
-    a.cu_k = integers(o.cu_k, a.samples + 1, "cu_k");
+    a.cu_q = integers(o.cu_q, a.samples + 1, q, "cu_q");
+    a.cu_k = integers(o.cu_k, a.samples + 1, q, "cu_k");
     STD_TORCH_CHECK(a.cu_k != nullptr, "cu_k: expected together with cu_q");
     a.max_q = o.max_q < a.T ? o.max_q : a.T;
     a.max_k = o.max_k < a.S ? o.max_k : a.S;
   }
+  // A grid has 31 bits. Without a bound every packed sequence gets blocks as if it were as long as all together.
+  const int64_t longest = a.max_q > a.max_k ? a.max_q : a.max_k, heads = a.H > a.H_kv ? a.H : a.H_kv;
+  STD_TORCH_CHECK(
+      (longest + FEWEST_ROWS - 1) / FEWEST_ROWS * heads * a.samples <= INT32_MAX,
+      "q, k: too many blocks of rows for one launch; of packed sequences give the longest (max_seqlen)");
   if (o.key_bias.has_value()) {
     const Tensor& bias = *o.key_bias;
     STD_TORCH_CHECK(
         bias.dim() == 3 && bias.size(0) == B && bias.size(1) == a.H && bias.size(2) == a.S &&
             bias.scalar_type() == ScalarType::Float,
         "key_bias: expected [B, H, S] float32");
+    check_device(bias, q, "key_bias");
     a.key_bias = static_cast<const float*>(bias.const_data_ptr());
     a.bias_b = o.packed() ? 0 : bias.stride(0);
     a.bias_h = bias.stride(1);

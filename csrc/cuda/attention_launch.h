@@ -40,6 +40,7 @@ void AttentionOf<T>::forward(const AttentionArgs& a, void* stream) {
   with_width<T>(a.K, [&](auto width) {
     constexpr int W = width.value;
     using F = ForwardShape<T, W>;
+    static_assert(F::SHARED <= SMALLEST_LIMIT);
     launch(attention_forward<T, W>, a.max_q, F::ROWS, a.H, F::SHARED, a, stream);
   });
 }
@@ -49,9 +50,10 @@ void AttentionOf<T>::backward(const AttentionArgs& a, void* stream) {
   with_width<T>(a.K, [&](auto width) {
     constexpr int W = width.value;
     using Q = QueriesShape<T, W>;
-    using S = KeysShape<T, W>;
+    using S = QueryStats<T, W>;
+    static_assert(Q::SHARED <= SMALLEST_LIMIT && S::SHARED <= SMALLEST_LIMIT);
     launch(attention_dq<T, W>, a.max_q, Q::ROWS, a.H, Q::SHARED, a, stream);
-    launch(attention_dkv<T, W>, a.max_k, S::ROWS, a.H_kv, S::SHARED, a, stream);
+    launch(attention_dkv<T, W>, a.max_k, S::F::ROWS, a.H_kv, S::F::SHARED, a, stream);
   });
 }
 

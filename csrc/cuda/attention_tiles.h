@@ -13,6 +13,7 @@ namespace ditscale::cuda {
 namespace {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
+constexpr int SMALLEST_LIMIT = 99 * 1024;  // shared memory of a block on sm_86, 89 and 120; other architectures give more
 constexpr float LOG2E = 1.4426950408889634f;
 
 template <class T, int W>

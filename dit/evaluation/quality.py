@@ -25,6 +25,7 @@ from ditscale.dit.extras import count_sampling
 from ditscale.dit.files import keep
 from ditscale.dit.model import DiT
 from ditscale.dit.objective import Objective, need_number
+from ditscale.dit.rundata import RunData
 from ditscale.dit.sampling import draw_samples, guided_share
 from ditscale.dit.training import TrainConfig, batch_tensors, open_stream
 from ditscale.dit.training.batches import seed_for
@@ -97,6 +98,7 @@ def measure_quality(
     plan: TrainConfig,
     settings: QualitySettings | None = None,
     *,
+    trained: RunData | None = None,
     decoder: Decoder | None = None,
     describe: Callable[[ImageBatch], Condition] | None = None,
     device: torch.device | str = "cpu",
@@ -112,6 +114,7 @@ def measure_quality(
         objective: that it was trained with.
         plan: of its run, which names the data.
         settings: Default: ``QualitySettings()``.
+        trained: what its run knows of its data, by whose words captions are numbered. Default: none, the data's own.
         decoder: of a model of latents: samples and reference are both decoded, so that what is judged is the model and not
             the autoencoder. Default: none, the model draws pixels.
         describe: conditions as the model takes them, of images of the data. Default: their labels or words.
@@ -124,8 +127,8 @@ def measure_quality(
         ``precision``, ``recall``, for captioned emoji scenes ``caption_match``, and everything that they depend on.
 
     Raises:
-        InputError: the data or the feature network cannot be had, or a model of latents comes without a decoder or one of
-            pixels with one.
+        InputError: the data or the feature network cannot be had, the data are not those of ``trained``, or a model of
+            latents comes without a decoder or one of pixels with one.
     """
     settings = settings or QualitySettings()
     latents = plan.model.latent_factor > 1
@@ -133,11 +136,12 @@ def measure_quality(
         kind = "an autoencoder for a model of latents" if latents else "no autoencoder for a model of pixels"
         raise InputError(f"vae: expected {kind}, got {'none' if decoder is None else decoder.name}")
     network = open_network(settings.features, device=device)
-    prompts = _fresh(plan, seed_for(settings.seed, "prompts"))
-    real, ours, theirs = _real_features(network, _fresh(plan, seed_for(settings.seed, "reference")), settings, decoder)
+    prompts, reference = (_fresh(plan, seed_for(settings.seed, use), trained) for use in ("prompts", "reference"))
+    real, ours, theirs = _real_features(network, reference, settings, decoder)
     drawn, kept = [], []
     guidance = 1.0 if plan.model.condition == "none" else settings.guidance
-    described = describe or (lambda batch: batch_tensors(batch, plan.model)[1])
+    vocabulary = None if trained is None else trained.vocabulary
+    described = describe or (lambda batch: batch_tensors(batch, plan.model, vocabulary)[1])
     for start, batch in _batches(prompts, settings.samples, settings.batch):
         noise = torch.stack([_noise(plan, settings.seed, start + i) for i in range(len(batch))]).to(device)
         y = each(described(batch), lambda tensor: tensor.to(device))
@@ -268,9 +272,9 @@ def _flat(features: Features) -> Features:
     return features.reshape(-1, features.shape[-1])
 
 
-def _fresh(plan: TrainConfig, seed: int) -> ImageStream:
+def _fresh(plan: TrainConfig, seed: int, trained: RunData | None = None) -> ImageStream:
     """The training data in another order, or other scenes of it."""
-    return open_stream(dataclasses.replace(plan, seed=seed), "train")
+    return open_stream(dataclasses.replace(plan, seed=seed), "train", trained)
 
 
 def _batches(stream: ImageStream, count: int, batch: int) -> Iterator[tuple[int, ImageBatch]]:

@@ -12,20 +12,26 @@ from torch import Tensor
 
 from ditscale.dit.condition import Condition, each
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.data import ImageBatch, ImageStream, to_float
+from ditscale.dit.data import ImageBatch, ImageStream, Vocabulary, to_float
 from ditscale.dit.data.scenes import CAPTION_LENGTH
 from ditscale.dit.data.sources import EMBEDDED, EMOJI_CLIPS, open_source
 from ditscale.dit.flow import ValidationSet
+from ditscale.dit.rundata import RunData
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.ranks import Ranks
 from ditscale.errors import InputError
 
 
-def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> ImageStream:
+def open_stream(
+    config: TrainConfig, split: Literal["train", "validation"], trained: RunData | None = None
+) -> ImageStream:
     """The images of a run: training images by its seed, or validation images by its evaluation seed.
 
+    ``trained``: what the run of a trained model knows of its data. The model fits its words, which :func:`batch_tensors`
+    numbers captions by, not those that are in the data now. Default: None.
+
     Raises:
-        InputError: no such data, or it does not fit the model.
+        InputError: no such data, or it does not fit the model, or has not the classes or scale of its training.
     """
     model = config.model
     if config.data in EMBEDDED and model.is_video != (config.data == EMOJI_CLIPS):
@@ -50,7 +56,10 @@ def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> I
             f"model: expected an input of shape {list(stream.shape)} and latent_factor {made}, as {stream.name} has, "
             f"got {list(model.input_shape)} and {model.latent_factor}"
         )
-    words = len(stream.vocabulary)
+    if trained is not None:
+        fields = ("classes", "mean", "std") if model.condition == "class" else ("mean", "std")
+        trained.check(RunData.of(stream), "data", fields)
+    words = len(stream.vocabulary if trained is None else trained.vocabulary)
     if worded and model.vocabulary_size != words:
         raise InputError(
             f"model.vocabulary_size: expected {'' if config.data in EMBEDDED else 'at most '}{words}, the words of "
@@ -63,24 +72,30 @@ def open_stream(config: TrainConfig, split: Literal["train", "validation"]) -> I
     return stream
 
 
-def batch_tensors(batch: ImageBatch, model: DiTConfig) -> tuple[Tensor, Condition]:
+def batch_tensors(
+    batch: ImageBatch, model: DiTConfig, vocabulary: Vocabulary | None = None
+) -> tuple[Tensor, Condition]:
     """A batch as the model takes it: images [B, C, ...] float32, pixels in [-1, 1], and the condition.
+
+    ``vocabulary`` numbers the captions' words. Default: the stream's own.
 
     Raises:
         InputError: an image lacks its class, or the data lack a text encoder's features of the model's widths.
     """
     if model.condition == "class" and (batch.labels < 0).any():
         raise InputError("model.condition: expected data in which every image has a class, got an image without one")
-    return torch.from_numpy(to_float(batch.images)), _condition(batch, model)
+    return torch.from_numpy(to_float(batch.images)), _condition(batch, model, vocabulary)
 
 
-def _condition(batch: ImageBatch, model: DiTConfig) -> Condition:
+def _condition(batch: ImageBatch, model: DiTConfig, vocabulary: Vocabulary | None) -> Condition:
     if model.condition == "none":
         return None
     if model.condition == "class":
         return torch.from_numpy(batch.labels)
     if model.vocabulary_size:
-        return torch.from_numpy(batch.tokens)
+        if vocabulary is None:
+            return torch.from_numpy(batch.tokens)
+        return torch.from_numpy(vocabulary.encode(batch.captions, batch.tokens.shape[1]))
     wanted: dict[str, tuple[int, ...]] = {"features": (model.caption_tokens, model.caption_width)}
     if model.pooled_width:
         wanted["pooled"] = (model.pooled_width,)
@@ -194,9 +209,16 @@ def _loader(images: _Images, steps: range, workers: int) -> torch.utils.data.Dat
     )
 
 
-def validation_set(config: TrainConfig) -> ValidationSet:
-    """The fixed validation set of a run: images that share no base image with training, with fixed noise."""
-    x_0, y = batch_tensors(open_stream(config, "validation").batch(0, config.evaluation_images), config.model)
+def validation_set(config: TrainConfig, trained: RunData | None = None) -> ValidationSet:
+    """The fixed validation set of a run: images that share no base image with training, with fixed noise.
+
+    ``trained``: what the run of a trained model knows of its data. Default: None.
+
+    Raises:
+        InputError: the data do not fit, or an image cannot be read or lacks its condition.
+    """
+    batch = open_stream(config, "validation", trained).batch(0, config.evaluation_images)
+    x_0, y = batch_tensors(batch, config.model, None if trained is None else trained.vocabulary)
     times = config.flow.validation_times(config.evaluation_times)
     return ValidationSet(x_0, y, times, seed=seed_for(config.evaluation_seed, "validation noise"))
 

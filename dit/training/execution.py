@@ -1,4 +1,7 @@
-"""How a run is carried out: on what, split how, and what it tells on the way. Nothing here changes what is trained."""
+"""How a run is carried out: on what, split how, and what it tells on the way.
+
+Nothing here changes what is trained, but for how a mixture of experts' batch is split; see :class:`Execution`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,11 @@ SINKS = ("tensorboard", "wandb", "trackio")
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """How a run is carried out. Two executions of one configuration differ by rounding, one and the same by nothing.
+
+    Mixtures of experts are the exception. Their balance loss, where ``balance_weight`` is above 0, and the rows of an
+    ``expert_capacity`` are counted over the images of one pass of one process, and neither is linear in them. So
+    ``microbatch`` and the number of processes change what is trained, unless every pass holds as many images as before;
+    with a capacity the number of processes also changes the validation loss.
 
     Args:
         device: "cpu", "cuda", or "auto": CUDA where there is one. Default: "auto".

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from ditscale.dit.training.evaluation import draw_pictures, validation_losses
 from ditscale.dit.training.execution import Execution
 from ditscale.dit.training.ranks import Ranks, started
 from ditscale.dit.training.record import RunRecord, check_record, describe
-from ditscale.dit.training.sinks import Sink, open_sink
+from ditscale.dit.training.sinks import Sink, open_sink, sink_module
 from ditscale.dit.training.state import TrainState
 from ditscale.dit.training.step import Stepper
 from ditscale.dit.update import whole
@@ -37,6 +38,8 @@ _SMOOTHING_IMAGES = 1024.0
 _MOST_SKIPS = 20
 # Lines of metrics in a whole run, about.
 _LINES = 200
+# What a run writes before its first step.
+_FIRST_FILES, _FIRST_FOLDERS = ("config.json", "data.json", "metrics.jsonl"), ("tensorboard", "wandb")
 
 
 class Stopped(Exception):
@@ -98,15 +101,25 @@ def train(
         _need_even_shares(config, execution, ranks)
 
         def claim() -> RunRecord | None:
+            if not (folder / "run.json").exists():
+                for name in execution.sinks:
+                    sink_module(name)  # one that is missing is said before the folder is this run's
             stack.enter_context(folder_lock(folder))
-            if not (folder / "config.json").exists():
+            new = not (folder / "config.json").exists()
+            record = _claim(folder, config, speak)
+            if new:
                 stack.push(_release)
-            return _claim(folder, config, speak)
+            return record
 
         def _release(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-            """A run that could not begin leaves its folder to the corrected one."""
-            if isinstance(error, InputError) and run is None:
-                (folder / "config.json").unlink(missing_ok=True)
+            """A run that failed before its first step, whatever the fault, leaves its folder to the corrected one."""
+            if error is None or (run is not None and run.state.step) or any(folder.glob("checkpoint-*.json")):
+                return
+            for name in _FIRST_FILES:
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+            for name in _FIRST_FOLDERS:
+                shutil.rmtree(folder / name, ignore_errors=True)
 
         run: _Run | None = None
         record = ranks.on_first(claim)
@@ -183,7 +196,7 @@ class _Run:
         self.listeners = listeners
         self.stream = open_stream(config, "train")
         self.decode = _decoder(config, execution, self.stream)
-        self.validation = validation_set(config) if execution.validate_every or execution.sample_every else None
+        self.validation = validation_set(config)  # now: what is wrong with it is said before training, not after
         self.state = TrainState(config, execution, ranks)
         for complaint in self.state.restore(folder):
             listeners.say(complaint)
@@ -212,7 +225,10 @@ class _Run:
             return self._judge(self._loop())
 
     def _open_logs(self, stack: contextlib.ExitStack) -> None:
-        RunData.of(self.stream).write(self.folder)
+        data = RunData.of(self.stream)
+        if self.state.step and (trained := RunData.read(self.folder)) is not None:
+            trained.check(data, str(RunData.path(self.folder)))
+        data.write(self.folder)
         self.log = MetricsLog(self.folder / "metrics.jsonl", keep_to_step=self.state.step, say=self.listeners.say)
         stack.callback(self.log.close)
         for name in self.execution.sinks:
@@ -283,7 +299,6 @@ class _Run:
         step, steps = state.step, config.steps
         row: dict[str, Any] = {}
         if execution.validate_every and step % execution.validate_every == 0 and step < steps:
-            assert self.validation is not None
             by_time = validation_losses(config, state, self.validation)
             row = {"loss": math.fsum(by_time) / len(by_time), "loss_by_timestep": by_time}
         if row or step % max(1, steps // _LINES) == 0 or step == steps:
@@ -306,7 +321,6 @@ class _Run:
             for sink in self.sinks:
                 sink.log(step, numbers)
         if execution.sample_every and step % execution.sample_every == 0:
-            assert self.validation is not None
             path = self.folder / "samples" / f"step-{step:09d}.png"
             path.parent.mkdir(exist_ok=True)
             draw_pictures(config, state, self.validation, path, self.decode)
@@ -339,11 +353,10 @@ class _Run:
         # By the first alone, as it reads all data once to name them by their content.
         record = self.ranks.on_first(lambda: describe(config, self.execution, self.ranks, state, self.stream, status))
         if status == "finished":
-            validation = self.validation or validation_set(config)
-            by_time = validation_losses(config, state, validation)
+            by_time = validation_losses(config, state, self.validation)
             record["loss"] = math.fsum(by_time) / len(by_time)
             record["loss_by_timestep"] = by_time
-            record["timesteps"] = [float(t) for t in validation.times]
+            record["timesteps"] = [float(t) for t in self.validation.times]
             averaged = state.updater.shared(state.updater.averages[0].weights)
             tensors = {name: whole(t).cpu() for name, t in averaged.items()}
             path = self.folder / "weights.safetensors"

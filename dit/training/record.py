@@ -13,12 +13,14 @@ import torch
 import ditscale
 from ditscale.dit.files import read_json
 from ditscale.dit.flops import count
+from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.execution import Execution
 from ditscale.errors import InputError
 
 if TYPE_CHECKING:
     from ditscale.dit.data import ImageStream
+    from ditscale.dit.objective import Objective
     from ditscale.dit.training.ranks import Ranks
     from ditscale.dit.training.state import TrainState
 
@@ -63,7 +65,7 @@ class RunRecord(TypedDict, total=False):
     ema_share: float
     seed: int
     objective: str
-    prediction: str
+    prediction: str  # what the model gives: "velocity", "clean" (the image) or "epsilon" (the noise)
     loss_kind: str
     loss_window: str
     loss: float | None  # of the averaged weights on the fixed validation set
@@ -134,7 +136,7 @@ def describe(
         "ema_share": config.ema_share,
         "seed": config.seed,
         "objective": config.flow.record_name,
-        "prediction": config.prediction,
+        "prediction": _prediction(config.flow),
         "loss_kind": config.flow.loss_kind,
         "loss_window": "final",
         "loss": None,
@@ -159,6 +161,11 @@ def describe(
         "started_at": state.started_at,
         "finished_at": now(),
     }
+
+
+def _prediction(flow: Objective) -> str:
+    """What a model of this objective predicts; EDM's preconditioning makes the clean image of the network's output."""
+    return flow.prediction if isinstance(flow, RectifiedFlow) else {"ddpm": "epsilon", "edm": "clean"}[flow.name]
 
 
 def check_record(path: Path, config: TrainConfig | None = None) -> RunRecord:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ditscale.dit.files import read_json
+from ditscale.dit.rundata import RunData
 from ditscale.dit.training.batches import Feeder, open_stream
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.execution import Execution
@@ -30,7 +31,7 @@ def replay_step(folder: str | Path) -> dict[str, Any]:
         "gradient_norm"; and "largest_weight".
 
     Raises:
-        InputError: the folder has no whole checkpoint.
+        InputError: the folder has no whole checkpoint, or the data are not what they were.
     """
     folder = Path(folder)
     config = TrainConfig.from_dict(read_json(folder / "config.json"))
@@ -39,7 +40,10 @@ def replay_step(folder: str | Path) -> dict[str, Any]:
     complaints = state.restore(folder)
     if state.step == 0:
         raise InputError(f"{folder}: expected a run with a whole checkpoint, got {complaints or 'none'}")
-    inputs = Feeder(config, open_stream(config, "train"), ranks)(state.step)
+    stream, trained = open_stream(config, "train"), RunData.read(folder)
+    if trained is not None:
+        trained.check(RunData.of(stream), str(RunData.path(folder)))
+    inputs = Feeder(config, stream, ranks)(state.step)
     stepper = Stepper(state.model, config.flow, state.updater, precision=config.precision)
     with torch.no_grad():
         losses = stepper.losses(inputs)

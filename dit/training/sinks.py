@@ -33,17 +33,17 @@ def open_sink(name: str, folder: Path, config: TrainConfig, step: int) -> Sink:
     Raises:
         InputError: its package is not installed.
     """
-    adapters: dict[str, tuple[str, Callable[[Any, Path, TrainConfig, int], Sink]]] = {
-        "tensorboard": ("torch.utils.tensorboard", Tensorboard),
-        "wandb": ("wandb", Wandb),
-        "trackio": ("trackio", Trackio),
-    }
-    package, adapter = adapters[name]
+    adapters: dict[str, Callable[[Any, Path, TrainConfig, int], Sink]]
+    adapters = {"tensorboard": Tensorboard, "wandb": Wandb, "trackio": Trackio}
+    return adapters[name](sink_module(name), folder, config, step)
+
+
+def sink_module(name: str) -> Any:
+    """The module that the adapter called ``name`` speaks to; InputError where its package is not installed."""
     try:
-        module = importlib.import_module(package)
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
         raise InputError(f"execution.sinks: expected the package {name} to be installed, got none ({error})") from error
-    return adapter(module, folder, config, step)
 
 
 class Tensorboard:

@@ -41,7 +41,8 @@ def _modulations(x: Tensor, names: tuple[str, ...], given: tuple[Tensor, ...]) -
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, m in zip(names, given, strict=True):
         dispatch.check_float(name, m)
-        if m.shape not in ((D,), (B, D), (B, 1, D), (B, T, D)):
+        # (Tuples are compared from the front: of another rank, a compiled graph would hold that B is not D.)
+        if not any(m.dim() == len(s) and m.shape == s for s in ((D,), (B, D), (B, 1, D), (B, T, D))):
             raise InputError(f"{name}: expected [{D}], [{B}, {D}] or [{B}, {T}, {D}] beside x, got {list(m.shape)}")
         if m.device != x.device:
             raise InputError(f"{name}: expected a tensor on {x.device} as x, got one on {m.device}")

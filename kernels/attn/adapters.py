@@ -97,7 +97,7 @@ def sdpa(
     scale: float,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``; what it has no argument for becomes a mask."""
-    grouped = k.shape[1] != q.shape[1]
+    grouped = bool(k.shape[1] != q.shape[1])  # of symbols in a trace, too
     T, S = q.shape[2], k.shape[2]
     allowed: Tensor | None = None  # what may be attended to, broadcasting to [B, H, T, S]
     if lengths is not None:
@@ -109,11 +109,13 @@ def sdpa(
         k, v = torch.where(counts, k, 0.0), torch.where(counts, v, 0.0)
     if key_bias is not None:
         bias = key_bias.unsqueeze(2)
-        allowed = bias > float("-inf") if allowed is None else allowed & (bias > float("-inf"))
+        weighs = bias != float("-inf")
+        allowed = weighs if allowed is None else allowed & weighs
     if allowed is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     # Rows without a key would be NaN: they look at every key and are set to zero afterwards.
     nothing = ~allowed.any(-1, keepdim=True)
+    q = torch.where(nothing, 0.0, q)  # which may be NaN
     mask = allowed | nothing
     if key_bias is not None:
         mask = torch.where(allowed, bias, torch.where(nothing, 0.0, float("-inf"))).to(q.dtype)

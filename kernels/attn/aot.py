@@ -6,7 +6,7 @@ from ditscale.kernels.aot import SIZE, Dims, Launch, Work
 from ditscale.kernels.attn import cost
 from ditscale.kernels.attn.triton_configs import columns
 
-_WIDTHS = (64, 72, 80, 96, 128)
+_WIDTHS = (64, 72, 80, 96, 128, 256)
 _VARIANTS = ("odd number of tokens", "lengths", "packed", "bias")
 # Variant -> bytes of local memory and why: the compiler's choice, a register or two.
 _SPILLS = {

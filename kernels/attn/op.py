@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -11,9 +12,13 @@ from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import dispatch
 from ditscale.kernels.attn import adapters, choice, reference
 from ditscale.kernels.attn import native as _native  # noqa: F401 (loads and describes ditscale::*)
+from ditscale.kernels.autograd import differentiable, wants_graph
 
 AttentionBackend = Literal["auto", "reference", "cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers"]
 _DTYPES = (*dispatch.KERNEL_DTYPES, torch.float64)
+_GREATEST_SCALE: Final = 3e38
+# The kernels make the bias's gradient from the scores', which a scale of 0 has taken away and a tiny one drowned.
+_LEAST_SCALE: Final = 1e-30
 _OWN = ("cpu", "triton", "cuda")  # those with the operators of shapes.py; the others bring their own autograd
 
 
@@ -22,16 +27,17 @@ def _ops(backend: str) -> Any:
     return torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
 
 
-def _wants_graph() -> bool:
-    """True in a backward pass that will be differentiated itself (create_graph): it must be made of plain PyTorch."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 def _differentiable(
-    out: Tensor, inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], dout: Tensor
+    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], dout: Tensor
 ) -> list[Tensor | None]:
-    used = [t for t, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(out, used, dout, create_graph=True))  # type: ignore[arg-type]
+    """``differentiable``, for the inputs that are wanted; the others stay as they are."""
+
+    def plain(*own: Tensor) -> Tensor:
+        given = iter(own)
+        return function(*(next(given) if want else t for t, want in zip(inputs, wanted, strict=True)))
+
+    used = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
+    found = iter(differentiable(plain, used, dout))
     return [next(found) if want else None for want in wanted]
 
 
@@ -60,10 +66,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, stats, key_bias, lengths, cu_q, cu_k = ctx.saved_tensors
         bias_grad = ctx.needs_input_grad[4]
-        if _wants_graph():
-            plain = reference.attention_ref(
-                q, k, v, scale=ctx.options[2], key_bias=key_bias, lengths=lengths, cu_q=cu_q, cu_k=cu_k
-            )
+        if wants_graph():
+
+            def plain(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
+                return reference.attention_ref(
+                    q, k, v, scale=ctx.options[2], key_bias=key_bias, lengths=lengths, cu_q=cu_q, cu_k=cu_k
+                )
+
             grads = _differentiable(plain, (q, k, v, key_bias), ctx.needs_input_grad[1:5], dout)
             return (None, *grads, None, None, None, None, None, None)
         dq, dk, dv, dkey_bias = _ops(ctx.backend).attention_bwd(
@@ -93,12 +102,15 @@ class _AttentionQkv(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, stats, key_bias, lengths, cu = ctx.saved_tensors
         bias_grad = ctx.needs_input_grad[2]
-        if _wants_graph():
-            plain = merged(
-                reference.attention_ref(
-                    *parts(qkv), scale=ctx.options[1], key_bias=key_bias, lengths=lengths, cu_q=cu, cu_k=cu
+        if wants_graph():
+
+            def plain(qkv: Tensor, key_bias: Tensor | None) -> Tensor:
+                return merged(
+                    reference.attention_ref(
+                        *parts(qkv), scale=ctx.options[1], key_bias=key_bias, lengths=lengths, cu_q=cu, cu_k=cu
+                    )
                 )
-            )
+
             grads = _differentiable(plain, (qkv, key_bias), ctx.needs_input_grad[1:3], dout)
             return (None, *grads, None, None, None, None)
         dqkv, dkey_bias = _ops(ctx.backend).attention_qkv_bwd(
@@ -147,13 +159,28 @@ def _integers(name: str, t: Tensor, count: int | None, device: torch.device, mos
         raise InputError(f"{name}: expected a vector of integers, got {came}")
     if count is not None and t.shape[0] != count:
         raise InputError(f"{name}: expected {count} integers, got {t.shape[0]}")
-    # (Where values cannot be looked at, as in a trace, the kernel looks at them itself.)
-    plain = type(t) is Tensor and t.is_cpu and not torch.compiler.is_compiling() and not dispatch.in_transform()
-    if most is not None and plain and t.numel() and torch._C._len_torch_dispatch_stack() == 0:
+    if most is not None and _legible(t):
         low, high = (int(v) for v in torch.aminmax(t))
         if low < 0 or high > most:
             raise InputError(f"{name}: expected integers from 0 to {most}, got {low if low < 0 else high}")
     return t.to(device=device, dtype=torch.int32).contiguous()
+
+
+def _legible(t: Tensor) -> bool:
+    """Whether the values can be looked at; where they cannot, as in a trace or on a GPU, the kernel looks at them itself."""
+    plain = type(t) is Tensor and t.is_cpu and not torch.compiler.is_compiling() and not dispatch.in_transform()
+    return plain and t.numel() > 0 and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _positions(name: str, t: Tensor, count: int | None, device: torch.device, rows: int) -> Tensor:
+    """``cu_seqlens`` as the kernels take them."""
+    ends = _integers(name, t, count, device)
+    if _legible(t):
+        wide = t.to(torch.int64)
+        if wide[0] != 0 or wide[-1] > rows or bool((wide[1:] < wide[:-1]).any()):
+            shown = wide.tolist() if wide.numel() <= 8 else f"{wide[:4].tolist()[:-1]} and {wide.numel() - 3} more"
+            raise InputError(f"{name}: expected positions that start at 0 and never fall, at most {rows}, got {shown}")
+    return ends
 
 
 def _key_bias(t: Tensor | None, q: Tensor, S: int) -> Tensor | None:
@@ -200,12 +227,12 @@ def _packed(
         ):
             if value is not None:
                 raise InputError(f"{name}: expected together with cu_seqlens, which is not given")
-        return None, None, T, S
+        return None, None, 0, 0  # (T and S would make constants of them in a compiled graph)
     if lengths is not None:
         raise InputError("lengths: expected none beside cu_seqlens, which says how long each sequence is")
     if q.shape[0] != 1:
         raise InputError(f"q: expected packed sequences as one sample [1, H, T, K], got {list(q.shape)}")
-    cu_q = _integers("cu_seqlens", cu_seqlens, None, q.device)
+    cu_q = _positions("cu_seqlens", cu_seqlens, None, q.device, T)
     if cu_q.shape[0] < 1:
         raise InputError("cu_seqlens: expected one integer more than there are sequences, got none")
     if cu_seqlens_k is None:
@@ -215,7 +242,7 @@ def _packed(
             raise InputError("max_seqlen_k: expected together with cu_seqlens_k, which is not given")
         most = _bound("max_seqlen", max_seqlen, T)
         return cu_q, cu_q, most, most
-    cu_k = _integers("cu_seqlens_k", cu_seqlens_k, cu_q.shape[0], q.device)
+    cu_k = _positions("cu_seqlens_k", cu_seqlens_k, cu_q.shape[0], q.device, S)
     return cu_q, cu_k, _bound("max_seqlen", max_seqlen, T), _bound("max_seqlen_k", max_seqlen_k, S)
 
 
@@ -230,7 +257,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def _choose(backend: str, q: Tensor, k: Tensor) -> str:
+def _scale(scale: float | None, K: int) -> float:
+    if scale is None:
+        return float(K**-0.5)
+    dispatch.check_number("scale", scale)
+    if abs(scale) > _GREATEST_SCALE:
+        raise InputError(f"scale: expected a float32 number, got {scale!r}")
+    return float(scale)
+
+
+def _choose(backend: str, q: Tensor, k: Tensor, *, alone: bool) -> str:
+    """The backend of a call. ``alone``: only values of plain attention are wanted, no bias, lengths, packing or gradients."""
     chosen = dispatch.choose("attention", backend, q)
     widest, K = choice.WIDEST_HEAD.get(chosen), q.shape[3]
     if widest is not None and widest < K:
@@ -239,7 +276,9 @@ def _choose(backend: str, q: Tensor, k: Tensor) -> str:
         raise BackendUnavailable(
             f"backend {backend!r} cannot run attention here: it takes heads of at most {widest} columns, got {K}"
         )
-    if chosen == "cpu" and backend == "auto" and not choice.cpu_pays(q.shape[2], q.shape[3]):
+    if q.shape[1] == 0 and k.shape[1] > 0:
+        return "reference"  # no head of queries looks at a head of keys
+    if alone and chosen == "cpu" and backend == "auto" and not choice.cpu_pays(q.shape[2], q.shape[3]):
         return "sdpa"
     return chosen
 
@@ -281,7 +320,7 @@ def attention(
             (choice.py), where nothing was measured "sdpa".
 
     Returns:
-        [B, H, T, K], the dtype of q; from our own kernels a view of memory laid out [B, T, H, K], so that
+        [B, H, T, K], the dtype of q; from our own kernels over memory laid out [B, T, H, K], so that
         ``out.transpose(1, 2).reshape(B, T, H * K)`` copies nothing.
 
     Raises:
@@ -301,18 +340,18 @@ def attention(
         lengths = _integers("lengths", lengths, q.shape[0], q.device, k.shape[2])
     key_bias = _key_bias(key_bias, q, k.shape[2])
     cu_q, cu_k, max_q, max_k = _packed(q, k, lengths, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
-    if scale is not None:
-        dispatch.check_number("scale", scale)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    chosen = _choose(backend, q, k)
+    scale = _scale(scale, q.shape[3])
     bias_grad = key_bias is not None and key_bias.requires_grad
-    if bias_grad and scale == 0.0:
-        chosen = "reference"  # the kernels make the bias's gradient from the scores', which a scale of 0 has taken away
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or bias_grad)
+    alone = key_bias is None and lengths is None and cu_q is None and not grad
+    chosen = _choose(backend, q, k, alone=alone)
+    if bias_grad and abs(scale) < _LEAST_SCALE:
+        chosen = "reference"
     if chosen == "reference":
         return reference.attention_ref(q, k, v, scale=scale, key_bias=key_bias, lengths=lengths, cu_q=cu_q, cu_k=cu_k)
     if chosen not in _OWN:
         return adapters.call(chosen, q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or bias_grad):
+    if grad:
         return _Attention.apply(chosen, q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
     return _ops(chosen).attention_fwd(q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale, False)[0]
 
@@ -353,12 +392,11 @@ def attention_qkv(
         lengths = _integers("lengths", lengths, q.shape[0], q.device, q.shape[2])
     key_bias = _key_bias(key_bias, q, q.shape[2])
     cu, _, most, _ = _packed(q, q, lengths, cu_seqlens, None, max_seqlen, None)
-    if scale is not None:
-        dispatch.check_number("scale", scale)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    chosen = _choose(backend, q, q)
+    scale = _scale(scale, q.shape[3])
     bias_grad = key_bias is not None and key_bias.requires_grad
-    if chosen not in _OWN or (bias_grad and scale == 0.0):
+    grad = torch.is_grad_enabled() and (qkv.requires_grad or bias_grad)
+    chosen = _choose(backend, q, q, alone=key_bias is None and lengths is None and cu is None and not grad)
+    if chosen not in _OWN or (bias_grad and abs(scale) < _LEAST_SCALE):
         q, k, v = parts(qkv)
         return merged(
             attention(
@@ -373,6 +411,6 @@ def attention_qkv(
                 backend=chosen,  # type: ignore[arg-type]
             )
         )
-    if torch.is_grad_enabled() and (qkv.requires_grad or bias_grad):
+    if grad:
         return _AttentionQkv.apply(chosen, qkv, key_bias, lengths, cu, most, scale)
     return _ops(chosen).attention_qkv_fwd(qkv, key_bias, lengths, cu, most, scale, False)[0]

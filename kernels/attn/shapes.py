@@ -29,8 +29,8 @@ Results:
 * ``stats`` [2, B, H, T] float32 where ``save_stats``, else [0]: what backward makes the weights again from,
   weight = 2^(log2(e) score - stats[0]) * stats[1]. So log-sum-exp = ln(2) (stats[0] - log2(stats[1])). A row without a key, and
   one whose every score is -infinity, has stats 0, 0. An implementation may keep the log-sum-exp alone (stats[1] = 1); the
-  greatest score and the reciprocal of the sum apart lose fewer digits. (The CPU's path without multiply-add keeps the
-  greatest score itself in stats[0].)
+  greatest score and the reciprocal of the sum apart lose fewer digits. (The CPU keeps the greatest score itself in stats[0]:
+  there weight = 2^(log2(e) (score - stats[0])) * stats[1].)
 * ``dq``, ``dk``, ``dv`` as q, k, v, over memory laid out [B, T, H, K]; ``dqkv`` [B, T, 3, H, K] contiguous.
 * ``dkey_bias`` [B, H, S] float32, contiguous, the sum over the queries of the gradients of the scores; [0] unless ``bias_grad``.
 * Rows without a key and rows that belong to no sequence are zero in ``out`` and ``dq``; keys that do not count are zero in
@@ -48,6 +48,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ditscale.kernels.attn import cost
+from ditscale.kernels.register import on_its_device
 
 # As csrc/bindings/schemas.cpp declares them (a test compares); for operators that Python defines.
 SCHEMAS = {
@@ -66,7 +67,7 @@ SCHEMAS = {
 def heads_like(t: Tensor) -> Tensor:
     """An empty [B, H, T, K] over memory laid out [B, T, H, K]."""
     B, H, T, K = t.shape
-    return t.new_empty((B, T, H, K)).transpose(1, 2)
+    return t.new_empty_strided((B, H, T, K), (T * H * K, K, H * K, 1))
 
 
 def _float32(like: Tensor, shape: tuple[int, ...], wanted: bool) -> Tensor:
@@ -224,6 +225,6 @@ def define(namespace: str, implementations: dict[str, Callable[..., Any]], key: 
     library = torch.library.Library(namespace, "FRAGMENT")
     for name, implementation in implementations.items():
         library.define(name + SCHEMAS[name])
-        library.impl(name, implementation, key)
+        library.impl(name, on_its_device(implementation), key)
     _libraries.append(library)
     describe(namespace)

@@ -33,7 +33,7 @@ _AMPERE: Final = {
     # mma.sync: 64 keys a step save rescaling where registers allow it, 8 warps share what is read of keys and values.
     "fwd": ((80, Tile(128, 64, 8, 2)), (128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 2))),
     # Three products share the registers: 32 keys a step, 8 warps that share them.
-    "dq": ((128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 2))),
+    "dq": ((128, Tile(128, 32, 8, 2)), (256, Tile(64, 16, 8, 2))),
     # Four products, two of them accumulators of full width: 32 queries a step.
     "dkv": ((64, Tile(32, 128, 8, 2)), (96, Tile(16, 64, 8, 2)), (128, Tile(32, 64, 8, 2)), (256, Tile(16, 32, 8, 2))),
 }

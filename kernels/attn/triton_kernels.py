@@ -527,8 +527,8 @@ def _empty(shape: tuple[int, ...], like: Tensor, packed: bool) -> Tensor:
 
 
 def _heads(t: Tensor, packed: bool) -> Tensor:
-    B, H, T, K = t.shape
-    return _empty((B, T, H, K), t, packed).transpose(1, 2)
+    heads = shapes.heads_like(t)
+    return heads.zero_() if packed else heads
 
 
 def _parts(qkv: Tensor) -> tuple[Tensor, ...]:

@@ -65,7 +65,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _launch(x: Tensor, dy: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor]:
-    flat = _rows(x)
+    flat, bias = _rows(x), bias.contiguous()
     grad = flat if dy is None else _rows(dy)
     rows, F = flat.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

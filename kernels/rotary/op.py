@@ -10,6 +10,7 @@ from torch._C._autograd import CreationMeta, _get_creation_meta
 
 from ditscale.errors import InputError
 from ditscale.kernels import dispatch
+from ditscale.kernels.autograd import differentiable, wants_graph
 from ditscale.kernels.dispatch import Backend
 from ditscale.kernels.rotary import cost, reference
 from ditscale.kernels.rotary import native as _native  # noqa: F401 (loads and describes ditscale::*)
@@ -51,12 +52,13 @@ class _NormRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: to be differentiated itself
-            out = reference.norm_rope_ref(x, weight, cos, sin, eps=ctx.eps, norm=ctx.norm, interleaved=ctx.interleaved)
-            used = [t for t in (x, weight) if t is not None and t.requires_grad]
-            found = iter(torch.autograd.grad(out, used, dout, create_graph=True))
-            dx, dw = (next(found) if t is not None and t.requires_grad else None for t in (x, weight))
-            return None, dx, dw, None, None, None, None, None
+        if wants_graph():
+
+            def plain(x: Tensor, weight: Tensor | None = None) -> Tensor:
+                return _plain(x, weight, cos, sin, ctx.eps, ctx.norm, ctx.interleaved)
+
+            dx, *dw = differentiable(plain, (x,) if weight is None else (x, weight), dout)
+            return None, dx, dw[0] if dw else None, None, None, None, None, None
         return _gradients(ctx, (x, weight, cos, sin), dout)
 
 
@@ -83,8 +85,10 @@ class _NormRopeInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # the copy is of no graph: a second derivative would miss what lies before x
-            raise InputError("inplace: expected False for second derivatives (create_graph=True), got True")
+        if wants_graph():  # the copy is of no graph: a second derivative would miss what lies before x
+            raise InputError(
+                "inplace: expected False for second derivatives (create_graph=True, forward mode), got True"
+            )
         return _gradients(ctx, ctx.saved_tensors, dout)
 
 
@@ -127,15 +131,18 @@ def _in_place(chosen: str, x: Tensor, weight: Tensor | None, *rest: Any) -> Tens
     return x
 
 
-def _check_in_place(q: Tensor, k: Tensor) -> None:
+def _check_in_place(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> None:
     """What would otherwise be found out after the memory was written, or not at all."""
     traced = torch.compiler.is_compiling() or dispatch.in_transform()
-    for name, x in (("q", q), ("k", k)):
+    for name, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
+        if not traced and x.is_inference() and not torch.is_inference_mode_enabled():
+            raise InputError(f"{name}: expected a tensor that may be written, got one of inference mode outside of it")
         if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
             raise InputError(f"{name}: expected memory for every number to write in place, got an expanded tensor")
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        weighs = weight is not None and weight.requires_grad
+        if not (torch.is_grad_enabled() and (x.requires_grad or weighs)):
             continue
-        if x.is_leaf:
+        if x.is_leaf and x.requires_grad:
             raise InputError(
                 f"{name}: expected a result of other operators to write in place, got a leaf with a gradient"
             )
@@ -245,7 +252,7 @@ def qk_norm_rope(
     if not isinstance(inplace, bool):
         raise InputError(f"inplace: expected true or false, got {inplace!r}")
     if inplace:
-        _check_in_place(q, k)
+        _check_in_place(q, k, q_weight, k_weight)
     chosen = dispatch.choose("qk_norm_rope", backend, q)
     if any(t is not None and t.requires_grad for t in (cos, sin)) or k.dtype != q.dtype:
         chosen = "reference"

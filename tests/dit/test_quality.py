@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ditscale.dit import DiT, DiTConfig
 from ditscale.dit.data import EmojiScenes, ImageBatch, emoji_vocabulary, to_float, write_latents
@@ -21,6 +22,7 @@ from ditscale.dit.evaluation.quality import QualitySettings, measure_quality, re
 from ditscale.dit.evaluation.scene_network import scene_network, scene_network_card, scene_network_sha256, word_targets
 from ditscale.dit.flops import count
 from ditscale.dit.image_commands import evaluate
+from ditscale.dit.rundata import RunData
 from ditscale.dit.training import TrainConfig, train
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable
@@ -170,6 +172,26 @@ def test_noise_is_each_sample_s_own_and_results_repeat():
     assert measure_quality(model, PLAN.flow, PLAN, dataclasses.replace(FEW, seed=1)) != record
     # A new model predicts zero everywhere, so its samples are pure noise: far from any scene.
     assert record["frechet_distance"] > 5 * record["frechet_distance_real"] and record["recall"] < 0.1
+
+
+def test_prompts_are_numbered_by_the_words_of_the_training(tmp_path, monkeypatch):
+    """Captions that came later number the folder's words anew."""
+    for i in range(60):
+        picture = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(("red", "blue", "aardvark")[i % 3])
+    told = []
+
+    def draw(model, noise, y, **settings):
+        told.append(y[:, 0])
+        return noise
+
+    monkeypatch.setattr(quality, "draw_samples", draw)
+    plan = dataclasses.replace(PLAN, model=MODEL.replace(vocabulary_size=4), data=str(tmp_path))
+    settings = QualitySettings(samples=30, reference=20, steps=1)
+    measure_quality(DiT(plan.model), PLAN.flow, plan, settings, trained=RunData("folder", ("blue", "red")))
+    captions = quality._fresh(plan, quality.seed_for(0, "prompts")).batch(0, 30).captions
+    assert told[0].tolist() == [{"blue": 2, "red": 3, "aardvark": 1}[caption] for caption in captions]
 
 
 def test_references_are_kept_and_made_again_where_they_are_damaged(tmp_path):

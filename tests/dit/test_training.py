@@ -9,7 +9,9 @@ import torch
 from training_cases import metrics, result, stop_after, tiny, weights_of
 
 from ditscale.dit.checkpoint import newest_checkpoint, read_metrics
+from ditscale.dit.diffusion import DDPM, EDM
 from ditscale.dit.flops import count
+from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.training import Stopped, check_record, train, validation_set
 from ditscale.dit.weights import load_weights
 from ditscale.errors import InputError
@@ -142,3 +144,18 @@ def test_weights_remember_what_the_network_predicts(tmp_path):
     train(tiny(), tmp_path / "velocity")
     flows = {name: load_weights(tmp_path / name / "weights.safetensors")[1] for name in ("clean", "velocity")}
     assert {name: flow.prediction for name, flow in flows.items()} == {"clean": "clean", "velocity": "velocity"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({}, "velocity"),
+        ({"prediction": "clean"}, "clean"),
+        ({"objective": RectifiedFlow(prediction="clean")}, "clean"),
+        ({"objective": DDPM(learn_sigma=False)}, "epsilon"),
+        ({"objective": EDM()}, "clean"),
+    ],
+    ids=str,
+)
+def test_the_record_says_what_the_model_predicts(tmp_path, asked, told):
+    assert train(tiny(images=8, evaluation_images=2, **asked), tmp_path)["prediction"] == told

@@ -220,7 +220,11 @@ def test_tensorboard_holds_what_the_metrics_hold(tmp_path):
 def test_a_sink_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(InputError, match="trackio to be installed"):
-        train(tiny(), tmp_path, execution=Execution(sinks=("trackio",)))
+        train(tiny(), tmp_path / "run", execution=Execution(sinks=("trackio",)))
+    assert not (tmp_path / "run").exists()
+    record = train(tiny(), tmp_path / "run")
+    # A run that is done needs none.
+    assert train(tiny(), tmp_path / "run", execution=Execution(sinks=("trackio",))) == record
 
 
 @pytest.mark.parametrize(
@@ -294,6 +298,63 @@ def test_a_run_that_cannot_begin_leaves_its_folder_to_the_corrected_one(tmp_path
     with pytest.raises(InputError, match="another run"):
         train(TrainConfig.from_dict(config.to_dict() | {"data": str(tmp_path / "nowhere")}), tmp_path / "run")
     assert (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_fault_of_any_kind_leaves_the_folder_where_no_step_was_taken(tmp_path, monkeypatch, step):
+    """A sink's own folder goes with the rest."""
+    feed = Feeder.__call__
+
+    def fail(self, number):
+        if number == step:
+            raise RuntimeError("out of memory")
+        return feed(self, number)
+
+    def begin(dir, **settings):
+        Path(dir, "wandb").mkdir()
+        return types.SimpleNamespace(log=lambda *told, **at: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=begin))
+    monkeypatch.setattr(Feeder, "__call__", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tiny(), tmp_path, execution=Execution(sinks=("wandb",)))
+    left = sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock")
+    assert left == ([] if step == 0 else ["config.json", "data.json", "metrics.jsonl", "wandb"])
+
+
+def test_a_folder_of_something_else_keeps_its_files(tmp_path):
+    for name in ("data.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="expected an empty folder"):
+        train(tiny(), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == ["data.json", "metrics.jsonl"]
+
+
+DIVERGES = """
+images = 64
+batch = 4
+evaluation_images = 4
+lr = 1e18
+clip = 1e18
+[model]
+image_size = 16
+latent_factor = 1
+in_channels = 3
+patch = 4
+width = 16
+depth = 1
+heads = 2
+condition = "none"
+learn_sigma = false
+"""
+
+
+def test_a_run_that_diverged_says_so_when_it_is_called_again(tmp_path, run):
+    (tmp_path / "config.toml").write_text(DIVERGES)
+    arguments = ("train", tmp_path / "config.toml", "--out", tmp_path / "run", "--threads", 1)
+    assert run(*arguments)[0] == 1
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (1, "", 1) and "diverged after" in err and "of 16 steps" in err
 
 
 @pytest.mark.parametrize("table", [3, [], "x", {"sinks": 3}, {"checkpoint_seconds": True}], ids=str)

@@ -9,6 +9,9 @@ from cases import DTYPES, NAME
 
 from ditscale import kernels
 from ditscale.errors import BackendUnavailable, InputError
+from ditscale.kernels import library
+
+needs_library = pytest.mark.skipif(library.missing_reason("cpu") is not None, reason="libditscale_cpu is missing")
 
 
 @pytest.mark.parametrize("B,H,T,S", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0)])
@@ -187,11 +190,83 @@ def test_mistakes_of_packed_calls_are_named(change, message):
         kernels.attention(q, q[:, :, :5], q[:, :, :5], cu_seqlens=torch.tensor([0, 9]))
 
 
-@pytest.mark.parametrize("ends", [[1, 9], [0, 5, 4, 9], [0, 10]])
-def test_ends_out_of_order_are_refused(ends):
+@pytest.mark.parametrize("called", ["auto", "reference", "sdpa", "cpu"])
+@pytest.mark.parametrize(
+    "ends", [[1, 9], [0, 5, 4, 9], [0, 10], [-5, 9], [0, 2**32 + 9], [0, 2**31 - 1, -(2**31), 9]], ids=str
+)
+def test_ends_out_of_order_are_refused(ends, called):
     q = torch.randn(1, 2, 9, 8)
+    with pytest.raises(
+        InputError, match="cu_seqlens: expected positions that start at 0 and never fall, at most 9, got"
+    ):
+        kernels.attention(q, q, q, cu_seqlens=torch.tensor(ends), backend=called)
+
+
+@needs_library
+def test_the_library_refuses_ends_that_wrap_around():
+    q = torch.randn(1, 2, 9, 8)
+    cu = torch.tensor([0, 2**31 - 1, -(2**31), -1, 9], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="cu_q: expected positions that start at 0"):
-        kernels.attention(q, q, q, cu_seqlens=torch.tensor(ends), backend="cpu")
+        torch.ops.ditscale.attention_fwd(q, q, q, None, None, cu, cu, 9, 9, 1.0, False)
+
+
+@needs_library
+@pytest.mark.parametrize("hidden", [64, 100, 160])
+def test_the_least_float_as_a_mask(hidden):
+    """As masks of padding have it, over whole blocks of keys, or all: those have equal weights then, as PyTorch's have."""
+    q, k, v = (torch.randn(2, 2, 160, 64, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(2, 160)
+    bias[1, :hidden] = torch.finfo(torch.float32).min
+    out, want = (kernels.attention(q, k, v, key_bias=bias, backend=b) for b in ("cpu", "reference"))
+    assert (out - want).abs().max() < 1e-5
+    for got, exact in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (out, want)), strict=True):
+        assert (got - exact).abs().max() < 1e-4
+
+
+@needs_library
+@pytest.mark.parametrize("bias", [0.0, 1e30, -3e10, -1e12], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e9, 1e20])
+def test_weights_add_up_for_scores_of_any_size(size, bias):
+    """A product with log2(e) would round by more than one here."""
+    q, k = size * torch.randn(2, 2, 70, 64), torch.randn(2, 2, 70, 64)
+    for count in (1, 70):
+        key_bias = torch.zeros(2, 70)
+        key_bias[:, :count] = bias
+        out = kernels.attention(q, k, torch.ones_like(k), key_bias=key_bias, backend="cpu")
+        assert (out - 1).abs().max() < 1e-5
+
+
+def test_no_head_of_queries():
+    q, k = torch.randn(2, 0, 4, 8, requires_grad=True), torch.randn(2, 2, 4, 8, requires_grad=True)
+    out = kernels.attention(q, k, k)
+    dq, dk = torch.autograd.grad(out.sum(), (q, k), allow_unused=True, materialize_grads=True)
+    assert out.shape == (2, 0, 4, 8) and not dk.any()
+
+
+def test_scales_beyond_float32_are_refused_and_tiny_ones_keep_the_gradient_of_a_bias():
+    q = torch.randn(1, 1, 5, 8)
+    with pytest.raises(InputError, match="scale: expected a float32 number, got 1e"):
+        kernels.attention(q, q, q, scale=1e39)
+    for scale in (1e-46, 1e-40):
+        bias = torch.randn(5, requires_grad=True)
+        (got,) = torch.autograd.grad(kernels.attention(q, q, q, scale=scale, key_bias=bias).square().sum(), bias)
+        wide = q.double()
+        out = kernels.attention(wide, wide, wide, scale=scale, key_bias=bias.double(), backend="reference")
+        (want,) = torch.autograd.grad(out.square().sum(), bias)
+        assert torch.allclose(got, want, atol=1e-6) and got.any()
+
+
+@pytest.mark.parametrize("T", [1, 2, 3])
+def test_one_query_is_as_right_as_many(T):
+    """Where PyTorch's kernel would be the faster one, too: biases, lengths and gradients are ours."""
+    q, k, v = torch.randn(2, 3, T, 64), torch.randn(2, 3, 9, 64), torch.randn(2, 3, 9, 64)
+    bias = torch.zeros(2, 9)
+    bias[0, 4] = float("nan")
+    out = kernels.attention(q, k, v, key_bias=bias)
+    assert out[0].isnan().all() and out[1].isfinite().all()
+    q.requires_grad_()
+    (grad,) = torch.autograd.grad(kernels.attention(q, k, v).square().sum(), q, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), q)[0].isfinite().all()
 
 
 def test_a_length_out_of_range_is_refused():

@@ -118,6 +118,56 @@ def test_float64_goes_to_the_reference():
             kernels.layernorm_modulate(X.double(), ROW.double(), ROW.double(), backend="cpu")
 
 
+def test_later_calls_are_looked_at_like_the_first(backend):
+    """What serves a kind of call is found once; what a call is given, every time."""
+    x, row, F = torch.randn(2, 5, 40), torch.randn(2, 40), torch.nn.functional
+    calls = {
+        "layernorm_modulate": lambda shift, scale=row: kernels.layernorm_modulate(x, shift, scale, backend=backend),
+        "gate_residual": lambda branch: kernels.gate_residual(x, branch, row, backend=backend),
+        "bias_gelu": lambda bias: kernels.bias_gelu(x, bias, backend=backend),
+    }
+    for call, good in zip(calls.values(), (row, x, row[0]), strict=True):
+        call(good)
+    normed, each = F.layer_norm(x, (40,), eps=1e-6), torch.randn(2, 5, 40)
+    for scale in (row, row[0], torch.randn(2, 80)[:, ::2]):
+        want = normed * (1 + (scale[:, None] if scale.dim() == 2 else scale)) + each
+        assert torch.allclose(calls["layernorm_modulate"](each, scale), want, atol=1e-5)
+    shapes = {
+        "layernorm_modulate": [(1, 40), (1, 1, 40), (7, 40), (2, 44), (2, 6, 40)],
+        "gate_residual": [(1, 5, 40), (2, 1, 40), (2, 6, 40), (5, 40)],
+        "bias_gelu": [(1,), (20,), (43,), (1, 40)],
+    }
+    for name, call in calls.items():
+        for shape in shapes[name]:
+            with pytest.raises(InputError):
+                call(torch.randn(shape))
+
+
+@pytest.mark.parametrize("op", ["gate_residual", "attention"])
+def test_triton_launches_where_its_tensors_are(op, monkeypatch):
+    """On the current device it would meet the memory of another, and another device's stream."""
+    if dispatch.unavailable_reason(op, "triton", "cpu"):
+        pytest.skip("no Triton, or no interpreter")
+    seen = []
+
+    class Guard:
+        def __init__(self, t):
+            self.t = t
+
+        def __enter__(self):
+            seen.append(self.t.data_ptr())
+
+        def __exit__(self, *_):
+            seen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    if op == "attention":
+        kernels.attention(HEADS, HEADS, HEADS, backend="triton")
+    else:
+        kernels.gate_residual(X, X, ROW, backend="triton")
+    assert seen == [(HEADS if op == "attention" else X).data_ptr(), "left"]
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """No choice and no verdict known, and a cache of its own."""
@@ -237,6 +287,13 @@ class TestSelfCheck:
                 assert resolve("gate_residual") == "reference"
         forget(monkeypatch)  # what was thrown may have been of the moment
         assert resolve("gate_residual") == "cpu"
+
+    def test_a_kernel_that_breaks_the_device_is_not_tried_again(self, native, fresh, monkeypatch):
+        monkeypatch.setitem(dispatch._eager, "cpu", Instead(gate_residual_fwd=no_image))
+        monkeypatch.setattr(selfcheck, "_context_is_lost", lambda device: True)
+        with pytest.warns(RuntimeWarning, match="it broke the device's context: RuntimeError: no kernel image"):
+            assert resolve("gate_residual") == "reference"
+        assert len(json.loads((fresh / "selfcheck.json").read_text())) == 1  # the next process knows
 
     def test_a_cache_that_cannot_be_used_is_no_matter(self, native, fresh, monkeypatch):
         (fresh / "file").write_text("")

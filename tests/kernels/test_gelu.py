@@ -55,6 +55,15 @@ def test_strided_rows_and_broadcast_gradient(backend, dtype):
     torch.testing.assert_close(leaf.grad.double(), torch.from_numpy(want), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("how", ["every-other", "one-for-all"])
+def test_a_bias_of_any_stride(backend, how):
+    x, dy = torch.randn(2, 9, 40), torch.randn(2, 9, 40)
+    bias = torch.randn(80)[::2] if how == "every-other" else torch.randn(1).expand(40)
+    exact = bias_gelu(wide(x), wide(bias), wide(dy))
+    for name, a, b in zip(("y", "dx", "dbias"), run(x, bias, dy, backend), run(x, bias, dy, "plain"), strict=True):
+        judge(name, a, exact[name], b)
+
+
 def test_empty_and_equal_bits(backend):
     bias = torch.randn(8, requires_grad=True)
     kernels.bias_gelu(torch.randn(0, 8), bias, backend=backend).sum().backward()
