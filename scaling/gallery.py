@@ -19,6 +19,7 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
     import torch
 
     from ditscale.dit.pictures import save_grid
+    from ditscale.dit.rundata import RunData
     from ditscale.dit.sampling import draw_samples
     from ditscale.dit.training import TrainConfig, batch_tensors, open_stream
     from ditscale.dit.weights import load_weights
@@ -32,9 +33,10 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
         vae = study.config.execution.get("vae")
         if path.exists() or not weights.exists() or (plan.model.latent_factor > 1 and vae is None):
             continue
-        stream = open_stream(plan, "validation")
+        trained = RunData.read(folder)
+        stream = open_stream(plan, "validation", trained)
         prompts = stream.batch(0, _PICTURES)
-        _, y = batch_tensors(prompts, plan.model)
+        _, y = batch_tensors(prompts, plan.model, None if trained is None else trained.vocabulary)
         generator = torch.Generator().manual_seed(study.config.seed)
         noise = torch.randn(_PICTURES, *plan.model.input_shape, generator=generator)
         guidance = 1.0 if y is None else _GUIDANCE
@@ -42,9 +44,8 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
         images = draw_samples(model, noise, y, objective=objective, steps=_STEPS, guidance=guidance)
         if vae is not None and plan.model.latent_factor > 1:
             from ditscale.dit.encoding import Autoencoder
-            from ditscale.dit.rundata import RunData
 
-            images = Autoencoder.load(vae).decode(RunData.of(stream).unscaled(images))
+            images = Autoencoder.load(vae).decode((trained or RunData.of(stream)).unscaled(images))
         settings = {"sampler": "heun", "steps": _STEPS, "guidance": guidance, "captions": list(prompts.captions)}
         write_json(folder / "samples.json", settings)
         save_grid(path, images, columns=_PICTURES)
