@@ -1,7 +1,9 @@
 """Which backend ``auto`` takes for a call of attention: what measured fastest for its class of shapes, else the safe one.
 
 The kernels of the CPU library keep queries in the lanes of vectors, so a call with one or two queries leaves most lanes idle
-and PyTorch's kernel is the faster one. Everywhere else they measured faster than it in every class (docs/attention.md).
+and PyTorch's kernel is the faster one: it serves where nothing but its values is wanted, for biases of half precision, rows
+without a key and second derivatives it does not do as documented here. Everywhere else ours measured faster in every class
+(docs/attention.md).
 """
 
 from __future__ import annotations

@@ -204,8 +204,8 @@ def _key_bias(t: Tensor | None, q: Tensor, S: int) -> Tensor | None:
 def _bound(name: str, most: int | None, rows: int) -> int:
     if most is None:
         return rows
-    if not 0 <= most <= rows:
-        raise InputError(f"{name}: expected 0 to {rows}, got {most}")
+    if isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)) or not 0 <= most <= rows:
+        raise InputError(f"{name}: expected an integer from 0 to {rows}, got {most!r}")
     return int(most)
 
 

@@ -178,7 +178,15 @@ def test_mistakes_of_the_packed_call_are_named():
         ),
         ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "cu_seqlens: expected a vector of integers"),
         ({"cu_seqlens": torch.tensor([0, 9]), "cu_seqlens_k": torch.tensor([0])}, "cu_seqlens_k: expected 2 integers"),
-        ({"cu_seqlens": torch.tensor([0, 9]), "max_seqlen": 10}, "max_seqlen: expected 0 to 9, got 10"),
+        ({"cu_seqlens": torch.tensor([0, 9]), "max_seqlen": 10}, "max_seqlen: expected an integer from 0 to 9, got 10"),
+        (
+            {"cu_seqlens": torch.tensor([0, 9]), "max_seqlen": 2.5},
+            "max_seqlen: expected an integer from 0 to 9, got 2.5",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 9]), "max_seqlen": "a"},
+            "max_seqlen: expected an integer from 0 to 9, got 'a'",
+        ),
         ({"cu_seqlens": torch.tensor([0, 9]), "max_seqlen_k": 9}, "max_seqlen_k: expected together with cu_seqlens_k"),
     ],
 )
