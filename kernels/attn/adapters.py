@@ -149,6 +149,7 @@ def flash_attn(
         return _first(module.flash_attn_func(q, k, v, **options)).transpose(1, 2)
     B, T, H, K = q.shape
     if lengths is not None:
+        max_q, max_k = T, k.shape[1]
         counts = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
         k, v = k[counts], v[counts]
         cu_q = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
