@@ -20,7 +20,7 @@ Arguments, checked and brought to this form by ``op.py``:
 * ``cu_q``, ``cu_k`` [N + 1] int32, both or neither: B = 1 and N sequences lie one behind the other; queries
   cu_q[i] .. cu_q[i + 1] - 1 look at keys cu_k[i] .. cu_k[i + 1] - 1. Sequences may be empty; rows behind the last one belong to
   none. ``max_q``, ``max_k``: upper bounds of the sequences' lengths, for the grid of a launch; T and S where nothing better
-  is known; without ``cu_q`` nobody looks at them. Not together with ``lengths``. ``cu``, ``max_seqlen``: the same for queries and keys.
+  is known; without ``cu_q`` nobody looks at them. Not together with ``lengths``. ``cu``, ``max_seqlen``: the same for both.
 * ``scale``: any finite number, negative and zero too (with ``bias_grad``: not zero).
 
 Results:
