@@ -345,3 +345,17 @@ def test_the_self_check_sees_a_wrong_rotation(monkeypatch, break_it):
     assert selfcheck.compare("qk_norm_rope", "cpu", torch.float32, "cpu") is None
     monkeypatch.setattr(op, "_ops", lambda backend: Wrong())
     assert "is off by" in selfcheck.compare("qk_norm_rope", "cpu", torch.float32, "cpu")
+
+
+def test_rotated_heads_may_be_written_in_place(backend):
+    x = torch.randn(2, 2, 5, 8, requires_grad=True)
+
+    def heads():
+        return kernels.qk_norm_rope(x * 1, x * 2, backend=backend)
+
+    q, k = heads()
+    q *= 0.5
+    k += 1
+    (got,) = torch.autograd.grad(q.sum() + k.sum(), x)
+    (want,) = torch.autograd.grad(0.5 * heads()[0].sum() + heads()[1].sum(), x)
+    assert torch.allclose(got, want, atol=1e-6)
