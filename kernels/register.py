@@ -18,11 +18,13 @@ class Operator(NamedTuple):
         schema: as csrc/bindings/schemas.cpp declares it (a test compares), without the name.
         fake: makes results of the right shapes and dtypes from arguments that may have no data.
         flops: of a call, from its arguments with shapes in the place of tensors.
+        flops_of_tensors: ``flops`` wants the tensors themselves, for what it counts stands in one of them.
     """
 
     schema: str
     fake: Callable[..., Any]
     flops: Callable[..., int]
+    flops_of_tensors: bool = False
 
 
 def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,6 +38,12 @@ def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def heads_like(t: Tensor) -> Tensor:
+    """An empty [B, H, T, K] over memory laid out [B, T, H, K], as operators on heads return it."""
+    B, H, T, K = t.shape
+    return t.new_empty_strided((B, H, T, K), (T * H * K, K, H * K, 1))
+
+
 _libraries: list[torch.library.Library] = []  # what a library object defined lives as long as it does
 
 
@@ -44,7 +52,8 @@ def describe(namespace: str, operators: Mapping[str, Operator]) -> None:
     library = torch.library.Library(namespace, "IMPL")
     for name, operator in operators.items():
         torch.library.register_fake(f"{namespace}::{name}", operator.fake)
-        register_flop_formula(getattr(getattr(torch.ops, namespace), name))(operator.flops)
+        packet = getattr(getattr(torch.ops, namespace), name)
+        register_flop_formula(packet, get_raw=operator.flops_of_tensors)(operator.flops)
         # Without this every call goes through a fallback that looks at its arguments one by one: half a microsecond.
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _libraries.append(library)

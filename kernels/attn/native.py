@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ditscale.kernels.attn import shapes
 from ditscale.kernels.library import missing_reason
+from ditscale.kernels.register import describe
 
 AVAILABLE = missing_reason("cpu") is None
 if AVAILABLE:
-    shapes.describe("ditscale")
+    describe("ditscale", shapes.OPERATORS)

@@ -45,29 +45,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ditscale.kernels.attn import cost
-from ditscale.kernels.register import on_its_device
-
-# As csrc/bindings/schemas.cpp declares them (a test compares); for operators that Python defines.
-SCHEMAS = {
-    "attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? lengths, Tensor? cu_q, Tensor? cu_k, "
-    "int max_q, int max_k, float scale, bool save_stats) -> (Tensor out, Tensor stats)",
-    "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor? key_bias, "
-    "Tensor? lengths, Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, bool bias_grad) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dkey_bias)",
-    "attention_qkv_fwd": "(Tensor qkv, Tensor? key_bias, Tensor? lengths, Tensor? cu, int max_seqlen, float scale, "
-    "bool save_stats) -> (Tensor out, Tensor stats)",
-    "attention_qkv_bwd": "(Tensor dout, Tensor qkv, Tensor out, Tensor stats, Tensor? key_bias, Tensor? lengths, "
-    "Tensor? cu, int max_seqlen, float scale, bool bias_grad) -> (Tensor dqkv, Tensor dkey_bias)",
-}
-
-
-def heads_like(t: Tensor) -> Tensor:
-    """An empty [B, H, T, K] over memory laid out [B, T, H, K]."""
-    B, H, T, K = t.shape
-    return t.new_empty_strided((B, H, T, K), (T * H * K, K, H * K, 1))
+from ditscale.kernels.register import Operator, heads_like
 
 
 def _float32(like: Tensor, shape: tuple[int, ...], wanted: bool) -> Tensor:
@@ -143,14 +123,6 @@ def fake_attention_qkv_bwd(
     return qkv.new_empty(qkv.shape), _float32(qkv, (B, H, T), bias_grad)
 
 
-FAKES: dict[str, Callable[..., Any]] = {
-    "attention_fwd": fake_attention_fwd,
-    "attention_bwd": fake_attention_bwd,
-    "attention_qkv_fwd": fake_attention_qkv_fwd,
-    "attention_qkv_bwd": fake_attention_qkv_bwd,
-}
-
-
 def _sequences(cu: Tensor, bound: int) -> list[int]:
     """Lengths of packed sequences; where only the shape of ``cu`` is known, the bound for each."""
     from torch._subclasses.fake_tensor import FakeTensor
@@ -202,29 +174,34 @@ def _qkv_flops(skip: int, formula: Callable[..., int]) -> Callable[..., int]:
     return count
 
 
-_FLOPS = {
-    "attention_fwd": _flops(0, cost.attention_flops_forward),
-    "attention_bwd": _flops(1, cost.attention_flops_backward),
-    "attention_qkv_fwd": _qkv_flops(0, cost.attention_flops_forward),
-    "attention_qkv_bwd": _qkv_flops(1, cost.attention_flops_backward),
+OPERATORS = {
+    "attention_fwd": Operator(
+        "(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? lengths, Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, "
+        "float scale, bool save_stats) -> (Tensor out, Tensor stats)",
+        fake_attention_fwd,
+        _flops(0, cost.attention_flops_forward),
+        flops_of_tensors=True,
+    ),
+    "attention_bwd": Operator(
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor? key_bias, Tensor? lengths, "
+        "Tensor? cu_q, Tensor? cu_k, int max_q, int max_k, float scale, bool bias_grad) -> "
+        "(Tensor dq, Tensor dk, Tensor dv, Tensor dkey_bias)",
+        fake_attention_bwd,
+        _flops(1, cost.attention_flops_backward),
+        flops_of_tensors=True,
+    ),
+    "attention_qkv_fwd": Operator(
+        "(Tensor qkv, Tensor? key_bias, Tensor? lengths, Tensor? cu, int max_seqlen, float scale, bool save_stats) -> "
+        "(Tensor out, Tensor stats)",
+        fake_attention_qkv_fwd,
+        _qkv_flops(0, cost.attention_flops_forward),
+        flops_of_tensors=True,
+    ),
+    "attention_qkv_bwd": Operator(
+        "(Tensor dout, Tensor qkv, Tensor out, Tensor stats, Tensor? key_bias, Tensor? lengths, Tensor? cu, int max_seqlen, "
+        "float scale, bool bias_grad) -> (Tensor dqkv, Tensor dkey_bias)",
+        fake_attention_qkv_bwd,
+        _qkv_flops(1, cost.attention_flops_backward),
+        flops_of_tensors=True,
+    ),
 }
-
-
-def describe(namespace: str) -> None:
-    """Tell torch the shapes and FLOPs of the operators of a namespace."""
-    for name, fake in FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
-        register_flop_formula(getattr(getattr(torch.ops, namespace), name), get_raw=True)(_FLOPS[name])
-
-
-_libraries: list[torch.library.Library] = []  # an operator lives as long as the library object that defined it
-
-
-def define(namespace: str, implementations: dict[str, Callable[..., Any]], key: str) -> None:
-    """Define the operators in Python, implemented for one dispatch key, and describe them."""
-    library = torch.library.Library(namespace, "FRAGMENT")
-    for name, implementation in implementations.items():
-        library.define(name + SCHEMAS[name])
-        library.impl(name, on_its_device(implementation), key)
-    _libraries.append(library)
-    describe(namespace)

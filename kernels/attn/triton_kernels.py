@@ -1,9 +1,8 @@
 """Attention in Triton, for GPUs from sm_80 on and, for tests, its interpreter on the CPU.
 
 The operators ``ditscale_triton::attention_*`` have the names, schemas and meaning of shapes.py. Grammar of the kernels: ``i_``
-program index, ``o_`` offsets, ``b_`` values in registers, ``p_`` pointers; BM queries and BN keys a step. A head of width K is
-read as D1 + D2 columns, both powers of two: 72 is 64 + 16, so that its products cost those of 80 columns. Scores are kept in
-units of log 2. Mathematics, tiling and numerics: docs/attention.md; sizes of tiles: triton_configs.py.
+program index, ``o_`` offsets, ``b_`` values in registers, ``p_`` pointers; BM queries and BN keys a step. Scores are kept in
+units of log 2. Mathematics, tiling and numerics: docs/attention.md; parts: triton_tiles.py; sizes of tiles: triton_configs.py.
 """
 
 from __future__ import annotations
@@ -18,142 +17,20 @@ from triton.runtime import driver
 
 from ditscale.kernels.attn import shapes
 from ditscale.kernels.attn.triton_configs import INTERPRETER, columns, tile
+from ditscale.kernels.attn.triton_tiles import (
+    LOG2E,
+    add_weighted,
+    counted,
+    load_bias,
+    load_head,
+    products,
+    sequence,
+    store_head,
+    weights,
+    zeros,
+)
 from ditscale.kernels.dispatch import interpreting
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _rows(
-    ptr, stride, count, K: tl.constexpr, FIRST: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr
-):
-    """Columns FIRST to FIRST + BD of BR rows; zeros beyond column K and, unless EVEN, from row ``count`` on."""
-    o_r = tl.arange(0, BR)
-    o_d = FIRST + tl.arange(0, BD)
-    p = ptr + o_r[:, None] * stride + o_d[None, :]
-    if FIRST + BD > K:
-        m = (o_d < K)[None, :]
-        if not EVEN:
-            m = m & (o_r < count)[:, None]
-        return tl.load(p, mask=m, other=0.0)
-    elif EVEN:
-        return tl.load(p)
-    else:
-        return tl.load(p, mask=(o_r < count)[:, None], other=0.0)
-
-
-@triton.jit
-def _head(
-    ptr, stride, count, K: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr
-):
-    """BR rows of a head, as its first D1 columns and the other D2; without those, the first twice."""
-    b_1 = _rows(ptr, stride, count, K, 0, D1, BR, EVEN)
-    if D2 > 0:
-        return b_1, _rows(ptr, stride, count, K, D1, D2, BR, EVEN)
-    else:
-        return b_1, b_1
-
-
-@triton.jit
-def _zeros(D1: tl.constexpr, D2: tl.constexpr, BR: tl.constexpr):
-    return tl.zeros([BR, D1], tl.float32), tl.zeros([BR, D2 if D2 > 0 else 1], tl.float32)
-
-
-@triton.jit
-def _round(b, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 as ``dtype``, to the nearest. UPCAST (the interpreter, which cuts bfloat16 off): rounded in its bits."""
-    if UPCAST:
-        bits = b.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        b = bits.to(tl.float32, bitcast=True)
-    return b.to(dtype)
-
-
-@triton.jit
-def _put_rows(
-    ptr, stride, count, b,
-    K: tl.constexpr, FIRST: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    o_r = tl.arange(0, BR)
-    o_d = FIRST + tl.arange(0, BD)
-    m = (o_r < count)[:, None] & (o_d < K)[None, :]
-    tl.store(ptr + o_r[:, None] * stride + o_d[None, :], _round(b, ptr.dtype.element_ty, UPCAST), mask=m)
-
-
-@triton.jit
-def _put_head(
-    ptr, stride, count, b_1, b_2,
-    K: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BR: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    _put_rows(ptr, stride, count, b_1, K, 0, D1, BR, UPCAST)
-    if D2 > 0:
-        _put_rows(ptr, stride, count, b_2, K, D1, D2, BR, UPCAST)
-
-
-@triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr):
-    """acc + a b in float32. UPCAST: the interpreter's product of bfloat16 is wrong, that of the same numbers in float32 right."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _products(a_1, a_2, b_1, b_2, RA: tl.constexpr, RB: tl.constexpr, D2: tl.constexpr, UPCAST: tl.constexpr):
-    """Products of RA rows with RB rows, [RA, RB]."""
-    b = _dot(a_1, b_1.T, tl.zeros([RA, RB], tl.float32), UPCAST)
-    if D2 > 0:
-        b = _dot(a_2, b_2.T, b, UPCAST)
-    return b
-
-
-@triton.jit
-def _add_weighted(acc_1, acc_2, b_w, b_1, b_2, D2: tl.constexpr, UPCAST: tl.constexpr):
-    """Adds the rows ``b`` weighted by ``b_w``, rounded to the rows' type."""
-    b_w = _round(b_w, b_1.dtype, UPCAST)
-    acc_1 = _dot(b_w, b_1, acc_1, UPCAST)
-    if D2 > 0:
-        acc_2 = _dot(b_w, b_2, acc_2, UPCAST)
-    return acc_1, acc_2
-
-
-@triton.jit
-def _sequence(cu_ptr, i_b, rows, PACKED: tl.constexpr):
-    """First row and number of rows of a sample: all of its own, or its part of a packed batch."""
-    if PACKED:
-        first = tl.minimum(tl.maximum(tl.load(cu_ptr + i_b), 0), rows)
-        last = tl.minimum(tl.maximum(tl.load(cu_ptr + i_b + 1), first), rows)
-        return first.to(tl.int64), last - first
-    else:
-        return i_b * 0, rows
-
-
-@triton.jit
-def _counted(lengths_ptr, i_b, rows, LENGTHS: tl.constexpr):
-    """How many keys of a sample count."""
-    if LENGTHS:
-        return tl.minimum(tl.maximum(tl.load(lengths_ptr + i_b), 0), rows)
-    else:
-        return rows
-
-
-@triton.jit
-def _bias(ptr, stride, count, BN: tl.constexpr):
-    o_n = tl.arange(0, BN)
-    return tl.load(ptr + o_n * stride, mask=o_n < count, other=0.0) * LOG2E
-
-
-@triton.jit
-def _weights(b_s, b_origin, b_factor, c, SCALED: tl.constexpr, FACTOR: tl.constexpr):
-    """Weights from scores and statistics, which are broadcast to them."""
-    if SCALED:
-        b_p = tl.exp2(b_s - b_origin)
-    else:
-        b_p = tl.exp2(b_s * c - b_origin)
-    if FACTOR:
-        b_p = b_p * b_factor
-    return b_p
+from ditscale.kernels.register import define, heads_like
 
 
 @triton.jit
@@ -175,11 +52,11 @@ def _attention_fwd_kernel(
     i_m = (i % blocks) * BM
     i_h = (i // blocks % H).to(tl.int64)
     i_b = (i // blocks // H).to(tl.int64)
-    q_first, T = _sequence(cu_q_ptr, i_b, T, PACKED)
+    q_first, T = sequence(cu_q_ptr, i_b, T, PACKED)
     if i_m >= T:
         return
-    k_first, S = _sequence(cu_k_ptr, i_b, S, PACKED)
-    keys = _counted(lengths_ptr, i_b, S, LENGTHS)
+    k_first, S = sequence(cu_k_ptr, i_b, S, PACKED)
+    keys = counted(lengths_ptr, i_b, S, LENGTHS)
     queries = T - i_m
     q_first += i_m
     p_k = k_ptr + (i_b * stride_k_b + i_h // group * stride_k_h + k_first * stride_k_t) * ALIGN
@@ -188,18 +65,18 @@ def _attention_fwd_kernel(
     if BIAS:
         p_bias += i_b * stride_bias_b + i_h * stride_bias_h + k_first * stride_bias_s
     p_q = q_ptr + (i_b * stride_q_b + i_h * stride_q_h + q_first * stride_q_t) * ALIGN
-    b_q1, b_q2 = _head(p_q, stride_q_t * ALIGN, queries, K, D1, D2, BM, False)
+    b_q1, b_q2 = load_head(p_q, stride_q_t * ALIGN, queries, K, D1, D2, BM, False)
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
-    b_o1, b_o2 = _zeros(D1, D2, BM)
+    b_o1, b_o2 = zeros(D1, D2, BM)
     for start in range(0, keys, BN):
         count = keys - start
-        b_k1, b_k2 = _head(p_k, stride_k_t * ALIGN, count, K, D1, D2, BN, EVEN)
-        b_s = _products(b_q1, b_q2, b_k1, b_k2, BM, BN, D2, UPCAST)
+        b_k1, b_k2 = load_head(p_k, stride_k_t * ALIGN, count, K, D1, D2, BN, EVEN)
+        b_s = products(b_q1, b_q2, b_k1, b_k2, BM, BN, D2, UPCAST)
         if SCALED:
             b_s = b_s * c
         if BIAS:
-            b_s += _bias(p_bias, stride_bias_s, count, BN)[None, :]
+            b_s += load_bias(p_bias, stride_bias_s, count, BN)[None, :]
         if not EVEN:
             b_s = tl.where((tl.arange(0, BN) < count)[None, :], b_s, float("-inf"))
         b_new = tl.max(b_s, 1)
@@ -210,10 +87,10 @@ def _attention_fwd_kernel(
         # A row that has met no key with a weight measures from zero: its weights are exp2(-inf).
         b_origin = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_alpha = tl.exp2(b_m - b_origin)
-        b_p = _weights(b_s, b_origin[:, None], 1.0, c, SCALED, False)
+        b_p = weights(b_s, b_origin[:, None], 1.0, c, SCALED, False)
         b_l = b_l * b_alpha + tl.sum(b_p, 1)
-        b_v1, b_v2 = _head(p_v, stride_v_t * ALIGN, count, K, D1, D2, BN, EVEN)
-        b_o1, b_o2 = _add_weighted(b_o1 * b_alpha[:, None], b_o2 * b_alpha[:, None], b_p, b_v1, b_v2, D2, UPCAST)
+        b_v1, b_v2 = load_head(p_v, stride_v_t * ALIGN, count, K, D1, D2, BN, EVEN)
+        b_o1, b_o2 = add_weighted(b_o1 * b_alpha[:, None], b_o2 * b_alpha[:, None], b_p, b_v1, b_v2, D2, UPCAST)
         b_m = b_new
         p_k += BN * stride_k_t * ALIGN
         p_v += BN * stride_v_t * ALIGN
@@ -223,7 +100,7 @@ def _attention_fwd_kernel(
     p_out = out_ptr + (i_b * stride_out_b + i_h * stride_out_h + q_first * stride_out_t) * ALIGN
     b_o1 = b_o1 * b_factor[:, None]
     b_o2 = b_o2 * b_factor[:, None]
-    _put_head(p_out, stride_out_t * ALIGN, queries, b_o1, b_o2, K, D1, D2, BM, UPCAST)
+    store_head(p_out, stride_out_t * ALIGN, queries, b_o1, b_o2, K, D1, D2, BM, UPCAST)
     if SAVE:
         if not FACTOR:
             b_m += tl.log2(b_l)
@@ -256,17 +133,17 @@ def _attention_dq_kernel(
     i_m = (i % blocks) * BM
     i_h = (i // blocks % H).to(tl.int64)
     i_b = (i // blocks // H).to(tl.int64)
-    q_first, T = _sequence(cu_q_ptr, i_b, T, PACKED)
+    q_first, T = sequence(cu_q_ptr, i_b, T, PACKED)
     if i_m >= T:
         return
-    k_first, S = _sequence(cu_k_ptr, i_b, S, PACKED)
-    keys = _counted(lengths_ptr, i_b, S, LENGTHS)
+    k_first, S = sequence(cu_k_ptr, i_b, S, PACKED)
+    keys = counted(lengths_ptr, i_b, S, LENGTHS)
     queries = T - i_m
     q_first += i_m
     p_out = out_ptr + (i_b * stride_out_b + i_h * stride_out_h + q_first * stride_out_t) * ALIGN
     p_dout = dout_ptr + (i_b * stride_dout_b + i_h * stride_dout_h + q_first * stride_dout_t) * ALIGN
-    b_do1, b_do2 = _head(p_dout, stride_dout_t * ALIGN, queries, K, D1, D2, BM, False)
-    b_o1, b_o2 = _head(p_out, stride_out_t * ALIGN, queries, K, D1, D2, BM, False)
+    b_do1, b_do2 = load_head(p_dout, stride_dout_t * ALIGN, queries, K, D1, D2, BM, False)
+    b_o1, b_o2 = load_head(p_out, stride_out_t * ALIGN, queries, K, D1, D2, BM, False)
     b_delta = tl.sum(b_do1.to(tl.float32) * b_o1.to(tl.float32), 1)
     if D2 > 0:
         b_delta += tl.sum(b_do2.to(tl.float32) * b_o2.to(tl.float32), 1)
@@ -283,29 +160,29 @@ def _attention_dq_kernel(
     p_bias = bias_ptr
     if BIAS:
         p_bias += i_b * stride_bias_b + i_h * stride_bias_h + k_first * stride_bias_s
-    b_q1, b_q2 = _head(p_q, stride_q_t * ALIGN, queries, K, D1, D2, BM, False)
-    b_dq1, b_dq2 = _zeros(D1, D2, BM)
+    b_q1, b_q2 = load_head(p_q, stride_q_t * ALIGN, queries, K, D1, D2, BM, False)
+    b_dq1, b_dq2 = zeros(D1, D2, BM)
     for start in range(0, keys, BN):
         count = keys - start
-        b_k1, b_k2 = _head(p_k, stride_k_t * ALIGN, count, K, D1, D2, BN, EVEN)
-        b_v1, b_v2 = _head(p_v, stride_v_t * ALIGN, count, K, D1, D2, BN, EVEN)
-        b_s = _products(b_q1, b_q2, b_k1, b_k2, BM, BN, D2, UPCAST)
+        b_k1, b_k2 = load_head(p_k, stride_k_t * ALIGN, count, K, D1, D2, BN, EVEN)
+        b_v1, b_v2 = load_head(p_v, stride_v_t * ALIGN, count, K, D1, D2, BN, EVEN)
+        b_s = products(b_q1, b_q2, b_k1, b_k2, BM, BN, D2, UPCAST)
         if SCALED:
             b_s = b_s * c
         if BIAS:
-            b_s += _bias(p_bias, stride_bias_s, count, BN)[None, :]
+            b_s += load_bias(p_bias, stride_bias_s, count, BN)[None, :]
         if not EVEN:
             b_s = tl.where((tl.arange(0, BN) < count)[None, :], b_s, float("-inf"))
-        b_p = _weights(b_s, b_origin[:, None], b_factor[:, None], c, SCALED, FACTOR)
-        b_dp = _products(b_do1, b_do2, b_v1, b_v2, BM, BN, D2, UPCAST)
+        b_p = weights(b_s, b_origin[:, None], b_factor[:, None], c, SCALED, FACTOR)
+        b_dp = products(b_do1, b_do2, b_v1, b_v2, BM, BN, D2, UPCAST)
         b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq1, b_dq2 = _add_weighted(b_dq1, b_dq2, b_ds, b_k1, b_k2, D2, UPCAST)
+        b_dq1, b_dq2 = add_weighted(b_dq1, b_dq2, b_ds, b_k1, b_k2, D2, UPCAST)
         p_k += BN * stride_k_t * ALIGN
         p_v += BN * stride_v_t * ALIGN
         if BIAS:
             p_bias += BN * stride_bias_s
     p_dq = dq_ptr + (i_b * stride_dq_b + i_h * stride_dq_h + q_first * stride_dq_t) * ALIGN
-    _put_head(p_dq, stride_dq_t * ALIGN, queries, b_dq1 * scale, b_dq2 * scale, K, D1, D2, BM, UPCAST)
+    store_head(p_dq, stride_dq_t * ALIGN, queries, b_dq1 * scale, b_dq2 * scale, K, D1, D2, BM, UPCAST)
 
 
 @triton.jit
@@ -332,34 +209,34 @@ def _attention_dkv_kernel(
     i_n = (i % blocks) * BN
     i_h = (i // blocks % H_kv).to(tl.int64)
     i_b = (i // blocks // H_kv).to(tl.int64)
-    k_first, S = _sequence(cu_k_ptr, i_b, S, PACKED)
+    k_first, S = sequence(cu_k_ptr, i_b, S, PACKED)
     if i_n >= S:
         return
-    q_first, T = _sequence(cu_q_ptr, i_b, T, PACKED)
-    count = _counted(lengths_ptr, i_b, S, LENGTHS) - i_n  # keys of this block that count: below one where none does
+    q_first, T = sequence(cu_q_ptr, i_b, T, PACKED)
+    count = counted(lengths_ptr, i_b, S, LENGTHS) - i_n  # keys of this block that count: below one where none does
     queries = T if count > 0 else 0
     k_first += i_n
     p_k = k_ptr + (i_b * stride_k_b + i_h * stride_k_h + k_first * stride_k_t) * ALIGN
     p_v = v_ptr + (i_b * stride_v_b + i_h * stride_v_h + k_first * stride_v_t) * ALIGN
-    b_k1, b_k2 = _head(p_k, stride_k_t * ALIGN, count, K, D1, D2, BN, False)
-    b_v1, b_v2 = _head(p_v, stride_v_t * ALIGN, count, K, D1, D2, BN, False)
-    b_dk1, b_dk2 = _zeros(D1, D2, BN)
-    b_dv1, b_dv2 = _zeros(D1, D2, BN)
+    b_k1, b_k2 = load_head(p_k, stride_k_t * ALIGN, count, K, D1, D2, BN, False)
+    b_v1, b_v2 = load_head(p_v, stride_v_t * ALIGN, count, K, D1, D2, BN, False)
+    b_dk1, b_dk2 = zeros(D1, D2, BN)
+    b_dv1, b_dv2 = zeros(D1, D2, BN)
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     for g in range(group):
         head = i_h * group + g
         if BIAS:
             p_bias = bias_ptr + i_b * stride_bias_b + head * stride_bias_h + k_first * stride_bias_s
-            b_bias = _bias(p_bias, stride_bias_s, count, BN)
+            b_bias = load_bias(p_bias, stride_bias_s, count, BN)
         b_dbias = tl.zeros([BN], tl.float32)
         p_q = q_ptr + (i_b * stride_q_b + head * stride_q_h + q_first * stride_q_t) * ALIGN
         p_dout = dout_ptr + (i_b * stride_dout_b + head * stride_dout_h + q_first * stride_dout_t) * ALIGN
         row = i_b * stride_stats_b + head * stride_stats_h + q_first
         for start in range(0, queries, BM):
             left = queries - start
-            b_q1, b_q2 = _head(p_q, stride_q_t * ALIGN, left, K, D1, D2, BM, EVEN)
-            b_do1, b_do2 = _head(p_dout, stride_dout_t * ALIGN, left, K, D1, D2, BM, EVEN)
+            b_q1, b_q2 = load_head(p_q, stride_q_t * ALIGN, left, K, D1, D2, BM, EVEN)
+            b_do1, b_do2 = load_head(p_dout, stride_dout_t * ALIGN, left, K, D1, D2, BM, EVEN)
             o_row = row + start + o_m
             # From an origin of infinity the weights of rows that do not exist are zero.
             if EVEN:
@@ -371,18 +248,18 @@ def _attention_dkv_kernel(
             b_factor = b_origin
             if FACTOR:
                 b_factor = tl.load(factor_ptr + o_row, mask=o_m < left, other=0.0)
-            b_s = _products(b_k1, b_k2, b_q1, b_q2, BN, BM, D2, UPCAST)
+            b_s = products(b_k1, b_k2, b_q1, b_q2, BN, BM, D2, UPCAST)
             if SCALED:
                 b_s = b_s * c
             if BIAS:
                 b_s += b_bias[:, None]
-            b_p = _weights(b_s, b_origin[None, :], b_factor[None, :], c, SCALED, FACTOR)
-            b_dv1, b_dv2 = _add_weighted(b_dv1, b_dv2, b_p, b_do1, b_do2, D2, UPCAST)
-            b_dp = _products(b_v1, b_v2, b_do1, b_do2, BN, BM, D2, UPCAST)
+            b_p = weights(b_s, b_origin[None, :], b_factor[None, :], c, SCALED, FACTOR)
+            b_dv1, b_dv2 = add_weighted(b_dv1, b_dv2, b_p, b_do1, b_do2, D2, UPCAST)
+            b_dp = products(b_v1, b_v2, b_do1, b_do2, BN, BM, D2, UPCAST)
             b_ds = b_p * (b_dp - b_delta[None, :])
             if BIAS_GRAD:
                 b_dbias += tl.sum(b_ds, 1)
-            b_dk1, b_dk2 = _add_weighted(b_dk1, b_dk2, b_ds, b_q1, b_q2, D2, UPCAST)
+            b_dk1, b_dk2 = add_weighted(b_dk1, b_dk2, b_ds, b_q1, b_q2, D2, UPCAST)
             p_q += BM * stride_q_t * ALIGN
             p_dout += BM * stride_dout_t * ALIGN
         if BIAS_GRAD:
@@ -396,8 +273,8 @@ def _attention_dkv_kernel(
     b_dk2 = tl.where(m, b_dk2 * scale, 0.0)
     b_dv1 = tl.where(m, b_dv1, 0.0)
     b_dv2 = tl.where(m, b_dv2, 0.0)
-    _put_head(p_dk, stride_dk_t * ALIGN, S - i_n, b_dk1, b_dk2, K, D1, D2, BN, UPCAST)
-    _put_head(p_dv, stride_dv_t * ALIGN, S - i_n, b_dv1, b_dv2, K, D1, D2, BN, UPCAST)
+    store_head(p_dk, stride_dk_t * ALIGN, S - i_n, b_dk1, b_dk2, K, D1, D2, BN, UPCAST)
+    store_head(p_dv, stride_dv_t * ALIGN, S - i_n, b_dv1, b_dv2, K, D1, D2, BN, UPCAST)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -527,7 +404,7 @@ def _empty(shape: tuple[int, ...], like: Tensor, packed: bool) -> Tensor:
 
 
 def _heads(t: Tensor, packed: bool) -> Tensor:
-    heads = shapes.heads_like(t)
+    heads = heads_like(t)
     return heads.zero_() if packed else heads
 
 
@@ -579,27 +456,16 @@ def attention_qkv_bwd(
     dout, out = (
         t.view(B, T, H, K).transpose(1, 2) if t.stride(-1) == 1 else t for t in (dout.contiguous(), out.contiguous())
     )
+    grads = dq, dk, dv
     dbias = _backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        (dq, dk, dv),
-        stats,
-        key_bias,
-        lengths,
-        _cu(cu, cu),
-        max_seqlen,
-        max_seqlen,
-        scale,
-        bias_grad,
+        dout, q, k, v, out, grads, stats, key_bias, lengths, _cu(cu, cu), max_seqlen, max_seqlen, scale, bias_grad
     )
     return dqkv, dbias
 
 
-shapes.define(
+define(
     "ditscale_triton",
+    shapes.OPERATORS,
     {
         "attention_fwd": attention_fwd,
         "attention_bwd": attention_bwd,

@@ -8,14 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditscale.kernels.register import Operator
+from ditscale.kernels.register import Operator, heads_like
 from ditscale.kernels.rotary import cost
-
-
-def heads_like(x: Tensor) -> Tensor:
-    """An empty [B, H, T, K] over memory laid out [B, T, H, K], as the operators return it."""
-    B, H, T, K = x.shape
-    return x.new_empty_strided((B, H, T, K), (T * H * K, K, H * K, 1))
 
 
 def fake_qk_norm_rope_fwd(

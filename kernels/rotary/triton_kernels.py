@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ditscale.kernels.adaln.triton_kernels import add_chunks, cut_rows
 from ditscale.kernels.dispatch import interpreting
-from ditscale.kernels.register import define
+from ditscale.kernels.register import define, heads_like
 from ditscale.kernels.rotary import shapes
 
 _BYTES = 4096  # of a tensor in a step, over 128 threads
@@ -157,7 +157,7 @@ def _launch(
     x = _dense(x)
     grad = x if dout is None else _dense(dout)
     B, H, T, K = x.shape
-    out = shapes.heads_like(x)
+    out = heads_like(x)
     pairs = interleaved and cos is not None
     rows, BH = B * T * H, max(triton.next_power_of_2(K - K // 2), 2)
     BR = min(max(_BYTES // (2 * BH * x.element_size()), 1), 32)

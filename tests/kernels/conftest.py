@@ -104,10 +104,9 @@ def emulated_operators(request: pytest.FixtureRequest) -> object:
             native_build.build_emulated(folder)
     torch.ops.load_library(str(library_file))
     definitions = torch.library.Library("ditscale_emulated", "FRAGMENT")
-    for name, operator in {**adaln_shapes.OPERATORS, **gelu_shapes.OPERATORS, **rotary_shapes.OPERATORS}.items():
-        definitions.define(name + operator.schema)
-    for name, schema in attn_shapes.SCHEMAS.items():
-        definitions.define(name + schema)
+    for family in (adaln_shapes, attn_shapes, gelu_shapes, rotary_shapes):
+        for name, operator in family.OPERATORS.items():
+            definitions.define(name + operator.schema)
     _definitions.append(definitions)
     return torch.ops.ditscale_emulated
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditscale import kernels
 from ditscale.kernels import library
-from ditscale.kernels.attn import choice, cost, shapes
+from ditscale.kernels.attn import choice, cost
 from ditscale.kernels.attn.reference import attention_ref
 
 needs_library = pytest.mark.skipif(library.missing_reason("cpu") is not None, reason="libditscale_cpu is missing")
@@ -252,9 +252,3 @@ def test_sdpa_with_a_bias_and_packed_sequences():
         got, want = call.run("sdpa"), call.run("reference")
         for name in call.names:
             torch.testing.assert_close(got[name], want[name], msg=lambda m, n=name: f"{n}: {m}")
-
-
-@needs_library
-def test_schemas_are_stated_alike():
-    for name, schema in shapes.SCHEMAS.items():
-        assert str(getattr(torch.ops.ditscale, name).default._schema) == f"ditscale::{name}{schema}"

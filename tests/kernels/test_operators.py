@@ -15,11 +15,17 @@ from cases import B, D, T, block_inputs, make
 from ditscale import kernels
 from ditscale.kernels.adaln import cost
 from ditscale.kernels.adaln import shapes as adaln_shapes
+from ditscale.kernels.attn import shapes as attn_shapes
 from ditscale.kernels.gelu import cost as gelu_cost
 from ditscale.kernels.gelu import shapes as gelu_shapes
 from ditscale.kernels.rotary import shapes as rotary_shapes
 
-DECLARED = {**adaln_shapes.OPERATORS, **gelu_shapes.OPERATORS, **rotary_shapes.OPERATORS}  # by every namespace
+DECLARED = {  # by every namespace
+    **adaln_shapes.OPERATORS,
+    **attn_shapes.OPERATORS,
+    **gelu_shapes.OPERATORS,
+    **rotary_shapes.OPERATORS,
+}
 
 
 def registered(namespace: str) -> dict[str, torch._C.FunctionSchema]:
@@ -38,6 +44,7 @@ def namespace(request):
     elif request.param == "ditscale_triton":
         pytest.importorskip("triton")
         import ditscale.kernels.adaln.triton_kernels
+        import ditscale.kernels.attn.triton_kernels
         import ditscale.kernels.gelu.triton_kernels
         import ditscale.kernels.rotary.triton_kernels  # noqa: F401
     else:
@@ -58,7 +65,6 @@ def fakes() -> dict[str, Callable[..., Any]]:
     for module in pkgutil.walk_packages(kernels.__path__, "ditscale.kernels."):
         if module.name.rpartition(".")[2] in ("shapes", "native"):
             table = vars(importlib.import_module(module.name))
-            found.update(table.get("FAKES", {}))
             found.update({name: operator.fake for name, operator in table.get("OPERATORS", {}).items()})
     return found
 
@@ -112,7 +118,7 @@ def test_opcheck(native, stride):
         ops.bias_gelu_fwd: [(x, call.shift[0])],
         ops.bias_gelu_bwd: [(dy, x, call.shift[0])],
     }
-    elsewhere = set(rotary_shapes.OPERATORS)  # test_rotary.py
+    elsewhere = {*attn_shapes.OPERATORS, *rotary_shapes.OPERATORS}  # test_attention_torch.py, test_rotary.py
     assert {op.default._schema.name.split("::")[1] for op in checks} == set(DECLARED) - elsewhere
     for op, calls in checks.items():
         for args in calls:
