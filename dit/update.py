@@ -139,6 +139,7 @@ class Updater:
     ) -> None:
         self.rule = rule
         self.updates = 0
+        self._model = model
         self._sum_squares = sum_squares
         self._parameters = dict(model.named_parameters())
         self._parts = {name: local_part(p.detach()) for name, p in self._parameters.items()}
@@ -272,12 +273,18 @@ class Updater:
     def averaged(self, which: int = 0) -> Iterator[None]:
         """While this lasts, the model's weights are an average."""
         kept = {name: part.clone() for name, part in self._parts.items()}
-        with torch.no_grad():
-            for name, part in self._parts.items():
-                part.copy_(self.averages[which].weights[name])
+        self._write(self.averages[which].weights)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, part in self._parts.items():
-                    part.copy_(kept[name])
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        """Give the model's weights these values, in every copy of them."""
+        for name, part in self._parts.items():
+            part.copy_(values[name])
+        # After a forward pass a sharded model keeps the weights outside its blocks gathered for the backward pass. Where
+        # none came, the next forward pass would take that copy for the weights.
+        if hasattr(self._model, "reshard"):
+            self._model.reshard()  # type: ignore[operator]

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from ditscale.dit import DiTConfig
 from ditscale.dit.checkpoint import read_metrics
@@ -37,6 +39,8 @@ def config(**changes):
 
 
 POWER = {"ema": "power", "ema_snapshots": 2}
+# What looks at the averaged weights on the way.
+LOOKS = {"validate_every": 3, "sample_every": 4}
 
 
 def scenario(out, config, stop_after=None, **execution):
@@ -59,21 +63,21 @@ def runs(tmp_path_factory):
     folders = {name: tmp / name for name in names}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    train(config(), folders["one"])
+    train(config(), folders["one"], execution=Execution(**LOOKS))
     train(config(optimizer="muon", **POWER), folders["muon-one"])
     two = [
-        scenario(folders["ddp"], config()),
-        scenario(folders["fsdp"], config(), parallel="fsdp"),
+        scenario(folders["ddp"], config(), **LOOKS),
+        scenario(folders["fsdp"], config(), parallel="fsdp", **LOOKS),
         scenario(folders["pieces"], config(), parallel="fsdp", microbatch=2, recompute="block"),
-        scenario(folders["parts"], config(), 3, parallel="fsdp"),
-        scenario(folders["parts"], config(), 2, parallel="fsdp"),
-        scenario(folders["parts"], config(), parallel="fsdp"),
+        scenario(folders["parts"], config(), 3, parallel="fsdp", **LOOKS),
+        scenario(folders["parts"], config(), 2, parallel="fsdp", **LOOKS),
+        scenario(folders["parts"], config(), parallel="fsdp", **LOOKS),
         scenario(folders["muon"], config(optimizer="muon", **POWER), parallel="fsdp"),
         scenario(folders["to-one"], config(), 4, parallel="fsdp"),
     ]
     four = [
         scenario(folders["to-four"], config(), parallel="fsdp"),
-        scenario(folders["hsdp"], config(), parallel="hsdp", shard_ranks=2),
+        scenario(folders["hsdp"], config(), parallel="hsdp", shard_ranks=2, **LOOKS),
     ]
     launch(
         tmp,
@@ -105,6 +109,19 @@ def test_the_curve_is_that_of_one_process(runs, name):
     for key, value in weights(one).items():
         # Adam divides by the root of small squares: where those are rounding, so is the step.
         torch.testing.assert_close(weights(runs[name])[key], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "parts", "hsdp"])
+def test_what_is_seen_on_the_way_is_what_one_process_sees(runs, name):
+    """That looking changes nothing, the curves tell: these are of the averaged weights at their steps."""
+    seen, theirs = (
+        {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row}
+        for folder in (runs[name], runs["one"])
+    )
+    assert list(seen) == [3, 6] and seen == pytest.approx(theirs, rel=1e-5)
+    for picture in ("step-000000004.png", "step-000000008.png"):
+        ours, one = (np.asarray(Image.open(runs[n] / "samples" / picture), dtype=int) for n in (name, "one"))
+        assert np.abs(ours - one).max() <= 1
 
 
 def test_the_record_says_how(runs):
