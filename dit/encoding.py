@@ -51,12 +51,10 @@ class Autoencoder:
         name = folder.name
         if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
             folder = folder / "vae"
-        if "AutoencoderKL" not in model_kind(folder, "_class_name"):
-            raise InputError(f"{folder}: expected an AutoencoderKL's folder, got another model's")
-        diffusers = library("diffusers")
-        module = loaded(
-            folder, lambda: diffusers.AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        )
+        kind = model_kind(folder, "_class_name")
+        if kind != "AutoencoderKL":
+            raise InputError(f"{folder}: expected an AutoencoderKL's folder, got that of {kind!r}")
+        module = pretrained(folder, library("diffusers").AutoencoderKL)
         module = module.to(device).eval().requires_grad_(False)
         scale, shift = float(module.config.scaling_factor), float(module.config.shift_factor or 0.0)
         return cls(module, scale, shift, name, weights_sha256(folder))
@@ -65,6 +63,17 @@ class Autoencoder:
     def factor(self) -> int:
         """Pixels on a side of a latent cell."""
         return 2 ** (len(self.module.config.block_out_channels) - 1)
+
+    def check_model(self, config: DiTConfig) -> None:
+        """Raise InputError where a model of this configuration draws no latents of this autoencoder."""
+        if config.latent_factor == 1:
+            raise InputError(f"vae: expected no autoencoder for a model of pixels, got {self.name}")
+        wanted, got = (config.in_channels, config.latent_factor), (self.module.config.latent_channels, self.factor)
+        if got != wanted:
+            raise InputError(
+                f"vae: expected latents of {wanted[0]} channels, {wanted[1]} pixels a side, as the model's, "
+                f"got an autoencoder of {got[0]} channels and {got[1]} pixels in {self.name}"
+            )
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -115,10 +124,10 @@ class TextEncoder:
         if kind not in classes:
             raise InputError(f"{folder}: expected a CLIP or T5 model's folder, got model_type {kind!r}")
         transformers = library("transformers")
-        settings = {"local_files_only": True}
-        model_class = getattr(transformers, classes[kind])
-        module = loaded(folder, lambda: model_class.from_pretrained(folder, use_safetensors=True, **settings))
-        tokenizer = loaded(folder, lambda: transformers.AutoTokenizer.from_pretrained(folder, **settings))
+        module = pretrained(folder, getattr(transformers, classes[kind]))
+        tokenizer = loaded(folder, lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        if tokenizer.pad_token is None:
+            raise InputError(f"{folder}: expected a tokenizer with a pad_token, got one without")
         longest = getattr(module.config, "max_position_embeddings", None) or tokenizer.model_max_length
         return cls(module.to(device).eval().requires_grad_(False), tokenizer, min(int(longest), 512))
 
@@ -181,6 +190,20 @@ def model_kind(folder: Path, field: str) -> str:
         return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))[field])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: expected a model's folder with a config.json, got {error}") from error
+
+
+def pretrained(folder: Path, model_class: Any) -> Any:
+    """A model of diffusers or transformers with the weights in a folder's safetensors.
+
+    Raises:
+        InputError: the folder cannot be read, or lacks a weight, which the library would draw at random.
+    """
+    settings = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    module, told = loaded(folder, lambda: model_class.from_pretrained(folder, **settings))
+    missing = sorted(told["missing_keys"])
+    if missing:
+        raise InputError(f"{folder}: expected every weight of {type(module).__name__}, got no {missing[0]}")
+    return module
 
 
 def loaded(folder: Path, load: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditscale.dit.encoding import library, loaded, model_kind, weights_sha256
+from ditscale.dit.encoding import library, loaded, model_kind, pretrained, weights_sha256
 from ditscale.dit.evaluation.scene_network import NAME, scene_network, scene_network_sha256
 from ditscale.dit.files import file_sha256
 from ditscale.dit.foreign import read_tensors
@@ -26,8 +26,8 @@ from ditscale.errors import InputError
 
 KINDS = ("scenes", "inception", "clip", "dinov2")
 # What transformers' processors of these models do where a folder holds no preprocessor_config.json.
-_CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class FeatureNetwork:
     """What turns images into features.
 
     Attributes:
-        name: in records, such as "ditscale-scenes-v1" or "clip:ViT-L-14".
+        name: in records, such as "ditscale-scenes-v1" or "clip:ViT-L-14"; "dinov2:large@224" where pictures are brought to
+            another side than its position embedding was trained at.
         sha256: of its weights.
         features: from images uint8 [n, 3, H, W] to [n, d] float32.
     """
@@ -100,16 +101,12 @@ def _vision_transformer(kind: str, folder: Path, device: torch.device | str) -> 
         raise InputError(f"features: expected a {kind} model's folder, got model_type {found!r} in {folder}")
     transformers = library("transformers")
     class_name = "CLIPVisionModelWithProjection" if kind == "clip" else "AutoModel"
-    settings = {"use_safetensors": True, "local_files_only": True}
-    network = loaded(folder, lambda: getattr(transformers, class_name).from_pretrained(folder, **settings))
+    network = pretrained(folder, getattr(transformers, class_name))
     network = network.to(device).eval().requires_grad_(False)
-    mean, deviation = _CLIP_STATISTICS if kind == "clip" else _IMAGENET_STATISTICS
-    statistics = folder / "preprocessor_config.json"
-    if statistics.exists():
-        values = json.loads(statistics.read_text(encoding="utf-8"))
-        mean, deviation = values.get("image_mean", mean), values.get("image_std", deviation)
+    trained = int(network.config.image_size)
+    crop, mean, deviation = _preparation(folder, *(_CLIP if kind == "clip" else _IMAGENET))
+    side = trained if crop is None or kind == "clip" else crop
     shift, scale = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, deviation))
-    side = int(network.config.image_size)
 
     def features(images: Tensor) -> Tensor:
         x = images.to(device).float() / 255
@@ -117,4 +114,26 @@ def _vision_transformer(kind: str, folder: Path, device: torch.device | str) -> 
         out = network(pixel_values=(x - shift) / scale)
         return (out.image_embeds if kind == "clip" else out.pooler_output).float()
 
-    return FeatureNetwork(f"{kind}:{folder.name}", weights_sha256(folder), features)
+    # Features at another size are others: that of the position embedding goes without saying.
+    size = "" if side == trained else f"@{side}"
+    return FeatureNetwork(f"{kind}:{folder.name}{size}", weights_sha256(folder), features)
+
+
+def _preparation(
+    folder: Path, mean: Sequence[float], deviation: Sequence[float]
+) -> tuple[int | None, Sequence[float], Sequence[float]]:
+    """What a folder's preprocessor_config.json says, else None and the statistics given.
+
+    What the processor would crop to is taken for the side of the whole picture, whose borders count too, as in the published
+    distances on DINOv2's features (arXiv:2306.04675).
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        return None, mean, deviation
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        crop = told.get("crop_size")
+        side = crop.get("height") if isinstance(crop, dict) else crop
+        return None if side is None else int(side), told.get("image_mean", mean), told.get("image_std", deviation)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: expected what prepares pictures, got {error}") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 from model_variants import config_of, randomised
 from PIL import Image
@@ -165,3 +167,49 @@ def test_folders_that_hold_something_else_are_named(tmp_path, vae_folder, clip_f
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02cposix\nsystem\n")  # a pickle is not even opened
     with pytest.raises(InputError, match="expected a model's folder, got"):
         Autoencoder.load(tmp_path)
+
+
+def test_weights_that_are_missing_are_named_and_not_drawn_at_random(tmp_path, vae_folder, t5_folder):
+    for load, folder, gone in (
+        (Autoencoder.load, vae_folder[0] / "vae", "decoder.conv_out.bias"),
+        (TextEncoder.load, t5_folder, "encoder.final_layer_norm.weight"),
+    ):
+        copy = tmp_path / folder.name
+        shutil.copytree(folder, copy)
+        (weights,) = copy.glob("*.safetensors")
+        tensors = safetensors.torch.load_file(weights)
+        del tensors[gone]
+        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=f"expected every weight of .*, got no {gone}"):
+            load(copy)
+
+
+def test_another_autoencoder_s_folder_is_no_autoencoder_kl(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLTemporalDecoder"}))
+    with pytest.raises(InputError, match="got that of 'AutoencoderKLTemporalDecoder'"):
+        Autoencoder.load(tmp_path)
+
+
+def test_a_tokenizer_without_padding_is_refused(tmp_path, t5_folder):
+    shutil.copytree(t5_folder, tmp_path / "t5")
+    path = tmp_path / "t5/tokenizer_config.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in told.items() if name != "pad_token"}))
+    with pytest.raises(InputError, match="expected a tokenizer with a pad_token"):
+        TextEncoder.load(tmp_path / "t5")
+
+
+def test_an_autoencoder_of_other_latents_is_named(vae_folder):
+    vae = Autoencoder.load(vae_folder[0])
+    latents = config_of("adaln-zero", in_channels=4, latent_factor=2, image_size=16)
+    vae.check_model(latents)
+    for changes, named in (
+        (
+            {"in_channels": 16},
+            "vae: expected latents of 16 channels, 2 pixels a side, .* got .* 4 channels and 2 pixels",
+        ),
+        ({"latent_factor": 8, "image_size": 64}, "vae: expected latents of 4 channels, 8 pixels a side"),
+        ({"latent_factor": 1}, "vae: expected no autoencoder for a model of pixels"),
+    ):
+        with pytest.raises(InputError, match=named):
+            vae.check_model(latents.replace(**changes))

@@ -283,6 +283,31 @@ def test_transformers_networks_give_their_own_features(tmp_path, kind, width):
     assert torch.allclose(open_network(f"{kind}:{tmp_path / kind}").features(images), exact, atol=1e-4)
 
 
+def test_dinov2_takes_pictures_at_its_processor_s_side(tmp_path):
+    """The whole picture at the size of the crop; the name says so, as these are other features."""
+    model = tiny(tmp_path, "dinov2")
+    path = tmp_path / "dinov2/preprocessor_config.json"
+    path.write_text(json.dumps({"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}))
+    network = open_network(f"dinov2:{tmp_path / 'dinov2'}")
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        exact = model(pixel_values=(images / 255 - mean) / std).pooler_output
+        assert network.name == "dinov2:dinov2@32" and torch.allclose(network.features(images), exact, atol=1e-4)
+    path.write_text("[]")
+    with pytest.raises(InputError, match="preprocessor_config.json"):
+        open_network(f"dinov2:{tmp_path / 'dinov2'}")
+
+
+def test_clip_without_its_projection_is_refused(tmp_path):
+    """Its features would be random, and others at every load."""
+    tiny(tmp_path, "clip").vision_model.save_pretrained(tmp_path / "bare")
+    config = json.loads((tmp_path / "clip/config.json").read_text())
+    (tmp_path / "bare/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"got no visual_projection\.weight"):
+        open_network(f"clip:{tmp_path / 'bare'}")
+
+
 def test_inception_by_torch_fidelity(tmp_path, monkeypatch):
     path = tmp_path / "inception.pth"
     try:
