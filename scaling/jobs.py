@@ -7,6 +7,7 @@ study's folder: the run goes on from its last checkpoint, and two at once are ke
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,6 +144,11 @@ def do_job(
         pass
     except InputError as error:
         return str(error)
+    except Exception as error:
+        # Begun again it would fail again, and no engine brings home more of it than this.
+        if not isinstance(error, OSError):
+            traceback.print_exc()
+        return f"{job.run_id}: {type(error).__name__}: {error}"
     return None
 
 

@@ -122,9 +122,13 @@ def _work(pipe: Connection, stop: Any, threads: int, parent: int) -> None:
     def should_stop() -> bool:
         return stop.is_set() or os.getppid() != parent
 
-    with contextlib.suppress(EOFError, OSError):
+    def say(sentence: str) -> None:
+        with contextlib.suppress(OSError):  # a parent that is gone, which should_stop tells
+            pipe.send(("say", sentence))
+
+    with contextlib.suppress(EOFError, OSError):  # of the pipe: do_job raises none
         while (job := pipe.recv()) is not None:
-            failed = do_job(job, should_stop=should_stop, say=lambda sentence: pipe.send(("say", sentence)))
+            failed = do_job(job, should_stop=should_stop, say=say)
             if failed is not None:
                 pipe.send(("failed", failed))
             if should_stop():
