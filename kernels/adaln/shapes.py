@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,36 @@ def _stats(x: Tensor) -> Tensor:
     return x.new_empty((2, x.shape[0], x.shape[1]), dtype=torch.float32)
 
 
-def _together(x: Tensor, *others: Tensor | None) -> None:
-    if any(t is not None and t.device != x.device for t in others):
+def _check(x: Tensor, rows: Sequence[Tensor | None], modulation: Sequence[Tensor], stats: Tensor | None = None) -> None:
+    """Refuse what the native operators refuse: a wrong call must fail without data too.
+
+    Raises:
+        RuntimeError: not all on one device, ``rows`` not [B, T, D] as x, or ``modulation`` not all of one fitting shape.
+    """
+    if any(t is not None and t.device != x.device for t in (*rows, *modulation, stats)):
         raise RuntimeError("expected all tensors on the device of x")
+    if x.dim() != 3 or x.shape[2] < 1:
+        raise RuntimeError("x: expected [B, T, D] with D >= 1")
+    B, T, D = x.shape
+    if any(t is not None and not _is(t, (B, T, D)) for t in rows):
+        raise RuntimeError("expected all rows of the shape of x")
+    first = modulation[0]
+    if not any(_is(first, s) for s in ((D,), (B, D), (B, T, D), (B, 1, D))):
+        raise RuntimeError("modulation: expected [D], [B, D] or [B, T, D]")
+    if not all(_is(m, tuple(first.shape)) for m in modulation):
+        raise RuntimeError("modulation: expected one shape")
+
+
+def _is(t: Tensor, shape: tuple[int, ...]) -> bool:
+    """(Tuples are compared from the front: of another rank, a compiled graph would hold that two sizes differ.)"""
+    return t.dim() == len(shape) and t.shape == shape
 
 
 def fake_layernorm_modulate_fwd(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, scale_base: float = 1.0, rms: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Shapes of ``layernorm_modulate_fwd``."""
-    _together(x, shift, scale)
+    _check(x, (), (shift, scale))
     return _dense(x), _stats(x)
 
 
@@ -37,7 +57,7 @@ def fake_layernorm_modulate_infer(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, scale_base: float = 1.0, rms: bool = False
 ) -> Tensor:
     """Shape of ``layernorm_modulate_infer``."""
-    _together(x, shift, scale)
+    _check(x, (), (shift, scale))
     return _dense(x)
 
 
@@ -51,19 +71,19 @@ def fake_layernorm_modulate_bwd(
     rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes of ``layernorm_modulate_bwd``."""
-    _together(x, dy, scale, stats)
+    _check(x, (dy,), (scale,), stats)
     return _dense(x), _dense(scale), _dense(scale)
 
 
 def fake_gate_residual_fwd(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """Shape of ``gate_residual_fwd``."""
-    _together(x, branch, gate)
+    _check(x, (branch,), (gate,))
     return _dense(x)
 
 
 def fake_gate_residual_bwd(dout: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes of ``gate_residual_bwd``."""
-    _together(dout, branch, gate)
+    _check(dout, (branch,), (gate,))
     return _dense(branch), _dense(gate)
 
 
@@ -78,7 +98,7 @@ def fake_gate_residual_layernorm_modulate_fwd(
     rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes of ``gate_residual_layernorm_modulate_fwd``."""
-    _together(x, branch, gate, shift, scale)
+    _check(x, (branch,), (gate, shift, scale))
     return _dense(x), _dense(x), _stats(x)
 
 
@@ -93,7 +113,7 @@ def fake_gate_residual_layernorm_modulate_infer(
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Shapes of ``gate_residual_layernorm_modulate_infer``."""
-    _together(x, branch, gate, shift, scale)
+    _check(x, (branch,), (gate, shift, scale))
     return _dense(x), _dense(x)
 
 
@@ -110,7 +130,7 @@ def fake_gate_residual_layernorm_modulate_bwd(
     rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Shapes of ``gate_residual_layernorm_modulate_bwd``."""
-    _together(x_new, dy, dx_new, branch, gate, scale, stats)
+    _check(x_new, (dy, dx_new, branch), (gate, scale), stats)
     return _dense(x_new), _dense(branch), _dense(gate), _dense(scale), _dense(scale)
 
 

@@ -11,13 +11,27 @@ from ditscale.kernels.gelu import cost
 from ditscale.kernels.register import Operator
 
 
+def _check(x: Tensor, bias: Tensor, dy: Tensor | None = None) -> None:
+    """Refuse what the native operators refuse: torch may send a call here for one tensor without data among others."""
+    if bias.device != x.device or (dy is not None and dy.device != x.device):
+        raise RuntimeError("expected all tensors on the device of x")
+    if not 1 <= x.dim() <= 3:
+        raise RuntimeError("x: expected one to three dimensions")
+    if bias.dim() != 1 or bias.shape[0] != x.shape[-1]:
+        raise RuntimeError("bias: expected [F]")
+    if dy is not None and (dy.dim() != x.dim() or dy.shape != x.shape):
+        raise RuntimeError("dy: expected the shape of x")
+
+
 def fake_bias_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
     """Shape of ``bias_gelu_fwd``."""
+    _check(x, bias)
     return x.new_empty(x.shape)
 
 
 def fake_bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes of ``bias_gelu_bwd``."""
+    _check(x, bias, dy)
     return x.new_empty(x.shape), bias.new_empty(bias.shape)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ditscale import kernels
 from ditscale.errors import BackendUnavailable, InputError
@@ -38,6 +39,10 @@ MISTAKES = {
         "shift: expected a tensor on cpu",
     ),
     "gelu-bias": (lambda: kernels.bias_gelu(X, torch.ones(7)), "bias: expected [8]"),
+    "gelu-bias-device": (
+        lambda: kernels.bias_gelu(X, ROW[0].to("meta")),
+        "bias: expected [8] on cpu as x, got [8] on meta",
+    ),
     "x-sparse": (lambda: kernels.layernorm_modulate(X.to_sparse(), ROW, ROW), "x: expected a dense tensor"),
     "branch-complex": (
         lambda: kernels.gate_residual(X, X.to(torch.complex64), ROW),
@@ -141,6 +146,25 @@ def test_later_calls_are_looked_at_like_the_first(backend):
         for shape in shapes[name]:
             with pytest.raises(InputError):
                 call(torch.randn(shape))
+
+
+def test_later_calls_without_data_are_looked_at_too():
+    """What traces with fake tensors takes the same short way, to the functions that only make shapes."""
+    kernels.layernorm_modulate(X, ROW, ROW)
+    kernels.gate_residual(X, X, ROW)
+    kernels.gate_residual_layernorm_modulate(X, X, ROW, ROW, ROW)
+    kernels.bias_gelu(X, ROW[0])
+    with FakeTensorMode():
+        x, row, wrong = torch.empty(2, 3, 8), torch.empty(2, 8), torch.empty(7, 5)
+        assert kernels.layernorm_modulate(x, row[0], row).shape == x.shape
+        for call, name in (
+            (lambda: kernels.layernorm_modulate(x, wrong, wrong), "shift"),
+            (lambda: kernels.gate_residual(x, torch.empty(9, 9, 9), row), "branch"),
+            (lambda: kernels.gate_residual_layernorm_modulate(x, x, row, row, wrong), "scale"),
+            (lambda: kernels.bias_gelu(x, torch.empty(3)), "bias"),
+        ):
+            with pytest.raises(InputError, match=f"{name}: expected"):
+                call()
 
 
 @pytest.mark.parametrize("op", ["gate_residual", "attention"])

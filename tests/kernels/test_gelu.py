@@ -68,6 +68,12 @@ def test_empty_and_equal_bits(backend):
     bias = torch.randn(8, requires_grad=True)
     kernels.bias_gelu(torch.randn(0, 8), bias, backend=backend).sum().backward()
     assert not bias.grad.any()
+    for shape in ((0,), (2, 3, 0)):
+        x, none = torch.randn(shape, requires_grad=True), torch.randn(0, requires_grad=True)
+        for _ in range(2):  # the second one on the short way
+            y = kernels.bias_gelu(x, none, backend=backend)
+            y.sum().backward()
+            assert y.shape == x.grad.shape == shape and none.grad.shape == (0,)
     x, b, dy = torch.randn(300, 24), torch.randn(24), torch.randn(300, 24)
     first, again = run(x, b, dy, backend), run(x, b, dy, backend)
     assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))

@@ -145,6 +145,8 @@ class TestDirectCalls:
         "gelu-dy": (lambda o, x, m: o.bias_gelu_bwd(x[0], x, m[0]), "dy: expected"),
         # A tensor without data sends the call to the fakes.
         "device": (lambda o, x, m: o.layernorm_modulate_infer(x, m.to("meta"), m.to("meta")), "on the device of x"),
+        "gelu-device": (lambda o, x, m: o.bias_gelu_fwd(x, m[0].to("meta")), "on the device of x"),
+        "gelu-dy-device": (lambda o, x, m: o.bias_gelu_bwd(x.to("meta"), x, m[0]), "on the device of x"),
     }
 
     @pytest.mark.parametrize("name", WRONG)
