@@ -1,8 +1,8 @@
 """Checksummed checkpoints and an append-only metrics log, both of which survive being killed at any moment.
 
 A checkpoint is a directory ``checkpoint-<step>`` of safetensors files, then ``checkpoint-<step>.json`` with the scalar
-state and the SHA-256 of each of them. It exists once the header does. The two newest are kept, so that a damaged one can
-be passed over for the one before it. Nothing is ever unpickled.
+state, the SHA-256 of each of them and its own. It exists once the header does. The two newest are kept, so that a damaged
+one can be passed over for the one before it. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ditscale.errors import InputError
 
 _KEPT = 2
 _FILE = "tensors.safetensors"
+_ENTRIES = ("step", "files", "state")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint of one process, then drop all but the two newest.
+    """Write a checkpoint of one process, then drop all but it and the newest other one.
 
     Raises:
         InputError: it cannot be written; those before it are as they were.
@@ -62,8 +63,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
         write_atomically(directory / _FILE, data)
         end_checkpoint(folder, step, {_FILE: hashlib.sha256(data).hexdigest()}, state)
     except InputError:
-        with contextlib.suppress(OSError):
-            _remove(folder, step)
+        discard_checkpoint(folder, step)
         raise
 
 
@@ -79,37 +79,80 @@ def begin_checkpoint(folder: Path, step: int) -> Path:
 
 
 def end_checkpoint(folder: Path, step: int, sha256: Mapping[str, str], state: Mapping[str, Any]) -> None:
-    """Make a checkpoint of what lies in its directory, whose files have these checksums; drop the ones before the last."""
-    write_json(folder / f"{_name(step)}.json", {"step": step, "files": dict(sha256), "state": dict(state)})
+    """Make a checkpoint of what lies in its directory, whose files have these checksums; drop all but it and the newest other."""
+    head = {"step": step, "files": dict(sha256), "state": dict(state)}
+    write_json(folder / f"{_name(step)}.json", head | {"sha256": _digest(head)})
+    others = [other for other in _steps(folder) if other != step]
+    remove_checkpoints(folder, keep=[step, *others[: _KEPT - 1]])
+
+
+def discard_checkpoint(folder: Path, step: int) -> None:
+    """Remove what a save that failed has written."""
     with contextlib.suppress(OSError):
-        for old in _steps(folder)[_KEPT:]:
-            _remove(folder, old)
+        _remove(folder, step)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, or None, and a sentence for every damaged one that was passed over."""
-    complaints: list[str] = []
+    found, damaged = None, []
     for step in _steps(folder):
-        directory = folder / _name(step)
         try:
-            head = read_json(folder / f"{_name(step)}.json")
-            files: dict[str, str] = head["files"]
-            found = sorted(path.name for path in directory.glob("*.safetensors"))
-            if found != sorted(files):
-                raise InputError(f"expected the files {sorted(files)}, got {found}")
-            for name, sha256 in files.items():
-                if file_sha256(directory / name) != sha256:
-                    raise InputError(f"{name}: expected the checksum in its header, got another: truncated or altered")
-            return Checkpoint(head["step"], head["state"], directory), complaints
-        except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
-            complaints.append(f"{directory}: damaged ({error}); falling back to the one before")
-    return None, complaints
+            found = whole_checkpoint(folder, step)
+            break
+        except InputError as error:
+            damaged.append(f"{folder / _name(step)}: damaged ({error})")
+    instead = "none before it is whole" if found is None else f"falling back to the one of step {found.step}"
+    return found, [f"{sentence}; {instead}" for sentence in damaged]
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Delete every checkpoint of a finished run, and what is left of unfinished ones."""
-    for step in {*_steps(folder), *(_step_of(path) for path in folder.glob("checkpoint-*"))} - {None}:
-        _remove(folder, step)  # type: ignore[arg-type]
+def whole_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    directory = folder / _name(step)
+    try:
+        head = read_json(folder / f"{_name(step)}.json")
+        body = {name: head[name] for name in _ENTRIES}
+        # Headers had no checksum of their own at first.
+        if head != body | ({"sha256": _digest(body)} if "sha256" in head else {}) or head["step"] != step:
+            raise InputError("expected a header of this step with its checksum, got another: altered")
+        files: dict[str, str] = head["files"]
+        found = sorted(path.name for path in directory.glob("*.safetensors"))
+        if found != sorted(files):
+            raise InputError(f"expected the files {sorted(files)}, got {found}")
+        for name, sha256 in files.items():
+            if file_sha256(directory / name) != sha256:
+                raise InputError(f"{name}: expected the checksum in its header, got another: truncated or altered")
+        return Checkpoint(step, head["state"], directory)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"expected a whole checkpoint, got {error!r}") from error
+
+
+def has_checkpoint(folder: Path, step: int) -> bool:
+    """Whether the checkpoint of a step is there and whole."""
+    try:
+        whole_checkpoint(folder, step)
+    except InputError:
+        return False
+    return True
+
+
+def remove_later(folder: Path, found: Checkpoint | None) -> None:
+    """Remove what a run that goes on from a checkpoint has no use for: damaged ones of later steps, and unfinished ones."""
+    remove_checkpoints(folder, keep=[step for step in _steps(folder) if found is not None and step <= found.step])
+
+
+def remove_checkpoints(folder: Path, keep: Collection[int] = ()) -> None:
+    """Delete every checkpoint but those of some steps, and what is left of unfinished ones."""
+    for step in {_step_of(path) for path in folder.glob("checkpoint-*")} - {None, *keep}:
+        discard_checkpoint(folder, step)  # type: ignore[arg-type]
+
+
+def _digest(head: Mapping[str, Any]) -> str:
+    """The SHA-256 of a header's content, however it is laid out."""
+    return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
 
 
 def _name(step: int) -> str:

@@ -121,7 +121,8 @@ def train(
                 record = run_training(plan, out, execution=execution, progress=advance, should_stop=lambda: bool(stop))
         except Stopped as error:
             if first:
-                typer.echo(f"stopped: {error}; the same command with --resume goes on from there", err=True)
+                where = "there" if error.saved else "the checkpoint before, if there is one"
+                typer.echo(f"stopped: {error}; the same command with --resume goes on from {where}", err=True)
             # As the shell reports a process that such a signal ended.
             raise typer.Exit(128 + (stop[0] if stop else 0)) from error
     if as_json and first:

@@ -40,6 +40,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise InputError(f"{path}: expected a place to write, got {error.strerror or error}") from error
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes had begun to write into a folder and those in it; whoever asks holds its lock."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        if path.name.split(".")[-2].isdecimal():  # as write_atomically calls them
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """:func:`write_atomically` of indented JSON; refuses NaN and infinity, which are no JSON."""
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

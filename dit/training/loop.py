@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ditscale.dit.checkpoint import MetricsLog, remove_checkpoints
+from ditscale.dit.checkpoint import MetricsLog, remove_checkpoints, remove_later
 from ditscale.dit.data import ImageStream
-from ditscale.dit.files import folder_lock, read_json, write_json
+from ditscale.dit.files import folder_lock, read_json, remove_unfinished, write_json
 from ditscale.dit.rundata import RunData
 from ditscale.dit.training.averages import keep_averages
 from ditscale.dit.training.batches import Feeder, open_stream, validation_set
@@ -43,7 +43,15 @@ _FIRST_FILES, _FIRST_FOLDERS = ("config.json", "data.json", "metrics.jsonl"), ("
 
 
 class Stopped(Exception):
-    """Training was asked to stop, wrote a checkpoint and did."""
+    """Training was asked to stop and did.
+
+    Attributes:
+        saved: whether a checkpoint of its last step could be written; if not, the run goes on from the one before.
+    """
+
+    def __init__(self, where: str, saved: bool) -> None:
+        super().__init__(where if saved else f"{where}, of which no checkpoint could be written")
+        self.saved = saved
 
 
 class Listeners(NamedTuple):
@@ -86,7 +94,7 @@ def train(
 
     Raises:
         InputError: the folder holds another run, or is in use, or cannot be written.
-        Stopped: ``should_stop`` said so; the same call goes on from there.
+        Stopped: ``should_stop`` said so; the same call goes on from the last checkpoint.
     """
     execution = execution or Execution()
     folder = Path("runs") / config.run_id if out is None else Path(out)
@@ -107,14 +115,16 @@ def train(
             stack.enter_context(folder_lock(folder))
             new = not (folder / "config.json").exists()
             record = _claim(folder, config, speak)
+            remove_unfinished(folder)
             if new:
                 stack.push(_release)
             return record
 
         def _release(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
             """A run that failed before its first step, whatever the fault, leaves its folder to the corrected one."""
-            if error is None or (run is not None and run.state.step) or any(folder.glob("checkpoint-*.json")):
+            if error is None or (run is not None and run.state.step):
                 return
+            remove_checkpoints(folder)  # of step 0, which diverged
             for name in _FIRST_FILES:
                 with contextlib.suppress(OSError):
                     (folder / name).unlink()
@@ -198,8 +208,10 @@ class _Run:
         self.decode = _decoder(config, execution, self.stream)
         self.validation = validation_set(config)  # now: what is wrong with it is said before training, not after
         self.state = TrainState(config, execution, ranks)
-        for complaint in self.state.restore(folder):
-            listeners.say(complaint)
+        found, complaints = self.state.restore(folder)
+        ranks.on_first(lambda: remove_later(folder, found))
+        for complaint in complaints:
+            listeners.say(f"{complaint}; it is removed")
         self.feed = Feeder(config, self.stream, ranks, workers=execution.data_workers, first_step=self.state.step)
         self.stepper = Stepper(
             self.state.model,
@@ -239,7 +251,7 @@ class _Run:
     def _loop(self) -> str:
         config, state = self.config, self.state
         schedule = config.schedule
-        steps, in_a_row = config.steps, 0
+        steps = config.steps
         while state.step < steps:
             began = time.perf_counter()
             rate = schedule.factor(state.step)
@@ -252,18 +264,18 @@ class _Run:
                 state.smoothed = (
                     loss if math.isnan(state.smoothed) else state.smoothed + weight * (loss - state.smoothed)
                 )
-                in_a_row = 0
+                state.skipped = 0
             else:
-                in_a_row += 1
-                if not self._tolerate(loss, size, in_a_row):
+                state.skipped += 1
+                if not self._tolerate(loss, size):
                     return "diverged"
             state.step += 1
             state.meter.step(config.batch, time.perf_counter() - began)
             self._tell(rate, size)
             if state.step < steps and (stop or save):
-                self._save()
+                saved = self._save()
                 if stop:
-                    raise Stopped(f"{self.folder.name} at step {state.step} of {steps}")
+                    raise Stopped(f"{self.folder.name} at step {state.step} of {steps}", saved)
         self._count_time()
         return "finished"
 
@@ -277,13 +289,13 @@ class _Run:
         total, stops, saves = self.ranks.sum([loss, float(stop), float(save and self.ranks.first)])
         return total / self.ranks.count, stops > 0, saves > 0
 
-    def _tolerate(self, loss: float, norm: float, in_a_row: int) -> bool:
+    def _tolerate(self, loss: float, norm: float) -> bool:
         """Say what is wrong with this step, and whether the run goes on without it."""
         config, step = self.config, self.state.step
         first = step * config.batch
         event = {"step": step, "first_image": first, "images": config.batch, "seed": config.seed}
         self.state.nonfinite.append(event | {"loss": str(loss), "gradient_norm": str(norm)})
-        goes_on = config.on_nonfinite == "skip" and in_a_row <= _MOST_SKIPS
+        goes_on = config.on_nonfinite == "skip" and self.state.skipped <= _MOST_SKIPS
         self.listeners.say(
             f"{self.folder.name}: loss {loss}, gradient norm {norm} in step {step}, images {first} to "
             f"{first + config.batch - 1}, seed {config.seed}; {'skipped' if goes_on else 'stopped before its update'}"
@@ -330,8 +342,12 @@ class _Run:
         if self.listeners.progress is not None:
             self.listeners.progress(step, steps, state.smoothed)
 
-    def _save(self) -> None:
-        """Write a checkpoint; where that is not possible, say so and go on: the ones before it are whole."""
+    def _save(self) -> bool:
+        """Write a checkpoint; where that is not possible, say so and go on: the ones before it are whole.
+
+        Returns:
+            Whether it is written.
+        """
         self._count_time()
         try:
             self.state.save(self.folder)
@@ -341,6 +357,7 @@ class _Run:
                 self.listeners.say(f"no checkpoint at step {self.state.step} ({error}); training goes on")
             self.save_failed = True
         self.saved_at = time.perf_counter()
+        return not self.save_failed
 
     def _count_time(self) -> None:
         now = time.perf_counter()

@@ -37,8 +37,8 @@ def replay_step(folder: str | Path) -> dict[str, Any]:
     config = TrainConfig.from_dict(read_json(folder / "config.json"))
     ranks = Ranks(Execution())
     state = TrainState(config, Execution(), ranks)
-    complaints = state.restore(folder)
-    if state.step == 0:
+    found, complaints = state.restore(folder)
+    if found is None:
         raise InputError(f"{folder}: expected a run with a whole checkpoint, got {complaints or 'none'}")
     stream, trained = open_stream(config, "train"), RunData.read(folder)
     if trained is not None:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ditscale.dit.checkpoint import begin_checkpoint, end_checkpoint
+from ditscale.dit.checkpoint import begin_checkpoint, discard_checkpoint, end_checkpoint
 from ditscale.dit.files import file_sha256
 from ditscale.dit.training.ranks import Ranks
 from ditscale.errors import InputError
@@ -31,6 +31,16 @@ def save_shards(folder: Path, step: int, tensors: Mapping[str, Tensor], state: M
     """
     directory = ranks.on_first(lambda: begin_checkpoint(folder, step))
     try:
+        sha256 = _write(directory, tensors, ranks)
+        ranks.on_first(lambda: end_checkpoint(folder, step, sha256, state))
+    except InputError:
+        ranks.on_first(lambda: discard_checkpoint(folder, step))
+        raise
+
+
+def _write(directory: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
+    """Every rank's shards; the checksum of each file."""
+    try:
         with _quiet():
             save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
     except CheckpointException as error:
@@ -42,7 +52,7 @@ def save_shards(folder: Path, step: int, tensors: Mapping[str, Tensor], state: M
     found: dict[str, str] = {}
     for part in ranks.gather(mine):
         found |= part
-    ranks.on_first(lambda: end_checkpoint(folder, step, found, state))
+    return found
 
 
 def load_shards(directory: Path, tensors: dict[str, Tensor]) -> None:

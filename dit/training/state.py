@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ditscale.dit.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from ditscale.dit.checkpoint import Checkpoint, has_checkpoint, newest_checkpoint, save_checkpoint
 from ditscale.dit.meter import FlopMeter
 from ditscale.dit.model import DiT
 from ditscale.dit.optim import parameter_groups
@@ -35,7 +35,8 @@ class TrainState:
         meter: FLOPs spent.
         step: steps done, which is also the position in the data.
         nonfinite: what is known of each step whose loss or gradient was NaN or infinite.
-        smoothed: the training loss, averaged over the last images.
+        skipped: steps in a row, up to this one, that were left out for that.
+        smoothed: the training loss, averaged over the last images; NaN before the first step that was taken.
         seconds: time spent training, over all sessions.
         started_at: when the first session began.
     """
@@ -74,6 +75,7 @@ class TrainState:
         )
         self.step = 0
         self.nonfinite: list[dict[str, Any]] = []
+        self.skipped = 0
         self.smoothed = math.nan
         self.seconds = 0.0
         self.started_at = now()
@@ -86,18 +88,21 @@ class TrainState:
         return {
             "updates": self.updater.updates,
             "nonfinite": self.nonfinite,
-            "smoothed": self.smoothed,
+            "skipped": self.skipped,
+            "smoothed": None if math.isnan(self.smoothed) else self.smoothed,  # JSON has no NaN
             "seconds": self.seconds,
             "started_at": self.started_at,
             "meter": self.meter.state_dict(),
         }
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint, together with the other ranks.
+        """Write a checkpoint, together with the other ranks, unless there is a whole one of this step.
 
         Raises:
             InputError: it cannot be written; those before it are as they were.
         """
+        if self.ranks.on_first(lambda: has_checkpoint(folder, self.step)):
+            return  # a save that failed half-way would have cost it
         if self.ranks.count == 1:
             save_checkpoint(folder, self.step, self._tensors(), self._scalars())
         else:
@@ -105,11 +110,11 @@ class TrainState:
 
             save_shards(folder, self.step, self._tensors(), self._scalars(), self.ranks)
 
-    def restore(self, folder: Path) -> list[str]:
+    def restore(self, folder: Path) -> tuple[Checkpoint | None, list[str]]:
         """Go on from the newest whole checkpoint of a folder, written by any number of ranks, if there is one.
 
         Returns:
-            A sentence for every damaged checkpoint that was passed over.
+            The checkpoint, and a sentence for every damaged one that was passed over.
 
         Raises:
             InputError: the checkpoint is of another model.
@@ -117,18 +122,20 @@ class TrainState:
         found: Checkpoint | None
         found, complaints = self.ranks.on_first(lambda: newest_checkpoint(folder))
         if found is None:
-            return complaints
+            return None, complaints
         try:
             self._read(found)
             state = found.state
             self.meter.load_state_dict(state["meter"])
             self.updater.updates = state["updates"]
-            self.nonfinite, self.smoothed = list(state["nonfinite"]), state["smoothed"]
+            # Earlier versions kept no number of skipped steps.
+            self.nonfinite, self.skipped = list(state["nonfinite"]), state.get("skipped", 0)
+            self.smoothed = math.nan if state["smoothed"] is None else state["smoothed"]
             self.seconds, self.started_at = state["seconds"], state["started_at"]
         except (KeyError, RuntimeError, InputError) as error:
             raise InputError(f"{found.directory}: expected a checkpoint of this model, got {error}") from error
         self.step = found.step
-        return complaints
+        return found, complaints
 
     @torch.no_grad()
     def _read(self, checkpoint: Checkpoint) -> None:

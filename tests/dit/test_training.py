@@ -12,7 +12,7 @@ from ditscale.dit.checkpoint import newest_checkpoint, read_metrics
 from ditscale.dit.diffusion import DDPM, EDM
 from ditscale.dit.flops import count
 from ditscale.dit.flow import RectifiedFlow
-from ditscale.dit.training import Stopped, check_record, train, validation_set
+from ditscale.dit.training import Execution, Stopped, check_record, train, validation_set
 from ditscale.dit.weights import load_weights
 from ditscale.errors import InputError
 
@@ -65,7 +65,7 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path):
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "header"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "header", "number", "step", "old header"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     config = tiny()
     whole = train(config, tmp_path / "whole")
@@ -73,8 +73,22 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
         with pytest.raises(Stopped):
             train(config, tmp_path / "run", should_stop=stop_after(steps))
     newest = max((tmp_path / "run").glob("checkpoint-*/*.safetensors"))
+    header = newest.parent.with_suffix(".json")
     if damage == "header":
-        newest.parent.with_suffix(".json").write_text('{"step": 7, "sha')
+        header.write_text('{"step": 7, "sha')
+    elif damage == "number":
+        header.write_text(header.read_text().replace('"updates": 7', '"updates": 5'))  # one bit
+    elif damage == "step":
+        header.write_bytes(min((tmp_path / "run").glob("checkpoint-*.json")).read_bytes())
+    elif damage == "old header":  # without a checksum of its own
+        old = {name: value for name, value in json.loads(header.read_text()).items() if name != "sha256"}
+        min((tmp_path / "run").glob("checkpoint-*.json")).unlink()
+        header.write_text(json.dumps(old))
+        assert newest_checkpoint(tmp_path / "run")[0].state == old["state"]
+        del old["state"]
+        header.write_text(json.dumps(old))
+        assert "damaged" in newest_checkpoint(tmp_path / "run")[1][0]
+        return
     else:
         data = bytearray(newest.read_bytes())
         data[len(data) // 2] ^= 1
@@ -83,7 +97,20 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     assert checkpoint is not None and checkpoint.step == 3 and "damaged" in complaints[0]
     said = []
     assert result(train(config, tmp_path / "run", say=said.append)) == result(whole)
-    assert any("falling back" in sentence for sentence in said)
+    assert any("falling back to the one of step 3; it is removed" in sentence for sentence in said)
+
+
+def test_checkpoints_outlive_damaged_ones_of_later_steps(tmp_path):
+    config, run, said = tiny(images=160), tmp_path / "run", []
+    for steps in (30, 2):
+        with pytest.raises(Stopped):
+            train(config, run, should_stop=stop_after(steps))
+    for header in run.glob("checkpoint-*.json"):
+        header.write_text("{")
+    with pytest.raises(Stopped):
+        train(config, run, execution=Execution(checkpoint_seconds=0), should_stop=stop_after(5), say=said.append)
+    assert len(said) == 2 and all("none before it is whole; it is removed" in sentence for sentence in said)
+    assert sorted(p.name for p in run.glob("checkpoint-*.json")) == [f"checkpoint-00000000{s}.json" for s in (4, 5)]
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

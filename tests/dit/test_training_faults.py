@@ -16,9 +16,13 @@ import pytest
 import torch
 from training_cases import metrics, result, stop_after, tiny, weights_of
 
+from ditscale.dit import checkpoint
 from ditscale.dit.checkpoint import MetricsLog, newest_checkpoint, read_metrics
 from ditscale.dit.files import folder_lock, read_json
 from ditscale.dit.training import Execution, Stopped, train
+from ditscale.dit.training.ranks import Ranks
+from ditscale.dit.training.shards import save_shards
+from ditscale.dit.training.step import Stepper
 from ditscale.errors import InputError
 
 PROGRAM = Path(__file__).resolve().parents[1] / "killed_program.py"
@@ -84,6 +88,55 @@ def test_a_disk_that_fills_up_is_said_and_survived(tmp_path):
     )
     assert result(record) == result(whole) and weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
     assert len(said) == 1 and "no checkpoint at step 4" in said[0] and "training goes on" in said[0]
+
+
+def test_a_save_that_fails_leaves_the_one_before_and_says_so(tmp_path, monkeypatch):
+    """Also where the one before is of the same step, as when a run goes on into a loss that is NaN."""
+    write = checkpoint.write_atomically
+    run, said = tmp_path / "run", []
+    with pytest.raises(Stopped, match=r"step 3 of 12$") as stopped:
+        train(tiny(), run, should_stop=stop_after(3))
+    assert stopped.value.saved
+
+    def full(path, data):
+        if path.name == "tensors.safetensors":
+            raise InputError(f"{path}: no space")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    with pytest.raises(Stopped, match="step 5 of 12, of which no checkpoint could be written") as stopped:
+        train(tiny(), run, should_stop=stop_after(2), say=said.append)
+    assert not stopped.value.saved and len(said) == 1 and newest_checkpoint(run)[0].step == 3
+    monkeypatch.setattr(Stepper, "gradients", lambda self, inputs: (float("nan"), torch.tensor(1.0)))
+    assert train(tiny(), run, say=said.append)["status"] == "diverged"
+    assert newest_checkpoint(run)[0].step == 3
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    with pytest.raises(Stopped):
+        train(tiny(), tmp_path, should_stop=stop_after(3))
+    for step in (2, 9):
+        (tmp_path / f"checkpoint-{step:09d}").mkdir()
+    for name in (".run.json.99.tmp", "averages/.step.99.tmp", ".mine.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    with pytest.raises(Stopped):
+        train(tiny(), tmp_path, should_stop=stop_after(1))
+    assert sorted(p.name for p in tmp_path.glob("*-0*")) == [
+        f"checkpoint-00000000{s}{end}" for s in (3, 4) for end in ("", ".json")
+    ]
+    assert [p.name for p in tmp_path.rglob("*.tmp")] == [".mine.tmp"]
+
+
+def test_shards_that_cannot_be_written_leave_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(InputError, match="expected a place to write, got"):
+            save_shards(tmp_path, 5, {"weight": torch.zeros(1000)}, {}, Ranks(Execution()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_metrics_that_cannot_be_written_wait(tmp_path):
@@ -207,8 +260,8 @@ def test_signals_end_in_a_checkpoint_and_a_word_how_to_go_on(tmp_path, number):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "stopped: run at step" in errors and "--resume" in errors
-    checkpoint, complaints = newest_checkpoint(run)
-    assert checkpoint.step > 0 and not complaints
+    found, complaints = newest_checkpoint(run)
+    assert found.step > 0 and not complaints
     if number == signal.SIGINT:
         refused = subprocess.run([*command, "--json"], capture_output=True, text=True)
         assert refused.returncode == 2 and "give --resume to go on" in refused.stderr

@@ -110,38 +110,45 @@ def poisoned(monkeypatch, *steps):
     monkeypatch.setattr(Feeder, "__call__", poison)
 
 
-def test_a_run_that_meets_nan_stops_before_the_update_and_can_be_replayed(tmp_path, monkeypatch):
-    poisoned(monkeypatch, 5)
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_run_that_meets_nan_stops_before_the_update_and_can_be_replayed(tmp_path, monkeypatch, step):
+    poisoned(monkeypatch, step)
     said = []
     record = train(tiny(), tmp_path, say=said.append)
-    assert record["status"] == "diverged" and record["loss"] is None and record["steps"] == 5
-    assert "step 5, images 20 to 23, seed 0" in said[0] and "stopped before its update" in said[0]
+    assert record["status"] == "diverged" and record["loss"] is None and record["steps"] == step
+    first = 4 * step
+    assert f"step {step}, images {first} to {first + 3}, seed 0" in said[0] and "stopped before its update" in said[0]
     assert record["nonfinite"] == [
-        {"step": 5, "first_image": 20, "images": 4, "seed": 0, "loss": "nan", "gradient_norm": "nan"}
+        {"step": step, "first_image": first, "images": 4, "seed": 0, "loss": "nan", "gradient_norm": "nan"}
     ]
     assert read_json(tmp_path / "run.json")["nonfinite_steps"] == 1
     shown = replay_step(tmp_path)
-    assert shown["step"] == 5 and shown["first_image"] == 20 and shown["largest_weight"] < 100
+    assert shown["step"] == step and shown["first_image"] == first and shown["largest_weight"] < 100
     assert [loss != loss for loss in shown["losses"]] == [False, True, False, False]
     assert train(tiny(), tmp_path)["status"] == "diverged"  # a diverged run is done, too
 
 
 def test_skipping_goes_on_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    poisoned(monkeypatch, 2, 7)
+    poisoned(monkeypatch, 0, 2, 7)
     said = []
     config = tiny(on_nonfinite="skip")
     whole = train(config, tmp_path / "whole", say=said.append)
-    assert whole["status"] == "finished" and whole["steps"] == 12 and whole["nonfinite_steps"] == 2
-    assert "step 2" in said[0] and "skipped" in said[0]
-    with pytest.raises(Stopped):
-        train(config, tmp_path / "parts", should_stop=stop_after(5), say=said.append)
+    assert whole["status"] == "finished" and whole["steps"] == 12 and whole["nonfinite_steps"] == 3
+    assert "step 2" in said[1] and "skipped" in said[1]
+    for steps in (1, 4):
+        with pytest.raises(Stopped):
+            train(config, tmp_path / "parts", should_stop=stop_after(steps), say=said.append)
     assert result(train(config, tmp_path / "parts", say=said.append)) == result(whole)
     assert weights_of(tmp_path / "parts") == weights_of(tmp_path / "whole")
 
 
 def test_a_run_that_is_lost_is_given_up(tmp_path, monkeypatch):
+    """However often it was stopped on the way."""
     poisoned(monkeypatch, *range(3, 100))
-    record = train(tiny(images=400, on_nonfinite="skip"), tmp_path, say=lambda sentence: None)
+    config = tiny(images=400, on_nonfinite="skip")
+    with pytest.raises(Stopped):
+        train(config, tmp_path, should_stop=stop_after(15), say=lambda sentence: None)
+    record = train(config, tmp_path, say=lambda sentence: None)
     assert record["status"] == "diverged" and record["steps"] == 23
 
 
