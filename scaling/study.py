@@ -34,6 +34,8 @@ from ditscale.scaling.jobs import ENGINES
 SCHEMA = 1
 # More widths than a study will ever choose from: a prior that asks for more is a slip of the pen.
 _MOST_WIDTHS, _MOST_SIZES = 2_000, 100
+# The fields that say where and how a study is carried out.
+_PLACE = ("execution", "workers", "threads", "engine", "engine_options")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +56,17 @@ class StudyConfig:
         depth: blocks of every model, or None for one block per ``aspect`` of width. Default: None.
         aspect: width over depth where ``depth`` is None. Default: 64.
         model: fields of :class:`DiTConfig` that all sizes share.
-        training: fields of the trainer's configuration that all runs share.
+        training: fields of the trainer's configuration that all runs share; not its ``model``, ``flops`` and ``images``,
+            which the study decides for each.
         lr_images, lr_exponent: a run of D images trains at ``training.lr * (D / lr_images) ** -lr_exponent``, and so does
             Muon's rate: the best rate falls with the length of a run (Bjorck et al. 2024, arXiv:2409.19913, found an
             exponent near 0.32 for language models), and a rate that suits one end of a study bends its law at the
             other. Default: every run has the same rate.
-        execution: fields of ``ditscale.dit.training.Execution``: how each run is carried out.
+        execution: fields of ``ditscale.dit.training.Execution``: how each run is carried out. Like all fields from here to
+            ``engine_options`` no part of what the study is. Default: none.
         workers: processes that train at once. Default: 2.
         threads: threads of each. Default: 1.
-        engine: where the runs are trained, "local", "slurm" or "ray"; like its options no part of what the study is.
-            Default: "local".
+        engine: where the runs are trained, "local", "slurm" or "ray". Default: "local".
         engine_options: of "slurm" (submitit's parameters) or "ray" (its address, a task's resources). Default: none.
         seed: of the study. Default: 0.
 
@@ -253,8 +256,10 @@ def design(config: StudyConfig) -> list[PlannedRun]:
     """The grid of a study: at each budget ``sizes`` models, log-spaced over ``span`` around the prior's optimum.
 
     Raises:
-        InputError: a budget is too small for its models, or the family has too few sizes in the span.
+        InputError: a budget is too small for its models, the family has too few sizes in the span, or a field of
+            ``training`` or ``execution`` is not possible.
     """
+    _check_tables(config)
     grid = []
     for budget in config.budgets:
         centre = config.optimum(budget)
@@ -278,10 +283,21 @@ def design(config: StudyConfig) -> list[PlannedRun]:
     return grid
 
 
+def _check_tables(config: StudyConfig) -> None:
+    """InputError for what only a run would notice, or never: wrong fields of ``execution``, and of ``training`` those that
+    the study decides."""
+    from ditscale.dit.training import Execution
+
+    Execution.from_dict(config.execution)
+    for name in ("model", "flops", "images"):
+        if name in config.training:
+            raise InputError(f"training.{name}: expected none, as the study decides it, got {config.training[name]!r}")
+
+
 def _without_place(config: StudyConfig) -> dict[str, Any]:
-    """A study's fields, as JSON has them, without those that say where its runs are trained."""
+    """A study's fields, as JSON has them, without those that say where and how its runs are carried out."""
     fields = json.loads(json.dumps(dataclasses.asdict(config), default=dict))
-    return {name: value for name, value in fields.items() if not name.startswith("engine")}
+    return {name: value for name, value in fields.items() if name not in _PLACE}
 
 
 def _is_count(value: Any) -> bool:
@@ -324,7 +340,8 @@ class Study:
 
     @classmethod
     def create(cls, folder: str | Path, config: StudyConfig) -> Study:
-        """Make a study's folder, or open it again where it holds this very study.
+        """Make a study's folder, or open it again where it holds this very study; where and how its runs are carried out
+        may be other than before, and is kept.
 
         Raises:
             InputError: the folder is not empty and holds something else, or cannot be written.
@@ -340,7 +357,11 @@ class Study:
             study = cls(folder)
             if _without_place(study.config) != _without_place(config):
                 raise InputError(f"{folder}: expected an empty folder or this study, got another study's")
-            study.config = config  # which may name another place to train
+            if study.config != config:
+                _check_tables(config)
+                study.config = config
+                study.plan["config"] = dataclasses.asdict(config)
+                write_json(path, study.plan)
             return study
         if present:
             raise InputError(f"{folder}: expected an empty folder or a study's, got {present[0]!r} in it")

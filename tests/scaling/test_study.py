@@ -112,6 +112,21 @@ def test_impossible_studies_are_named(change, named):
         small(**change)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"execution": {"data_worker": 2}}, "execution.data_worker: no such field"),
+        ({"execution": {"compile": "x"}}, "execution.compile: expected one of false, true"),
+        *(({"training": {name: 3}}, f"training.{name}: expected none") for name in ("model", "flops", "images")),
+    ],
+    ids=str,
+)
+def test_what_only_a_run_would_notice_is_named_before_a_folder_is_bound_to_it(tmp_path, change, named):
+    with pytest.raises(InputError, match=named):
+        Study.create(tmp_path, small(**change))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("change", [{"prior_exponent": 1e9}, {"prior_exponent": 3.0}, {"prior_coefficient": 1e12}])
 def test_a_prior_that_asks_for_endless_widths_is_named(change):
     with pytest.raises(InputError, match="prior_exponent"):
@@ -283,6 +298,11 @@ def test_where_a_study_is_trained_is_no_part_of_it(tmp_path):
     study = Study.create(tmp_path / "study", small())
     moved = Study.create(tmp_path / "study", small(engine="slurm", engine_options={"slurm_partition": "gpu"}))
     assert moved.config.engine == "slurm" and moved.grid == study.grid
+    other = {"execution": {"checkpoint_seconds": 1.0}, "workers": 3, "threads": 2}
+    assert Study.create(tmp_path / "study", small(**other)).grid == study.grid
+    with pytest.raises(InputError, match="execution.data_worker: no such field"):
+        Study.create(tmp_path / "study", small(execution={"data_worker": 2}))
+    assert Study(tmp_path / "study").config == small(**other), "who runs the folder runs what it was opened with last"
     with pytest.raises(InputError, match="another study's"):
         Study.create(tmp_path / "study", small(seed=1))
     with pytest.raises(InputError, match="engine: expected one of local, slurm, ray, got 'k8s'"):
