@@ -221,7 +221,7 @@ Tensor run_backward(AttentionArgs& a, const Tensor& stats, const Tensor& like, b
       10 * (a.most_queries < per_piece * QUERIES ? a.most_queries : per_piece * QUERIES) * a.most_keys * a.K;
   torch::stable::parallel_for(0, heads * pieces, grain(flops), [&](int64_t begin, int64_t end) {
     const int64_t work = (kernels.backward_scratch(a) + Scratch::LINE - 1) / Scratch::LINE * Scratch::LINE;
-    float* scratch = scratch_of_thread.get(work + 2 * sums);
+    float* scratch = scratch_of_thread.get(work + (pieces > 1 || direct ? 0 : 2 * sums));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / pieces, n = head / a.H_kv, h = head % a.H_kv;
       const int64_t first = i % pieces * per_piece, last = first + per_piece < items ? first + per_piece : items;

@@ -125,7 +125,9 @@ void forward(const AttentionArgs& a, int64_t n, int64_t h, int64_t begin, int64_
       for (int64_t i = 0; i < lanes; i += W) {
         // A row without a score above -infinity keeps weights of zero instead of 2^(infinity - infinity).
         const vf most = get_at<vf>(top + i), to = pick(most == splat(none), vf{}, most);
-        put_at(factor + i, exp2_of(exponent(get_at<vf>(from + i), to)));
+        // One that has no weight yet has nothing to bring over, and its origin may lie below the new one.
+        const vf over = exp2_of(exponent(get_at<vf>(from + i), to));
+        put_at(factor + i, pick(get_at<vf>(sum + i) == vf{}, vf{}, over));
         put_at(from + i, to);
       }
       soften(s, keys, vectors, from, factor, sum);

@@ -5,12 +5,12 @@
 
 namespace ditscale::cpu {
 
-// Floats of scratch: seven rows, each from a cache line's start.
+// Floats of scratch: eight rows, each from a cache line's start.
 constexpr int64_t rotary_room(int64_t K) {
   return (K + 15) / 16 * 16;
 }
 constexpr int64_t rotary_scratch(int64_t K) {
-  return 7 * rotary_room(K);
+  return 8 * rotary_room(K);
 }
 
 // Tokens [begin, end) of the flattened batch (b * T + t), all heads.

@@ -175,16 +175,23 @@ DS_INLINE void backward_rms(
   });
 }
 
+// Rows that are added one after the other before their sum joins the others': thousands in turn would cost the last digits.
+constexpr int64_t ROWS_A_SUM = 64;
+
 template <int64_t WIDTH, bool WEIGHT, bool TURN, class T>
 DS_INLINE void backward_rows(const RotaryArgs a, int64_t begin, int64_t end, float* dweight, float* scratch) {
   const int64_t K = WIDTH > 0 ? WIDTH : a.K, half = K / 2, ahead = tokens_ahead(a.H);
   const int64_t room = rotary_room(K);
   float *x_room = scratch, *dy_room = scratch + room, *dx_room = scratch + 2 * room;
-  float *x_parts = scratch + 3 * room, *dy_parts = scratch + 4 * room, *w_parts = scratch + 5 * room, *sums = scratch + 6 * room;
+  float *x_parts = scratch + 3 * room, *dy_parts = scratch + 4 * room, *w_parts = scratch + 5 * room;
+  float *sums = scratch + 6 * room, *total = scratch + 7 * room;
   const bool pairs = TURN && a.interleaved;
   const float* w = WEIGHT && pairs ? part_pairs(a.weight, K, w_parts) : a.weight;
-  if constexpr (WEIGHT) __builtin_memset(sums, 0, sizeof(float) * K);
-  int64_t b = begin / a.T, t = begin % a.T;
+  if constexpr (WEIGHT) {
+    __builtin_memset(sums, 0, sizeof(float) * K);
+    __builtin_memset(total, 0, sizeof(float) * K);
+  }
+  int64_t b = begin / a.T, t = begin % a.T, summed = 0;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t angles = b * a.table_b + t * a.table_t;
     for (int64_t h = 0; h < a.H; ++h) {
@@ -247,6 +254,17 @@ DS_INLINE void backward_rows(const RotaryArgs a, int64_t begin, int64_t end, flo
       if (pairs) join_pairs(dx, K, row);
       deliver(row, K, to, x_room, a.stream);
     }
+    if constexpr (WEIGHT) {
+      summed += a.H;
+      if (summed >= ROWS_A_SUM || r + 1 == end) {
+        for_span(K, [&](auto v, int64_t i) {
+          typedef decltype(v) V;
+          put_at(total + i, get_at<V>(total + i) + get_at<V>(sums + i));
+        });
+        __builtin_memset(sums, 0, sizeof(float) * K);
+        summed = 0;
+      }
+    }
     if (++t == a.T) {
       t = 0;
       ++b;
@@ -255,9 +273,9 @@ DS_INLINE void backward_rows(const RotaryArgs a, int64_t begin, int64_t end, flo
   if (a.stream) end_stream();
   if constexpr (WEIGHT) {
     if (pairs) {
-      join_pairs(sums, K, dweight);
+      join_pairs(total, K, dweight);
     } else {
-      __builtin_memcpy(dweight, sums, sizeof(float) * K);
+      __builtin_memcpy(dweight, total, sizeof(float) * K);
     }
   }
 }

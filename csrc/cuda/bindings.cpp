@@ -24,13 +24,20 @@ void with_sums(const Sums& s, const F& launch) {
   check_launch(launch_add_chunks(partial, cut, s.count, s.shape.D, s.storage, s.out, on.stream));
 }
 
+// The kernels of the norm take a block a row at most, and a grid has 31 bits.
+void check_rows(const Shape& s) {
+  STD_TORCH_CHECK(s.B * s.T <= INT32_MAX, "x: expected fewer than 2^31 rows, got ", s.B * s.T);
+}
+
 struct Cuda {
   static void forward(const ForwardArgs& a, Storage storage, Mode mode, const Shape& s, const Tensor& like) {
+    check_rows(s);
     const OnDevice on(like);
     check_launch(launch_forward(a, storage, s, mode == Mode::per_token, on.stream));
   }
   static void backward(const BackwardArgs& a, Storage storage, const Sums& sums) {
     const Shape& s = sums.shape;
+    check_rows(s);
     std::optional<Tensor> held;
     float* row_stats = nullptr;
     if (backward_needs_row_stats(a, storage)) {

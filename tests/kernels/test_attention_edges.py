@@ -187,6 +187,14 @@ def test_mistakes_of_the_packed_call_are_named():
             {"cu_seqlens": torch.tensor([0, 9]), "max_seqlen": "a"},
             "max_seqlen: expected an integer from 0 to 9, got 'a'",
         ),
+        (
+            {"cu_seqlens": torch.tensor([0, 2, 9]), "max_seqlen": 6},
+            "max_seqlen: expected at least the 7 tokens of the longest sequence, got 6",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 9]), "cu_seqlens_k": torch.tensor([0, 9]), "max_seqlen_k": 0},
+            "max_seqlen_k: expected at least the 9 tokens",
+        ),
         ({"cu_seqlens": torch.tensor([0, 9]), "max_seqlen_k": 9}, "max_seqlen_k: expected together with cu_seqlens_k"),
     ],
 )
@@ -231,6 +239,21 @@ def test_the_least_float_as_a_mask(hidden):
         assert (got - exact).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("score", [-50.0, -88.7, -89.0, -1e4])
+def test_low_scores_behind_keys_that_are_left_out(backend, score):
+    """The first block of keys has no weight at all, so that nothing of it may be brought over to the second."""
+    q, k, v = (0.01 * torch.randn(1, 1, n, 64) for n in (9, 96, 96))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    bias = torch.full((1, 96), score)
+    bias[:, :64] = float("-inf")
+    found = []
+    for b in (backend, "reference"):
+        out = kernels.attention(q, k, v, key_bias=bias, backend=b)
+        found.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+
+
 @needs_library
 @pytest.mark.parametrize("bias", [0.0, 1e30, -3e10, -1e12], ids=str)
 @pytest.mark.parametrize("size", [1.0, 1e9, 1e20])
@@ -249,6 +272,16 @@ def test_no_head_of_queries():
     out = kernels.attention(q, k, k)
     dq, dk = torch.autograd.grad(out.sum(), (q, k), allow_unused=True, materialize_grads=True)
     assert out.shape == (2, 0, 4, 8) and not dk.any()
+
+
+def test_a_scale_that_would_get_no_gradient_is_refused():
+    qkv, scale = torch.randn(1, 5, 3, 1, 8), torch.tensor(0.5, requires_grad=True)
+    q = qkv[:, :, 0].transpose(1, 2)
+    for call in (lambda: kernels.attention(q, q, q, scale=scale), lambda: kernels.attention_qkv(qkv, scale=scale)):
+        with pytest.raises(InputError, match="scale: expected a number, got a tensor that requires a gradient"):
+            call()
+        with torch.no_grad():
+            assert call().isfinite().all()
 
 
 def test_scales_beyond_float32_are_refused_and_tiny_ones_keep_the_gradient_of_a_bias():

@@ -110,6 +110,19 @@ def test_values_and_gradients(backend, shape, norm, rotated, dtype):
         judge_draws(name, draws)
 
 
+@pytest.mark.native
+def test_the_weights_gradient_over_many_tokens(native):
+    """Each chunk of the sum has 256 rows here: added in turn they lose four times as much as PyTorch's sums."""
+    draws = []
+    for _ in range(2):
+        x, dout = torch.randn(1, 16, 1024, 72), torch.randn(1, 16, 1024, 72)
+        angles = torch.randn(1024, 36)
+        arguments = (x, torch.randn(72), angles.cos(), angles.sin(), dout, "rms", False)
+        want, terms = exact(*(wide(t) for t in arguments[:5]), "rms", False, 1e-6)
+        draws.append((run("cpu", *arguments)["dw"], want["dw"], run("plain", *arguments)["dw"], terms))
+    judge_draws("dw", draws)
+
+
 COUNT = 60
 
 
@@ -375,6 +388,6 @@ def test_widths_and_scales_of_a_table():
     for bad in ({"widths": (3, 5)}, {"widths": (4, 2)}, {"scales": (1.0,)}, {"text_tokens": -1}, {"theta": 0.0}):
         with pytest.raises(InputError):
             rotary_table((4, 4), 8, **bad)
-    for sizes, K in (((0, 3), 8), ((1, 2, 3, 4), 8), ((4,), 7)):
+    for sizes, K in (((0, 3), 8), ((1, 2, 3, 4), 8), ((4,), 7), ((4, 4), 2), ((2, 4, 4), 4)):
         with pytest.raises(InputError):
             rotary_table(sizes, K)
