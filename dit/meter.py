@@ -248,7 +248,9 @@ class FlopMeter:
         Raises:
             InputError: the state is of a meter that counts something else, or is damaged.
         """
-        if state.get("counts") != self._fingerprint():
+        # Recomputation, which a run may change as it goes on, was part of it at first.
+        earlier = {self._fingerprint([known]) for known in ("none", "block", "attention", self._recompute)}
+        if state.get("counts") not in {self._fingerprint(), *earlier}:
             raise InputError("state: expected that of a meter of the same model and encoders, got another's")
         for name in _COUNTERS:
             value = state.get(name)
@@ -258,7 +260,7 @@ class FlopMeter:
             setattr(self, name, state[name])
         self._recent.clear()
 
-    def _fingerprint(self) -> str:
+    def _fingerprint(self, more: Sequence[Any] = ()) -> str:
         """What is counted, so that two meters' numbers are not added up by mistake."""
-        content = [self.config.to_dict(), self._image_size, self._recompute, self._extras]
+        content = [self.config.to_dict(), self._image_size, *more, self._extras]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:16]

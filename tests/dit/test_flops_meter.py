@@ -57,6 +57,17 @@ def test_resume_is_exact() -> None:
     assert second.steps_left(3) == whole.steps_left(3)
 
 
+@pytest.mark.parametrize("earlier", [[], ["none"], ["block"]], ids=str)
+def test_recomputation_may_change_on_the_way(earlier: list[str]) -> None:
+    """Earlier versions wrote it into what the state says of what it counts."""
+    plain, again = FlopMeter(SMALL), FlopMeter(SMALL, recompute="block")
+    plain.step(2)
+    again.load_state_dict(plain.state_dict() | {"counts": plain._fingerprint(earlier)})
+    again.step(2)
+    assert again.model_flops == 2 * plain.model_flops
+    assert again.hardware_flops == plain.hardware_flops + again.cost(2).hardware > 2 * plain.hardware_flops
+
+
 @pytest.mark.parametrize("damage", [{"steps": -1}, {"tokens": 1.5}, {"samples": None}, {"counts": "another"}])
 def test_a_foreign_or_damaged_state_is_refused(damage: dict[str, Any]) -> None:
     meter = FlopMeter(SMALL)

@@ -53,6 +53,11 @@ def test_recomputed_blocks_change_no_bit_and_are_charged(tmp_path):
     assert weights_of(tmp_path / "plain") == weights_of(tmp_path / "again")
     assert again["recompute"] == "block" and again["flops"] == plain["flops"]
     assert plain["flops_hardware"] < again["flops_hardware"] < 2 * plain["flops_hardware"]
+    with pytest.raises(Stopped):
+        train(tiny(), tmp_path / "parts", should_stop=stop_after(4))
+    parts = train(tiny(), tmp_path / "parts", execution=Execution(recompute="block"))
+    assert weights_of(tmp_path / "plain") == weights_of(tmp_path / "parts")
+    assert plain["flops_hardware"] < parts["flops_hardware"] < again["flops_hardware"]
 
 
 @pytest.mark.slow  # the compiler takes half a minute
