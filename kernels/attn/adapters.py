@@ -1,7 +1,8 @@
 """Other libraries' attention behind our arguments: PyTorch's own, FlashAttention 2, 3 and 4, and xFormers.
 
-Each takes what ``shapes.py`` describes and returns [B, H, T, K]; autograd is the library's own. None of them is imported before
-it is asked for, and each says in one line why it cannot serve: here at all (``missing``), or a call (BackendUnavailable).
+Each takes what ``shapes.py`` describes and returns [B, H, T, K]; autograd is the library's own, as a rule without second
+derivatives. None of them is imported before it is asked for, and each says in one line why it cannot serve: here at all
+(``missing``), or a call (BackendUnavailable).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def sdpa(
     scale: float,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``; what it has no argument for becomes a mask."""
-    grouped = bool(k.shape[1] != q.shape[1])  # of symbols in a trace, too
+    grouped = True if k.shape[1] != q.shape[1] else False  # noqa: SIM210 (bool() of symbols stays a symbol in a trace)
     T, S = q.shape[2], k.shape[2]
     allowed: Tensor | None = None  # what may be attended to, broadcasting to [B, H, T, S]
     if lengths is not None:
@@ -118,7 +119,9 @@ def sdpa(
     q = torch.where(nothing, 0.0, q)  # which may be NaN
     mask = allowed | nothing
     if key_bias is not None:
-        mask = torch.where(allowed, bias, torch.where(nothing, 0.0, float("-inf"))).to(q.dtype)
+        mask = torch.where(allowed, bias, torch.where(nothing, 0.0, float("-inf")))
+        if q.device.type != "cpu":  # PyTorch's kernels for GPUs take a mask in the dtype of q alone
+            mask = mask.to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return torch.where(nothing, 0.0, out)
 

@@ -1,14 +1,16 @@
 """Which backend ``auto`` takes for a call of attention: what measured fastest for its class of shapes, else the safe one.
 
 The kernels of the CPU library keep queries in the lanes of vectors, so a call with one or two queries leaves most lanes idle
-and PyTorch's kernel is the faster one: it serves where nothing but its values is wanted, for biases of half precision, rows
-without a key and second derivatives it does not do as documented here. Everywhere else ours measured faster in every class
+and PyTorch's kernel is the faster one: it serves where nothing but its values is wanted, and every call where the library
+has no vectors (``order``); it has no second derivatives. Everywhere else ours measured faster in every class
 (docs/attention.md).
 """
 
 from __future__ import annotations
 
 from typing import Final
+
+from ditscale.kernels import library
 
 # CPU: fewest queries a sequence from which the C++ kernel is at least as fast as SDPA, by the widest head it holds for.
 # AMD EPYC (Zen 5, AVX-512), one thread of a shared machine, torch 2.13, float32, S = T, interleaved medians: forward time of
@@ -21,8 +23,11 @@ WIDEST_HEAD: Final = {"cuda": 128, "triton": 256}
 
 
 def order(device_type: str) -> tuple[str, ...]:
-    """The backends that ``auto`` tries on a device of this type. On GPUs none of ours has been measured yet: PyTorch's own."""
-    return ("cpu", "sdpa") if device_type == "cpu" else ("sdpa",)
+    """The backends that ``auto`` tries on a device of this type. On GPUs none of ours has been measured yet: PyTorch's own.
+
+    The portable build of the C++ kernel, which is what a processor without AVX2 gets, takes up to three times as long as SDPA.
+    """
+    return ("cpu", "sdpa") if device_type == "cpu" and library.cpu_isa() != "portable" else ("sdpa",)
 
 
 def cpu_pays(T: int, K: int) -> bool:

@@ -201,11 +201,15 @@ def _key_bias(t: Tensor | None, q: Tensor, S: int) -> Tensor | None:
     return (t.unsqueeze(1) if t.dim() == 2 else t).expand(B, H, S)
 
 
-def _bound(name: str, most: int | None, rows: int) -> int:
+def _bound(name: str, most: int | None, rows: int, ends: Tensor) -> int:
+    """The bound of the sequences' lengths: a launch reads no token behind it, so one that is too small is refused."""
     if most is None:
         return rows
     if isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)) or not 0 <= most <= rows:
         raise InputError(f"{name}: expected an integer from 0 to {rows}, got {most!r}")
+    longest = int(ends.to(torch.int64).diff().max()) if ends.shape[0] > 1 and _legible(ends) else 0
+    if most < longest:
+        raise InputError(f"{name}: expected at least the {longest} tokens of the longest sequence, got {most}")
     return int(most)
 
 
@@ -240,10 +244,11 @@ def _packed(
             raise InputError(f"cu_seqlens_k: expected where k has another number of tokens ({S}) than q ({T})")
         if max_seqlen_k is not None:
             raise InputError("max_seqlen_k: expected together with cu_seqlens_k, which is not given")
-        most = _bound("max_seqlen", max_seqlen, T)
+        most = _bound("max_seqlen", max_seqlen, T, cu_seqlens)
         return cu_q, cu_q, most, most
     cu_k = _positions("cu_seqlens_k", cu_seqlens_k, cu_q.shape[0], q.device, S)
-    return cu_q, cu_k, _bound("max_seqlen", max_seqlen, T), _bound("max_seqlen_k", max_seqlen_k, S)
+    most_q = _bound("max_seqlen", max_seqlen, T, cu_seqlens)
+    return cu_q, cu_k, most_q, _bound("max_seqlen_k", max_seqlen_k, S, cu_seqlens_k)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -260,6 +265,10 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _scale(scale: float | None, K: int) -> float:
     if scale is None:
         return float(K**-0.5)
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            "scale: expected a number, got a tensor that requires a gradient (for a learned temperature multiply q by it)"
+        )
     dispatch.check_number("scale", scale)
     if abs(scale) > _GREATEST_SCALE:
         raise InputError(f"scale: expected a float32 number, got {scale!r}")
@@ -300,10 +309,11 @@ def attention(
     """Attention of every query to every key, not causal: ``softmax(scale q k^T + key_bias) v``.
 
     Args:
-        q: [B, H, T, K], float32, bfloat16 or float16 (float64: "reference" and "sdpa"). Any strides; only a last dimension
-            that is not contiguous is copied.
+        q: [B, H, T, K], float32, bfloat16 or float16 (float64: "reference" and "sdpa"). Any strides; a last dimension that
+            is not contiguous is copied, on GPUs also rows that begin on no boundary of 16 bytes (docs/attention.md).
         k, v: [B, H_kv, S, K] of the same dtype. H_kv divides H: head h of q looks at head h // (H / H_kv) of k.
-        scale: factor of the scores. Default: 1 / sqrt(K).
+        scale: factor of the scores, a Python number: it has no gradient (for a learned temperature multiply q by it), and of
+            a tensor torch.compile(fullgraph=True) cannot read it. Default: 1 / sqrt(K).
         lengths: [B] integers from 0 to S: how many keys of each sample count. Those beyond are never read; a sample with 0
             gives zeros, and gradients of zero. Default: all.
         key_bias: [S], [B, S] or [B, H, S]. Floating point: added to the scaled scores of a key, differentiable; bool: False
@@ -314,7 +324,8 @@ def attention(
             zeros. Default: not packed.
         cu_seqlens_k: the same for keys, where they are packed otherwise than queries. Default: cu_seqlens.
         max_seqlen, max_seqlen_k: an upper bound of the lengths of the sequences, for GPUs, which else must take the whole
-            sample for one. Default: T, S.
+            sample for one. Too small a one is refused where cu_seqlens lies on the CPU; elsewhere the tokens behind it are
+            left out. Default: T, S.
         backend: "auto", "cpu" (C++, CPU tensors), "triton", "cuda", "sdpa" (PyTorch's scaled_dot_product_attention),
             "flash_attn", "xformers" or "reference". Default: "auto": what measured fastest for this kind of call
             (choice.py), where nothing was measured "sdpa".
@@ -329,8 +340,10 @@ def attention(
 
     Numerics ("cpu"): float32 throughout, one rounding at the end; the softmax runs online over blocks of keys; its
     exponential has a relative error below 1e-7. All sums in an order fixed by the shape: two runs are equal to the bit, for
-    any number of threads. A row with a NaN in its scores is NaN; a row whose every score is -infinity is zero. Second
-    derivatives, forward mode and torch.func transforms: the reference. Under autocast, in the dtype of autocast.
+    any number of threads. A row with a NaN in its scores is NaN; a row whose every score is -infinity is zero. Forward mode
+    and torch.func transforms: the reference; second derivatives ("cpu", "triton", "cuda"): the reference. Other libraries have
+    none, and raise: name backend="reference" for them where "auto" is "sdpa" (GPUs, float64, a CPU without AVX2). Under
+    autocast, in the dtype of autocast.
     Cost: ``ditscale.kernels.attn.cost.attention_*``.
     Source: arXiv:1706.03762, section 3.2.1; online softmax arXiv:1805.02867; backward arXiv:2205.14135, appendix B.
     """
@@ -352,6 +365,8 @@ def attention(
     if chosen not in _OWN:
         return adapters.call(chosen, q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
     if grad:
+        if torch.compiler.is_compiling():  # Dynamo refuses an autograd function that is given a tensor twice
+            k, v, cu_k = k.view_as(k), v.view_as(v), None if cu_k is None else cu_k.view_as(cu_k)
         return _Attention.apply(chosen, q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
     return _ops(chosen).attention_fwd(q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale, False)[0]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta
 
-from ditscale.errors import InputError
+from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import dispatch
 from ditscale.kernels.autograd import differentiable, wants_graph
 from ditscale.kernels.dispatch import Backend
@@ -16,6 +16,7 @@ from ditscale.kernels.rotary import cost, reference
 from ditscale.kernels.rotary import native as _native  # noqa: F401 (loads and describes ditscale::*)
 
 HeadNorm = Literal["rms", "layer", "none"]
+_DTYPES = (*dispatch.KERNEL_DTYPES, torch.float64)
 
 
 def _ops(backend: str) -> Any:
@@ -170,6 +171,10 @@ def _check(
 ) -> None:
     for name, t in (("q", q), ("k", k)):
         dispatch.check_float(name, t)
+        if t.dtype not in _DTYPES:
+            raise InputError(
+                f"{name}: expected float32, bfloat16, float16 or float64, got {str(t.dtype).removeprefix('torch.')}"
+            )
         if t.dim() != 4 or t.shape[3] < 1:
             raise InputError(f"{name}: expected [B, H, T, K] with K >= 1, got shape {list(t.shape)}")
     K = q.shape[-1]
@@ -217,8 +222,9 @@ def qk_norm_rope(
     """Norm of queries and keys over the width of a head, then rotary position embedding.
 
     Args:
-        q: [B, H, T, K]; k: [B, H_kv, T, K]; float32, bfloat16 or float16 (float64 on the reference); any strides, only a last
-            dimension that is not contiguous is copied. Without a rotation k may have another number of tokens.
+        q: [B, H, T, K]; k: [B, H_kv, T, K]; float32, bfloat16 or float16 (float64, and k of another dtype than q, on the
+            reference); any strides, only a last dimension that is not contiguous is copied. Without a rotation k may have
+            another number of tokens.
         q_weight, k_weight: [K], the norm's weight, in any dtype. Default: none.
         cos, sin: [T, K / 2] or [B, T, K / 2], given together: cosines and sines of the angles, as
             ``ditscale.kernels.rotary.tables.rotary_table`` makes them (text tokens have angle 0). Default: no rotation.
@@ -234,7 +240,7 @@ def qk_norm_rope(
         (q, k), the shapes and dtypes of the inputs; from our kernels views of memory laid out [B, T, H, K] unless in place.
 
     Raises:
-        InputError: a shape is not as above, or q or k cannot be written in place (says why).
+        InputError: a shape or dtype is not as above, or q or k cannot be written in place (says why).
         BackendUnavailable: the backend was named and cannot run here (says why).
 
     Numerics: float32 inside, one rounding. The gradients of the weights are sums in an order fixed by the shape: two runs are
@@ -254,6 +260,10 @@ def qk_norm_rope(
     if inplace:
         _check_in_place(q, k, q_weight, k_weight)
     chosen = dispatch.choose("qk_norm_rope", backend, q)
+    if chosen != "reference" and backend != "auto" and k.dtype != q.dtype:
+        raise BackendUnavailable(
+            f"backend {backend!r} cannot run qk_norm_rope here: it takes q and k of one dtype, got {q.dtype} and {k.dtype}"
+        )
     if any(t is not None and t.requires_grad for t in (cos, sin)) or k.dtype != q.dtype:
         chosen = "reference"
     if chosen != "reference":

@@ -90,6 +90,40 @@ def test_compiles_without_a_break(packed):
         assert torch.equal(*(torch.autograd.grad(y, x, w)[0] for y in (got, want)))
 
 
+CU = torch.tensor([0, 4, 9], dtype=torch.int32)
+COMPILED = {
+    "packed sequences": lambda q, b: kernels.attention(q, q * 1, q * 2, cu_seqlens=CU, max_seqlen=5),
+    "packed on both sides": lambda q, b: kernels.attention(q, q * 1, q * 2, cu_seqlens=CU, cu_seqlens_k=CU),
+    "packed in one": lambda q, b: kernels.attention_qkv(q.view(1, 9, 3, 2, 2), cu_seqlens=CU),
+    "lengths": lambda q, b: kernels.attention(q, q * 1, q * 2, lengths=torch.tensor([4])),
+    "a bias": lambda q, b: kernels.attention(q, q * 1, q * 2, key_bias=b),
+    "a tensor thrice": lambda q, b: kernels.attention(q, q, q),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("kind", COMPILED)
+def test_every_kind_of_call_compiles_with_gradients(kind):
+    q, b = torch.randn(1, 2, 9, 6, requires_grad=True), torch.randn(9, requires_grad=True)
+    f = COMPILED[kind]
+    torch._dynamo.reset()
+    out = [g(q, b) for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager"))]
+    assert torch.equal(*out)
+    leaves = (q, b) if kind == "a bias" else (q,)
+    for want, got in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in out), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_sdpa_compiles_for_any_number_of_heads():
+    def f(q):
+        return kernels.attention(q, q * 1, q * 1, backend="sdpa")
+
+    g = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    for H in (2, 3):
+        q = torch.randn(1, H, 1, 16)
+        assert torch.equal(g(q), f(q))
+
+
 def test_forward_mode_and_transforms_are_right(backend):
     q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
     t = torch.randn_like(q)
@@ -232,6 +266,21 @@ def test_auto_takes_what_measured_faster():
     assert choice.cpu_pays(1, 8)
     assert not choice.cpu_pays(2, 64)
     assert chosen("auto", 64, 8, torch.float64) in ("sdpa", "reference")
+
+
+def test_auto_is_pytorchs_where_the_library_has_no_vectors(monkeypatch):
+    for isa, first in (("avx2", "cpu"), ("portable", "sdpa")):
+        monkeypatch.setattr(library, "cpu_isa", lambda isa=isa: isa)
+        assert choice.order("cpu")[0] == first
+
+
+def test_sdpa_does_not_round_a_bias_to_half_precision_on_a_cpu():
+    call = make(2, 2, 64, 64, torch.bfloat16, key_bias="sample")
+    call.key_bias = 20 * call.key_bias
+    exact = kernels.attention(
+        *(t.double() for t in (call.q, call.k, call.v)), key_bias=call.key_bias, backend="reference"
+    )
+    assert (call.run("sdpa")["out"] - exact).abs().max() < 0.02
 
 
 def test_sdpa_with_lengths_and_groups():

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditscale import kernels
-from ditscale.errors import InputError
+from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import dispatch, library, selfcheck
 from ditscale.kernels.rotary import cost
 from ditscale.kernels.rotary.reference import norm_rope_ref
@@ -345,6 +345,20 @@ def test_the_self_check_sees_a_wrong_rotation(monkeypatch, break_it):
     assert selfcheck.compare("qk_norm_rope", "cpu", torch.float32, "cpu") is None
     monkeypatch.setattr(op, "_ops", lambda backend: Wrong())
     assert "is off by" in selfcheck.compare("qk_norm_rope", "cpu", torch.float32, "cpu")
+
+
+@needs_library
+def test_dtypes_that_no_kernel_takes_are_refused_by_name_or_taken_by_the_reference():
+    q = torch.randn(1, 2, 3, 8)
+    half = q.bfloat16()
+    with pytest.raises(BackendUnavailable, match="'cpu' cannot run qk_norm_rope here: it takes q and k of one dtype"):
+        kernels.qk_norm_rope(q, half, backend="cpu")
+    got, want = (kernels.qk_norm_rope(q, half, backend=b) for b in ("auto", "reference"))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
+    eight = q.to(torch.float8_e4m3fn)
+    for name, pair in (("q", (eight, eight)), ("k", (q, eight))):
+        with pytest.raises(InputError, match=f"^{name}: expected float32, bfloat16, float16 or float64, got float8"):
+            kernels.qk_norm_rope(*pair)
 
 
 def test_rotated_heads_may_be_written_in_place(backend):
