@@ -14,7 +14,8 @@ from ditscale import kernels
 from ditscale.kernels import library
 
 # What Triton's interpreter and the emulated CUDA kernels run by default: a call of every kind, each dtype, the widths of DiT-S
-# and DiT-XL, one that is not aligned. They take a thousand times as long as a CPU kernel; the rest is slow tests.
+# and DiT-XL, one that is not aligned; emulated also a head of every width that kernels are compiled for. They take a thousand
+# times as long as a CPU kernel; the rest is slow tests.
 QUICK_INTERPRETED = {
     "test_values_and_gradients": "one-of-each-fp32|dit-s-bf16|dit-xl-fp32|odd-fp16",
     "test_cross_attention": "33-200-fp16",
@@ -30,6 +31,9 @@ QUICK_INTERPRETED = {
     "test_nan_of_a_key_or_value_reaches_every_query_of_its_head": "",
     "test_keys_beyond_the_lengths_are_never_read": "nan",
     "test_keys_outside_the_sequences_are_never_read": "",
+}
+QUICK_EMULATED = {
+    "test_values_and_gradients": "dit-xl-bf16|head-80-fp16|head-96-bf16|head-128-fp16|head-128-fp32",
 }
 
 

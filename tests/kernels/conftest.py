@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import importlib.util
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # cases.py, shared by these files only
 
 import pytest
-from attention_cases import QUICK_INTERPRETED
+from attention_cases import QUICK_EMULATED, QUICK_INTERPRETED
 
 from ditscale.kernels import dispatch, library
 from ditscale.kernels.adaln import shapes as adaln_shapes
@@ -38,6 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = getattr(item, "originalname", "")
         if item.path.name.startswith("test_attention"):
             quick = QUICK_INTERPRETED.get(name)
+            if params["backend"] == "emulated" and name in QUICK_EMULATED:
+                quick = f"{quick}|{QUICK_EMULATED[name]}"
         elif item.path.name == "test_rotary.py" and name == "test_values_and_gradients":
             quick = "dit-xl|odd-half.*fp32|demo-rms|one-rms|many-tokens-rms-halves-fp32"
         else:
@@ -112,3 +116,19 @@ def emulated_operators(request: pytest.FixtureRequest) -> object:
 
 
 _definitions: list[torch.library.Library] = []
+
+
+@pytest.fixture
+def shim_counts(emulated_operators: object) -> Callable[..., list[int]]:
+    """What the emulated kernels did since the last call: races, bank conflicts, addresses not aligned, multiply-adds of matrix
+    instructions; and sets the order of warps from now on (``backwards``)."""
+    path = next(p for p in torch.ops.loaded_libraries if "libditscale_emulated" in p)
+    function = ctypes.CDLL(path).ditscale_shim_counts
+
+    def count(backwards: bool = False) -> list[int]:
+        out = (ctypes.c_int64 * 4)()
+        function(out, ctypes.c_bool(backwards))
+        return list(out)
+
+    count()
+    return count

@@ -13,6 +13,7 @@ from attention_cases import AttentionCall, check, make
 from cases import DTYPES, NAME
 
 from ditscale import kernels
+from ditscale.kernels.attn import cost
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
 
@@ -121,6 +122,33 @@ def test_negative_and_zero_scale(backend):
         for call in calls:
             call.scale = scale
         check(calls, backend)
+
+
+# Every width that a CUDA kernel is compiled for, by a head that takes it (float32 has none for 72), and how many products of
+# the instruction make one. Whole blocks, three or more tiles in every walk: a buffer is filled again while warps work.
+COMPILED = [(torch.bfloat16, K, K, 1) for K in (64, 72, 80, 96, 128)]
+COMPILED += [(torch.float16, 72, 72, 1), (torch.float32, 72, 80, 3), (torch.float32, 128, 128, 3)]
+
+
+@pytest.mark.parametrize("dtype,K,columns,products", COMPILED, ids=lambda value: NAME.get(value, value))
+def test_cuda_kernels_neither_race_nor_wait_for_banks_nor_multiply_padding(
+    emulated_operators, shim_counts, dtype, K, columns, products
+):
+    T, S = (64, 96) if dtype == torch.float32 else (96, 192)
+    q, k, v = (torch.randn(1, n, 1, K).to(dtype).transpose(1, 2) for n in (T, S, S))
+    options = (None, None, None, None, T, S, K**-0.5)
+    results = []
+    for backwards in (False, True):
+        shim_counts(backwards)
+        out, stats = emulated_operators.attention_fwd(q, k, v, *options, True)
+        forward = shim_counts(backwards)
+        grads = emulated_operators.attention_bwd(out, q, k, v, out, stats, *options, False)
+        backward = shim_counts()
+        assert forward[:3] == backward[:3] == [0, 0, 0]
+        assert 2 * forward[3] == products * cost.attention_flops_forward(1, 1, T, S, columns)
+        assert 2 * backward[3] == products * cost.attention_flops_backward_two_passes(1, 1, T, S, columns)
+        results.append((out, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def restride(t: torch.Tensor, how: int) -> torch.Tensor:
