@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,11 +37,21 @@ _WIDE: Final[tuple[Shape, ...]] = ((1, 17, 1152), (1, 2, 16384))
 _LONG: Final[tuple[Shape, ...]] = ((1, 200, 72), (1, 256, 64))
 # The other widths that have a kernel of their own. (Triton would compile three for each: at a first use, seconds.)
 _OTHER_HEADS: Final[tuple[Shape, ...]] = ((1, 200, 80), (1, 200, 96), (1, 200, 128))
-_MODULATED: Final = ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate")
+_NORMS: Final = ("layernorm_modulate", "gate_residual_layernorm_modulate")
+_MODULATED: Final = (*_NORMS, "gate_residual")
 
 THREW: Final = "it threw "  # how such a reason begins; it may be of the moment (no memory left), so it is not kept
 
 Tensors = tuple[Tensor, ...]
+
+
+class _Case(NamedTuple):
+    """What an operator is called with: [B, T, D], which rows share a modulation, what else is switched on."""
+
+    shape: Shape
+    mode: str = "per_sample"  # or "per_token", "shared"
+    wide: bool = False  # modulation (the bias of a GELU) in float32, whatever the rows are
+    affine_rms: bool = False
 
 
 def _numbers(shape: tuple[int, ...], seed: int, device: str) -> Tensor:
@@ -53,10 +63,12 @@ def _numbers(shape: tuple[int, ...], seed: int, device: str) -> Tensor:
     return (1.6 * torch.sin(i * 12.9898 + seed * 78.233)).reshape(shape)
 
 
-def _inputs(op: str, shape: Shape, device: str, *, per_token: bool) -> Tensors:
-    B, T, D = shape
-    rows = [_numbers((B, T, D), k, device) for k in (1, 2)]
-    mods = _numbers((B, T, 3 * D) if per_token else (B, 3 * D), 3, device).chunk(3, dim=-1)  # strided, as a model's are
+def _inputs(op: str, case: _Case, dtype: torch.dtype, device: str) -> Tensors:
+    B, T, D = case.shape
+    rows = [_numbers((B, T, D), k, device).to(dtype) for k in (1, 2)]
+    lead = {"shared": (), "per_sample": (B,), "per_token": (B, T)}[case.mode]
+    table = _numbers((*lead, 3 * D), 3, device).to(torch.float32 if case.wide else dtype)
+    mods = table.chunk(3, dim=-1)  # strided, as a model's are
     if op == "layernorm_modulate":
         return (rows[0], mods[0], mods[1])
     if op == "gate_residual":
@@ -65,7 +77,9 @@ def _inputs(op: str, shape: Shape, device: str, *, per_token: bool) -> Tensors:
         return (rows[0], rows[1], mods[2], mods[0], mods[1])
     if op == "bias_gelu":
         return (rows[0], mods[0][0])
-    q, k, v = _numbers((B, T, 3, 2, D), 1, device).permute(2, 0, 3, 1, 4)  # two heads; parts of one projection
+    q, k, v = (
+        _numbers((B, T, 3, 2, D), 1, device).to(dtype).permute(2, 0, 3, 1, 4)
+    )  # two heads; parts of one projection
     if op == "qk_norm_rope":
         return (q, k, mods[0][0], mods[1][0])
     if op == "attention":
@@ -73,14 +87,18 @@ def _inputs(op: str, shape: Shape, device: str, *, per_token: bool) -> Tensors:
     raise ValueError(f"no self-check for {op}")
 
 
-def _calls(op: str, shape: Shape, device: str) -> list[Callable[..., Tensor | Tensors]]:
-    """The operator as it is called at a shape: with rotations too, both kinds of pairs, where the width allows one."""
+def _calls(op: str, case: _Case, device: str) -> list[Callable[..., Tensor | Tensors]]:
+    """The operator as it is called in a case: with rotations too, both kinds of pairs, where the width allows one."""
     from ditscale import kernels
 
     function = getattr(kernels, op)
-    if op != "qk_norm_rope" or shape[2] % 2:
+    width = case.shape[2]
+    if case.affine_rms:
+        weight, bias = (_numbers((width,), k, device).float() for k in (5, 6))
+        return [functools.partial(function, weight=weight, bias=bias, norm="rms")]
+    if op != "qk_norm_rope" or width % 2:
         return [function]
-    angles = _numbers((shape[1], shape[2] // 2), 5, device).float()
+    angles = _numbers((case.shape[1], width // 2), 5, device).float()
     tables = {"cos": angles.cos(), "sin": angles.sin()}
     return [
         functools.partial(function, **tables),
@@ -134,26 +152,33 @@ def _apart(call: Callable[[], str | None], device: str) -> str | None:
         return thread.submit(run).result()
 
 
-def _cases(op: str, backend: str) -> list[tuple[Shape, bool]]:
-    """Shapes, and whether every token has a modulation of its own: what takes an operator through all kernels of a backend."""
+def _cases(op: str, backend: str) -> list[_Case]:
+    """What takes an operator through the kernels of a backend: each kind of modulation and norm, rows of every width."""
     shapes = _SHAPES
     if op == "attention":
         shapes += _LONG if backend == "triton" else _LONG + _OTHER_HEADS
     elif op != "qk_norm_rope":
         shapes += _WIDE
-    return [(s, False) for s in shapes] + [(s, True) for s in _SHAPES if op in _MODULATED]
+    cases = [_Case(shape) for shape in shapes]
+    if op in _MODULATED:
+        cases += [*(_Case(shape, "per_token") for shape in _SHAPES), _Case(_SHAPES[0], "shared")]
+    if op in (*_MODULATED, "bias_gelu"):
+        cases.append(_Case(_SHAPES[0], wide=True))
+    if op in _NORMS:  # without statistics that are kept, and with them
+        cases += [_Case(shape, affine_rms=True) for shape in (_SHAPES[0], _WIDE[0])]
+    return cases
 
 
 def _compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | None:
-    for (shape, per_token), function in ((c, f) for c in _cases(op, backend) for f in _calls(op, c[0], device)):
-        inputs = tuple(t.to(dtype) for t in _inputs(op, shape, device, per_token=per_token))
+    for case, function in ((c, f) for c in _cases(op, backend) for f in _calls(op, c, device)):
+        inputs = _inputs(op, case, dtype, device)
         got = _run(function, inputs, backend, dtype)
         exact = _run(function, tuple(t.double() for t in inputs), "reference", dtype)
         for k, (a, b) in enumerate(zip(got, exact, strict=True)):
             limit = TOLERANCE[dtype] * max(float(b.abs().max()), 1.0)
             worst = float((a.double() - b).abs().max())
             if not worst <= limit:
-                return f"result {k} at shape {list(shape)} is off by {worst:.2e}, allowed {limit:.2e}"
+                return f"result {k} at shape {list(case.shape)} is off by {worst:.2e}, allowed {limit:.2e}"
     return None
 
 

@@ -264,19 +264,24 @@ class TestSelfCheck:
         assert "result 1 at shape" in verdict and "is off by" in verdict
 
     @pytest.mark.parametrize(
-        ("op", "operator", "lies"),
+        ("operator", "dtype", "lies"),
         [
-            ("attention", "attention_fwd", lambda q, *_: q.shape[2] > 128),  # where tiles follow each other
-            ("attention", "attention_bwd", lambda dout, *_: dout.shape[3] == 128),  # a width with a kernel of its own
-            ("layernorm_modulate", "layernorm_modulate_infer", lambda x, shift, *_: shift.dim() == 3),  # one a token
-            (
-                "gate_residual_layernorm_modulate",
-                "gate_residual_layernorm_modulate_bwd",
-                lambda dy, *_: dy.shape[2] > 8192,
-            ),
+            ("attention_fwd", "float32", lambda q, *_: q.shape[2] > 128),  # where tiles follow each other
+            ("attention_bwd", "float32", lambda dout, *_: dout.shape[3] == 128),  # a width with a kernel of its own
+            ("layernorm_modulate_infer", "float32", lambda x, shift, *_: shift.dim() == 3),  # one a token
+            ("gate_residual_layernorm_modulate_bwd", "float32", lambda dy, *_: dy.shape[2] > 8192),
+            ("layernorm_modulate_infer", "float32", lambda *a: a[-1] is True),  # rms
+            ("layernorm_modulate_fwd", "float32", lambda *a: a[-1] is True),
+            ("gate_residual_layernorm_modulate_bwd", "bfloat16", lambda *a: a[-1] is True),
+            ("layernorm_modulate_bwd", "float32", lambda dy, x, scale, *_: scale.dim() == 1),  # one for all
+            ("gate_residual_fwd", "float16", lambda x, branch, gate: gate.dim() == 1),
+            ("gate_residual_bwd", "bfloat16", lambda dout, branch, gate: gate.dtype != dout.dtype),
+            ("layernorm_modulate_infer", "bfloat16", lambda x, shift, *a: shift.dtype != x.dtype and a[-1] is not True),
+            ("bias_gelu_bwd", "float16", lambda dy, x, bias: bias.dtype != x.dtype),
         ],
     )
-    def test_a_kernel_that_lies_somewhere_is_found(self, native, monkeypatch, op, operator, lies):
+    def test_a_kernel_that_lies_somewhere_is_found(self, native, monkeypatch, operator, dtype, lies):
+        op, dtype = operator.rpartition("_")[0], getattr(torch, dtype)
         right = getattr(torch.ops.ditscale, operator)
 
         def wrong(*args):
@@ -285,11 +290,11 @@ class TestSelfCheck:
                 return found
             return 1.1 * found if isinstance(found, torch.Tensor) else [1.1 * t for t in found]
 
-        assert selfcheck.compare(op, "cpu", torch.float32, "cpu") is None
+        assert selfcheck.compare(op, "cpu", dtype, "cpu") is None
         monkeypatch.setitem(dispatch._eager, "cpu", Instead(**{operator: wrong}))
         monkeypatch.setattr(attn_op, "_ops", lambda backend: dispatch._eager["cpu"])
         forget(monkeypatch)
-        assert "is off by" in selfcheck.compare(op, "cpu", torch.float32, "cpu")
+        assert "is off by" in selfcheck.compare(op, "cpu", dtype, "cpu")
 
     def test_a_verdict_holds_for_the_sources_of_every_triton_kernel(self):
         names = {f"{path.parent.name}/{path.name}" for path in selfcheck._sources("triton")}
