@@ -142,7 +142,7 @@ def operators_against_float64(day: Day) -> dict[str, Any]:
     if not day.dry and tests.is_dir() and importlib.util.find_spec("pytest"):
         done = _run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], day, cwd=tests.parent)
         content |= {"pytest_exit": done.returncode, "pytest": _plain(done.stdout[-4000:])}
-        if done.returncode not in (0, 5):  # 5: no test bears the mark
+        if done.returncode:
             bad.append({"case": "pytest -m gpu", "reason": done.stdout[-300:]})
     if bad:
         return content | {
@@ -159,16 +159,18 @@ def _operators() -> tuple[str, ...]:
 
 
 def exercise(backend: str, large: bool) -> int:
-    """Forward and backward of every operator that a backend has, for tools that watch a process: on small odd shapes, or once at
-    a shape of the tables."""
+    """Forward and backward of every operator that a backend has, for tools that watch a process: on small odd shapes and in all
+    that the self-check calls, or once at a shape of the tables. The exit status: 0, or 3 where nothing ran."""
     import torch
 
     from ditscale.bench.cases import operator_case
     from ditscale.bench.operators import operator_subject
     from ditscale.errors import BackendUnavailable
+    from ditscale.kernels import selfcheck
 
     device = "cuda" if backend in ("cuda", "triton") else "cpu"
     shapes = (LARGE,) if large else ((2, 7, 26, 1), (2, 37, 384, 6), (1, 17, 1152, 16))
+    ran: set[str] = set()
     for op in _operators():
         for B, T, D, H in shapes:
             for dtype in ("bfloat16",) if large else ("float32", "bfloat16"):
@@ -177,17 +179,23 @@ def exercise(backend: str, large: bool) -> int:
                 name = "reference" if backend == "reference" else f"ours-{backend}"
                 with contextlib.suppress(BackendUnavailable, KeyError):  # not every backend has every operator
                     build[name]().results()
+                    ran.add(op)
+        if op in ran and not large:  # modulation per token and shared, norms, wide rows, heads of every width
+            for dtype in DTYPES:
+                selfcheck.compare(op, backend, getattr(torch, dtype), device)
     if device == "cuda":
         torch.cuda.synchronize()
-    return 0
+    print(f"{backend}: ran {', '.join(sorted(ran)) or 'nothing'}", file=sys.stderr)
+    return 0 if ran else 3
 
 
 def sanitizer(day: Day) -> dict[str, Any]:
     """compute-sanitizer's four tools over the C++ kernels, and memcheck over Triton's, whose barriers are the compiler's."""
     found: dict[str, Any] = {}
     if day.dry:
-        exercise("cpu" if _runs("cpu") else "reference", large=False)
-        return {"tools": found}
+        backend = "cpu" if _runs("cpu") else "reference"
+        exit_ = exercise(backend, large=False)
+        return {"tools": found} | ({"status": FAILED, "reason": f"{backend}: no operator ran"} if exit_ else {})
     tool = _tool("compute-sanitizer")
     # Else torch's allocator hands out parts of one block, and a step over the end of a tensor is none over that of the block.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -89,6 +89,16 @@ def test_a_wrong_operator_fails_its_stage_and_is_named(day: Day, monkeypatch: py
     assert "gate_residual" in found["reason"]
 
 
+def test_a_tool_that_watched_nothing_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_stages, "_operators", lambda: ("gate_residual",))
+    assert gpu_stages.exercise("reference", large=False) == 0
+    monkeypatch.setattr(gpu_stages, "_operators", lambda: ())
+    assert gpu_stages.exercise("reference", large=False) == 3
+    assert capsys.readouterr().err.splitlines() == ["reference: ran gate_residual", "reference: ran nothing"]
+
+
 def test_the_study_can_be_laid_out() -> None:
     from ditscale.scaling.study import design
 
