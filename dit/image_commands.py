@@ -21,6 +21,7 @@ _MOST_IMAGES = 65_536  # in one picture
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the sampler. Default: 25, or those of a shorter chain.")]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, its weights.safetensors, or what export made of it.")]
 
 
@@ -29,8 +30,10 @@ def sample(
     out: Annotated[Path, typer.Option(help="The PNG to write; a video's frames stand side by side.")],
     caption: Annotated[list[str] | None, typer.Option(help="A caption; give it again for more images.")] = None,
     label: Annotated[list[int] | None, typer.Option(help="A class; give it again for more images.")] = None,
-    count: Annotated[int, typer.Option(help="Images, where no caption or label says how many.")] = 16,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 25,
+    count: Annotated[
+        int | None, typer.Option(help="Images, where no caption or label says how many. Default: 16.")
+    ] = None,
+    steps: Steps = None,
     sampler: Annotated[str, typer.Option(help="euler, heun, ddim or ddpm.")] = "heun",
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 2.0,
     guidance_from: Annotated[float, typer.Option(help="Least share of noise at which to guide.")] = 0.0,
@@ -58,7 +61,7 @@ def sample(
     from ditscale.dit.encoding import Autoencoder
     from ditscale.dit.pictures import save_grid
     from ditscale.dit.rundata import RunData
-    from ditscale.dit.sampling import draw_samples
+    from ditscale.dit.sampling import default_clip, default_steps, draw_samples
     from ditscale.dit.weights import load_weights
     from ditscale.errors import InputError
 
@@ -72,15 +75,22 @@ def sample(
         raise InputError(
             f"--{'caption' if config.condition == 'caption' else 'label'}: expected at least one, got none"
         )
-    if not given and not 1 <= count <= _MOST_IMAGES:
-        raise InputError(f"--count: expected 1 to {_MOST_IMAGES:,}, got {count}")
+    if given and count is not None:
+        raise InputError(f"--count: expected none beside captions or labels, one image each, got {count}")
+    number = len(given) if given else 16 if count is None else count
+    if not 1 <= number <= _MOST_IMAGES:
+        raise InputError(f"--count: expected 1 to {_MOST_IMAGES:,}, got {number}")
+    if guided_channels is not None and guidance == 1:
+        raise InputError("--guided-channels: expected none with --guidance 1, which guides nothing, got some")
+    if text_encoder is not None and (config.condition != "caption" or config.vocabulary_size):
+        raise InputError("--text-encoder: expected none for a model that reads no encoder's features, got one")
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"--seed: expected a whole number of 64 bits, got {seed}")
-    if config.latent_factor > 1 and vae is None:
-        raise InputError("--vae: expected the autoencoder of a model of latents, got none")
+    autoencoder = None if vae is None else Autoencoder.load(vae, device=where)
+    _check_decoding(config, autoencoder)
     data = RunData.read(run)
+    steps = default_steps(objective) if steps is None else steps
     y = each(condition_tensor(config, given, text_encoder, data), lambda tensor: tensor.to(where))
-    number = count if not given else len(given)
     noise = torch.randn(number, *config.input_shape, generator=torch.Generator().manual_seed(seed))
     images = draw_samples(
         model,
@@ -92,14 +102,12 @@ def sample(
         guidance=guidance if y is not None else 1.0,
         guidance_interval=(guidance_from, guidance_to),
         guided_channels=guided_channels,
-        clip=1.0 if clip is None and objective.name == "ddpm" and config.latent_factor == 1 else clip,
+        clip=default_clip(objective, config, data) if clip is None else clip,
         shift=shift,
         eta=eta,
         seed=seed,
     )
-    if vae is not None:
-        images = _decode(Autoencoder.load(vae, device=where), data, images)
-    save_grid(out, images.cpu())
+    save_grid(out, _decode(autoencoder, data, images).cpu())
     if as_json:
         typer.echo(json.dumps({"out": str(out), "images": number, "steps": steps, "sampler": sampler, "seed": seed}))
     else:
@@ -117,7 +125,7 @@ def evaluate(
         str, typer.Option(help="Whose features are compared: scenes, inception:FILE, clip:FOLDER or dinov2:FOLDER.")
     ] = "scenes",
     reference: Annotated[int, typer.Option(help="Images of the data to compare with.")] = 10_000,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 25,
+    steps: Steps = None,
     sampler: Annotated[str, typer.Option(help="euler, heun, ddim or ddpm.")] = "heun",
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 1.0,
     guidance_from: Annotated[float, typer.Option(help="Least share of noise at which to guide.")] = 0.0,
@@ -131,7 +139,7 @@ def evaluate(
     """Evaluate finished runs' averaged weights: the loss on the fixed validation set and, with --samples, their images."""
     from ditscale.dit.commands import progress_bar, use_device, use_threads
     from ditscale.dit.encoding import Autoencoder
-    from ditscale.dit.evaluation.quality import Decoder, QualitySettings, measure_quality
+    from ditscale.dit.evaluation.quality import FIELDS, Decoder, QualitySettings, measure_quality
     from ditscale.dit.files import read_json, write_json
     from ditscale.dit.rundata import RunData
     from ditscale.dit.training import TrainConfig, check_record, validation_set
@@ -159,6 +167,8 @@ def evaluate(
         plan = TrainConfig.from_dict(plan.to_dict() | {k: v for k, v in changes.items() if v is not None})
         model, objective = load_weights(weights_path(run))
         model = model.to(where)
+        if settings is not None:
+            _check_decoding(model.config, autoencoder)
         data = RunData.read(run)
         validation = validation_set(plan, data)
         by_time = validation.loss(model, objective)
@@ -182,7 +192,8 @@ def evaluate(
                     device=where,
                     progress=lambda n, of: advance(n, of, math.nan),
                 )
-            write_json(run / "run.json", {**record, **quality})
+            kept = {name: value for name, value in record.items() if name not in FIELDS}
+            write_json(run / "run.json", {**kept, **quality})
             result |= quality
         results.append(result)
         if not as_json:
@@ -191,9 +202,22 @@ def evaluate(
         typer.echo(json.dumps(results[0] if len(results) == 1 else {"runs": results}))
 
 
-def _decode(autoencoder: Autoencoder, data: RunData | None, latents: Tensor) -> Tensor:
-    """From what a model draws to pixels, by what its run knows of the latents' scale."""
-    return autoencoder.decode(latents if data is None else data.unscaled(latents))
+def _check_decoding(config: DiTConfig, autoencoder: Autoencoder | None) -> None:
+    """Raise InputError unless what a model draws can be made into pictures."""
+    from ditscale.errors import InputError
+
+    if autoencoder is not None:
+        autoencoder.check_model(config)
+    elif config.latent_factor > 1:
+        raise InputError("--vae: expected the autoencoder of a model of latents, got none")
+    elif config.in_channels != 3:
+        raise InputError(f"model.in_channels: expected the 3 of pictures without --vae, got {config.in_channels}")
+
+
+def _decode(autoencoder: Autoencoder | None, data: RunData | None, images: Tensor) -> Tensor:
+    """From what a model draws to pixels, by what its run knows of the scale of latents or of pixels in shards."""
+    images = images if data is None else data.unscaled(images)
+    return images if autoencoder is None else autoencoder.decode(images)
 
 
 def _told(result: dict[str, Any]) -> str:

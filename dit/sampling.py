@@ -10,16 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ditscale.dit.condition import each
+from ditscale.dit.diffusion import DDPM
 from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.objective import Objective, Prediction, need_number
 from ditscale.errors import InputError
 
+if TYPE_CHECKING:
+    from ditscale.dit.config import DiTConfig
+    from ditscale.dit.rundata import RunData
+
+STEPS = 25
 _MOST_STEPS = 100_000
 SAMPLERS = ("euler", "heun", "ddim", "ddpm")
 
@@ -42,6 +48,9 @@ class Churn:
     def __post_init__(self) -> None:
         for field in ("amount", "least", "noise"):
             need_number(f"churn.{field}", getattr(self, field), least=0)
+        # Infinity is how the paper writes that there is no greatest.
+        if isinstance(self.most, bool) or not isinstance(self.most, (int, float)) or not self.most >= self.least:
+            raise InputError(f"churn.most: expected a number of at least {self.least:g}, got {self.most!r}")
 
 
 @torch.no_grad()
@@ -51,7 +60,7 @@ def draw_samples(
     y: Any = None,
     *,
     objective: Objective | None = None,
-    steps: int = 25,
+    steps: int | None = None,
     sampler: str = "heun",
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -66,16 +75,17 @@ def draw_samples(
     """Follow the path from noise to images; equal arguments give equal images.
 
     Args:
-        model: called as ``model(x, t, y, drop=...)``; its first C channels are the prediction.
+        model: called as ``model(x, t, y, drop=...)`` with x in the type of its weights; its first C channels are the
+            prediction.
         noise: [B, C, ...] standard normal.
         y: the condition as the model takes it (a tensor, or a tuple of tensors, with one row a sample), or None.
         objective: that the model was trained with. Default: ``RectifiedFlow()``.
-        steps: at least 1. Default: 25.
+        steps: at least 1. Default: that of :func:`default_steps`.
         sampler: "euler" (one evaluation a step), "heun" (two; the last step one; with EDM that paper's algorithm 1),
             "ddim" (one; arXiv:2010.02502) or "ddpm" (one; ancestral, with the variance that the model learned or else
             the posterior's). Default: "heun".
-        guidance: classifier-free guidance weight w in ``s_none + w (s_y - s_none)``; 1 means none and costs half.
-            Default: 1.0.
+        guidance: classifier-free guidance weight w in ``s_none + w (s_y - s_none)``; 1 means none and costs half. A model
+            with ``config.guidance_embed`` is told it instead, at no cost. Default: 1.0.
         guidance_interval: least and greatest share of noise at which to guide (arXiv:2404.07724). Default: all.
         guided_channels: guide the first so many channels only; the released DiT guides 3 of 4. Default: all.
         clip: clamp the estimated clean image to [-clip, clip] at every step: 1 for pixels, where a network that predicts
@@ -94,22 +104,26 @@ def draw_samples(
         InputError: an argument is out of range, or guidance is asked for without a condition.
     """
     objective = objective or RectifiedFlow()
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
+    steps = default_steps(objective) if steps is None else steps
+    if noise.ndim < 2 or len(noise) == 0:
+        raise InputError(f"noise: expected shape [B, C, ...] with B >= 1, got {list(noise.shape)}")
+    if not _is_whole(steps, 1, _MOST_STEPS):
         raise InputError(f"steps: expected at least 1 and at most {_MOST_STEPS:,}, got {steps!r}")
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    need_sampler(sampler)
     need_number("guidance", guidance)
-    if guided_channels is not None and not 1 <= guided_channels <= noise.shape[1]:
-        raise InputError(f"guided_channels: expected 1 to {noise.shape[1]}, got {guided_channels}")
-    if not -(2**63) <= seed < 2**63:
-        raise InputError(f"seed: expected a whole number of 64 bits, got {seed}")
+    if guided_channels is not None and not _is_whole(guided_channels, 1, noise.shape[1]):
+        raise InputError(f"guided_channels: expected 1 to {noise.shape[1]}, got {guided_channels!r}")
+    if guided_channels is not None and told_guidance(model):
+        raise InputError("guided_channels: expected none for a model that is told the guidance, got some")
+    if not _is_whole(seed, -(2**63), 2**63 - 1):
+        raise InputError(f"seed: expected a whole number of 64 bits, got {seed!r}")
     if guidance != 1.0 and y is None:
         raise InputError(f"guidance: expected 1.0 for a model without a condition, got {guidance}")
-    if not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-        raise InputError(f"guidance_interval: expected 0 <= least <= greatest <= 1, got {guidance_interval}")
+    need_interval(guidance_interval)
     need_number("shift", shift, above=0)
     if clip is not None:
         need_number("clip", clip, above=0)
+    need_number("eta", eta)
     if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
         raise InputError(f"eta: expected 0 to 1 for ddim and 0 for other samplers, got {eta} for {sampler}")
     if churn is not None and sampler not in ("euler", "heun"):
@@ -142,6 +156,46 @@ def draw_samples(
     return z
 
 
+def default_steps(objective: Objective) -> int:
+    """25 steps, or as many as a shorter chain has."""
+    return min(STEPS, objective.timesteps) if isinstance(objective, DDPM) else STEPS
+
+
+def default_clip(objective: Objective, config: DiTConfig, data: RunData | None) -> float | None:
+    """To what :func:`draw_samples` should clamp: 1 for a DDPM on pixels as they are, in [-1, 1]; else None.
+
+    ``data``: what the model's run knows of its data; pixels that were scaled by mean and std reach beyond.
+    """
+    scaled = data is not None and (any(data.mean) or any(std != 1 for std in data.std))
+    return 1.0 if isinstance(objective, DDPM) and config.latent_factor == 1 and not scaled else None
+
+
+def told_guidance(model: nn.Module) -> bool:
+    """Whether a model takes the guidance scale as an input."""
+    return bool(getattr(getattr(model, "config", None), "guidance_embed", False))
+
+
+def need_sampler(sampler: Any) -> None:
+    """Raise InputError unless there is such a sampler."""
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
+
+
+def need_interval(interval: Any) -> None:
+    """Raise InputError unless ``interval`` holds the least and the greatest share of noise at which to guide."""
+    try:
+        least, greatest = interval
+        good = 0 <= least <= greatest <= 1
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise InputError(f"guidance_interval: expected 0 <= least <= greatest <= 1, got {interval!r}")
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
 def guided_share(
     objective: Objective, *, steps: int, sampler: str, guidance_interval: tuple[float, float], shift: float = 1.0
 ) -> float:
@@ -171,8 +225,23 @@ class _Noise:
         return torch.randn(self.like.shape, generator=self.generator).to(self.like.device)
 
 
+class _Told(nn.Module):
+    """A model that takes float32 whatever its weights are, and is told the guidance where ``guidance`` is no None."""
+
+    def __init__(self, model: nn.Module, guidance: float | None = None) -> None:
+        super().__init__()
+        self.model, self.guidance = model, guidance
+        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, x: Tensor, t: Tensor, y: Any = None, *, drop: Tensor | None = None) -> Tensor:
+        # The time stays as it is: bfloat16 has no 999.
+        told = {} if self.guidance is None else {"guidance": t.new_full(t.shape, self.guidance)}
+        out: Tensor = self.model(x.to(self.dtype), t, y, drop=drop, **told)
+        return out
+
+
 class _Guided:
-    """The model with classifier-free guidance, as a function of the place on the path."""
+    """The model with guidance, classifier-free or told, as a function of the place on the path."""
 
     def __init__(
         self,
@@ -185,9 +254,14 @@ class _Guided:
         channels: int | None,
         clip: float | None,
     ) -> None:
-        self.model, self.objective, self.y, self.count = model, objective, y, count
+        self.objective, self.y, self.count = objective, y, count
         self.guidance, self.interval, self.channels, self.clip = guidance, interval, channels, clip
-        self.twice = None if guidance == 1.0 else each(y, lambda part: torch.cat([part, part]))
+        self.plain = self.guided = _Told(model)
+        self.twice = None
+        if told_guidance(model):
+            self.guided = _Told(model, guidance)
+        elif guidance != 1.0:
+            self.twice = each(y, lambda part: torch.cat([part, part]))
 
     def __call__(self, z: Tensor, u: Tensor) -> Prediction:
         said = self._guided(z, u)
@@ -200,10 +274,12 @@ class _Guided:
     def _guided(self, z: Tensor, u: Tensor) -> Prediction:
         count, objective = self.count, self.objective
         u_B = u.to(z.device).expand(count)
-        if self.twice is None or not self.interval[0] <= _noise_share(objective, u) <= self.interval[1]:
-            return objective.predict(self.model, z, u_B, self.y)
+        if not self.interval[0] <= _noise_share(objective, u) <= self.interval[1]:
+            return objective.predict(self.plain, z, u_B, self.y)
+        if self.twice is None:
+            return objective.predict(self.guided, z, u_B, self.y)
         drop = torch.arange(2 * count, device=z.device) >= count
-        both = objective.predict(self.model, torch.cat([z, z]), torch.cat([u_B, u_B]), self.twice, drop=drop)
+        both = objective.predict(self.plain, torch.cat([z, z]), torch.cat([u_B, u_B]), self.twice, drop=drop)
         with_y, without = both.slope[:count], both.slope[count:]
         guided = torch.lerp(without, with_y, self.guidance)
         if self.channels is not None:

@@ -27,9 +27,12 @@ SETTINGS = (
     "quality_samples",
     "reference_images",
     "reference_data",
+    "decoder_sha256",
+    "neighbours",
     "sampler",
     "sampler_steps",
     "guidance",
+    "guidance_interval",
 )
 _FEW_SAMPLES = 10_000
 

@@ -54,6 +54,8 @@ def _inner(record: Mapping[str, Any], prefix: str, depth: int) -> dict[str, Any]
             out[name] = str(value).lower()
         elif not isinstance(value, list):
             out[name] = value
+        elif name == "guidance_interval":  # the one list that is a setting, by which runs may differ
+            out[name] = str(value)
     return out
 
 

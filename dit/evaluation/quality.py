@@ -18,7 +18,7 @@ from torch import Tensor
 from ditscale.cache import cached_path
 from ditscale.dit.condition import Condition, each
 from ditscale.dit.data import EmojiScenes, ImageBatch, ImageStream, to_float
-from ditscale.dit.evaluation.captions import caption_match
+from ditscale.dit.evaluation.captions import CANDIDATES, caption_match
 from ditscale.dit.evaluation.metrics import Features, Moments, frechet_distance, precision_recall
 from ditscale.dit.evaluation.networks import FeatureNetwork, open_network
 from ditscale.dit.extras import count_sampling
@@ -26,11 +26,45 @@ from ditscale.dit.files import keep
 from ditscale.dit.model import DiT
 from ditscale.dit.objective import Objective, need_number
 from ditscale.dit.rundata import RunData
-from ditscale.dit.sampling import draw_samples, guided_share
+from ditscale.dit.sampling import (
+    default_clip,
+    default_steps,
+    draw_samples,
+    guided_share,
+    need_interval,
+    need_sampler,
+)
 from ditscale.dit.training import TrainConfig, batch_tensors, open_stream
 from ditscale.dit.training.batches import seed_for
 from ditscale.errors import InputError
 
+# All that :func:`measure_quality` may enter into a run's record; what an earlier measurement left there is none of a later.
+FIELDS = (
+    "frechet_distance",
+    "frechet_distance_real",
+    "fid",
+    "real_images",
+    "real_reference_images",
+    "precision",
+    "recall",
+    "caption_match",
+    "caption_match_real",
+    "caption_candidates",
+    "feature_network",
+    "feature_network_sha256",
+    "quality_samples",
+    "reference_images",
+    "reference_data",
+    "decoder",
+    "decoder_sha256",
+    "neighbours",
+    "guidance",
+    "guidance_interval",
+    "sampler",
+    "sampler_steps",
+    "sampling_flops_per_image",
+    "quality_seed",
+)
 _MOST = 10_000_000
 
 
@@ -42,8 +76,8 @@ class QualitySettings:
         samples: images to draw. Few samples raise the Fréchet distance; compare runs at equal numbers. Default: 2,000.
         reference: images of the data to compare with; a folder of fewer is taken whole. Default: 10,000.
         features: the network, see :func:`ditscale.dit.evaluation.networks.open_network`. Default: "scenes".
-        sampler, steps, guidance, guidance_interval: see :func:`ditscale.dit.sampling.draw_samples`. Defaults: "heun", 25, 1
-            and all.
+        sampler, steps, guidance, guidance_interval: see :func:`ditscale.dit.sampling.draw_samples`. Defaults: "heun", 25 or
+            those of a shorter chain, 1 and all.
         neighbours: of precision and recall. Default: 3.
         seed: of prompts and noise. Default: 0.
         batch: images at a time. Default: 64.
@@ -56,7 +90,7 @@ class QualitySettings:
     reference: int = 10_000
     features: str = "scenes"
     sampler: str = "heun"
-    steps: int = 25
+    steps: int | None = None
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     neighbours: int = 3
@@ -64,18 +98,20 @@ class QualitySettings:
     batch: int = 64
 
     def __post_init__(self) -> None:
-        for field, least in (
-            ("samples", self.neighbours + 1),
-            ("reference", self.neighbours + 1),
-            ("steps", 1),
-            ("batch", 1),
-        ):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
-                raise InputError(
-                    f"{field}: expected a whole number of at least {least}, at most {_MOST:,}, got {value!r}"
-                )
+        bounds = {"neighbours": (1, _MOST), "steps": (1, _MOST), "batch": (1, _MOST), "seed": (-(2**63), 2**63 - 1)}
+        for field, (least, most) in bounds.items():
+            if field != "steps" or self.steps is not None:
+                self._need_whole(field, least, most)
+        for field in ("samples", "reference"):
+            self._need_whole(field, self.neighbours + 1, _MOST)
+        need_sampler(self.sampler)
+        need_interval(self.guidance_interval)
         need_number("guidance", self.guidance)
+
+    def _need_whole(self, field: str, least: int, most: int) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise InputError(f"{field}: expected a whole number of at least {least}, at most {most:,}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -127,16 +163,26 @@ def measure_quality(
         ``precision``, ``recall``, for captioned emoji scenes ``caption_match``, and everything that they depend on.
 
     Raises:
-        InputError: the data or the feature network cannot be had, the data are not those of ``trained``, or a model of
-            latents comes without a decoder or one of pixels with one.
+        InputError: the data or the feature network cannot be had, the data are not those of ``trained``, there are too few
+            samples to choose captions among, a model of latents comes without a decoder or one of pixels with one, or its
+            pixels are not of three channels.
     """
     settings = settings or QualitySettings()
     latents = plan.model.latent_factor > 1
     if latents != (decoder is not None):
         kind = "an autoencoder for a model of latents" if latents else "no autoencoder for a model of pixels"
         raise InputError(f"vae: expected {kind}, got {'none' if decoder is None else decoder.name}")
+    if decoder is None and plan.model.in_channels != 3:
+        raise InputError(f"model.in_channels: expected the 3 of pictures to measure them, got {plan.model.in_channels}")
+    steps = default_steps(objective) if settings.steps is None else settings.steps
+    # What cannot be drawn is said before the features of thousands of images are made.
+    share = guided_share(objective, steps=steps, sampler=settings.sampler, guidance_interval=settings.guidance_interval)
     network = open_network(settings.features, device=device)
     prompts, reference = (_fresh(plan, seed_for(settings.seed, use), trained) for use in ("prompts", "reference"))
+    matched = type(prompts) is EmojiScenes and plan.model.condition == "caption"
+    if matched and settings.samples < CANDIDATES:
+        raise InputError(f"samples: expected at least {CANDIDATES} to choose captions among, got {settings.samples}")
+    data = RunData.of(prompts) if trained is None else trained
     real, ours, theirs = _real_features(network, reference, settings, decoder)
     drawn, kept = [], []
     guidance = 1.0 if plan.model.condition == "none" else settings.guidance
@@ -150,14 +196,14 @@ def measure_quality(
             noise,
             y,
             objective=objective,
-            steps=settings.steps,
+            steps=steps,
             sampler=settings.sampler,
             guidance=guidance,
             guidance_interval=settings.guidance_interval,
-            clip=1.0 if objective.name == "ddpm" and not latents else None,
+            clip=default_clip(objective, plan.model, data),
             seed=seed_for(settings.seed, f"sampler {start}"),
         )
-        pixels = to_bytes(images if decoder is None else decoder.decode(images))
+        pixels = to_bytes(data.unscaled(images) if decoder is None else decoder.decode(images))
         drawn.append(_features(network, pixels))
         kept.append(pixels.cpu())
         if progress is not None:
@@ -165,14 +211,11 @@ def measure_quality(
     features = np.concatenate(drawn).astype(np.float64)
     precision, recall = precision_recall(_flat(real[: len(features)]), _flat(features), neighbours=settings.neighbours)
     distance = frechet_distance(Moments.of(_flat(features)), Moments.of(_flat(real)))
-    share = guided_share(
-        objective, steps=settings.steps, sampler=settings.sampler, guidance_interval=settings.guidance_interval
-    )
     cost = count_sampling(
         plan.model,
-        steps=settings.steps,
+        steps=steps,
         sampler="heun" if settings.sampler == "heun" else "euler",
-        guidance=guidance != 1,
+        guidance=guidance != 1 and not plan.model.guidance_embed,
         guided_share=share,
     )
     record: dict[str, Any] = {
@@ -193,13 +236,13 @@ def measure_quality(
         "guidance": guidance,
         "guidance_interval": list(settings.guidance_interval),
         "sampler": settings.sampler,
-        "sampler_steps": settings.steps,
+        "sampler_steps": steps,
         "sampling_flops_per_image": cost.forward,
         "quality_seed": settings.seed,
     }
     if network.name == "inception-v3-fid":
         record["fid"] = distance
-    if type(prompts) is EmojiScenes and plan.model.condition == "caption":
+    if matched:
         record |= caption_match(torch.cat(kept), prompts, seed=settings.seed)
     return record
 
@@ -226,16 +269,16 @@ def reference_features(
     """Features [count, frames, d] of a stream's first images, float64 of what was kept in float32.
 
     They are kept in the cache under the network's weights, the stream's identity, the count and the decoder's weights; a
-    folder of fewer images is taken whole.
+    folder of fewer images is taken whole. Pixels that lie in shards as floats are brought back to the scale of pictures.
     """
     count = min(count, stream.unique_images or count)
     told = [network.name, network.sha256, stream.sha256, str(count)]
-    if decoder is not None:
-        # A stream of latents is known by its layout; what lies in it is read in a fraction of the time that decoding takes.
+    if stream.batch(0, 1).images.dtype == np.float32:
+        # Shards are known by their layout; what lies in them is read in a fraction of the time that the network takes.
         content = hashlib.sha256()
         for _, latents in _batches(stream, count, batch):
             content.update(latents.images.tobytes())
-        told += [decoder.sha256, content.hexdigest()]
+        told += [*([] if decoder is None else [decoder.sha256]), content.hexdigest()]
     key = hashlib.sha256(" ".join(told).encode()).hexdigest()[:24]
     path = cached_path("features", f"{key}.safetensors")
     if path is not None and path.exists():
@@ -248,6 +291,8 @@ def reference_features(
         pixels = torch.from_numpy(images.images)
         if decoder is not None:
             pixels = to_bytes(decoder.decode(torch.from_numpy(to_float(images.images))))
+        elif pixels.is_floating_point():
+            pixels = to_bytes(RunData.of(stream).unscaled(pixels))
         parts.append(_features(network, pixels))
     features = np.concatenate(parts)
     keep(path, safetensors.numpy.save({"frames": np.ascontiguousarray(features)}))

@@ -5,25 +5,34 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ditscale.dit import DiT, DiTConfig
+from ditscale.dit import DDPM, DiT, DiTConfig, sampling
 from ditscale.dit.data import EmojiScenes, ImageBatch, emoji_vocabulary, to_float, write_latents
 from ditscale.dit.encoding import Autoencoder
 from ditscale.dit.evaluation import quality
 from ditscale.dit.evaluation.captions import caption_match, matched
 from ditscale.dit.evaluation.networks import FeatureNetwork, open_network
-from ditscale.dit.evaluation.quality import QualitySettings, measure_quality, reference_features, to_bytes
+from ditscale.dit.evaluation.quality import (
+    FIELDS,
+    QualitySettings,
+    measure_quality,
+    reference_features,
+    to_bytes,
+)
 from ditscale.dit.evaluation.scene_network import scene_network, scene_network_card, scene_network_sha256, word_targets
 from ditscale.dit.flops import count
-from ditscale.dit.image_commands import evaluate
+from ditscale.dit.image_commands import evaluate, sample
 from ditscale.dit.rundata import RunData
 from ditscale.dit.training import TrainConfig, train
+from ditscale.dit.weights import save_weights
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable
 from ditscale.scaling.quality import FEATURE_METRICS, SETTINGS
@@ -114,7 +123,8 @@ def test_a_perfect_model_scores_what_real_images_do(monkeypatch):
     assert (
         record["feature_network_sha256"] == scene_network_sha256() and record["reference_data"] == "emoji-scenes/train"
     )
-    assert "fid" not in record, "that name is for Inception's features"
+    assert set(FIELDS) - set(record) == {"fid"}, "that name is for Inception's features"
+    assert set(record) < set(FIELDS), "what the next measurement takes out"
     json.dumps(record)
 
 
@@ -131,7 +141,7 @@ def test_real_images_are_compared_with_others(monkeypatch, there, reference, rea
 
         def batch(self, start, count):
             number = np.arange(start, start + count) % (there or 10**6)
-            return ImageBatch(np.repeat(number.astype(np.float32), 12).reshape(count, 3, 2, 2), (), None, None)
+            return ImageBatch(np.repeat(number.astype(np.uint8), 12).reshape(count, 3, 2, 2), (), None, None)
 
     network = FeatureNetwork("itself", "0" * 64, lambda images: images.flatten(1))
     settings = QualitySettings(samples=12, reference=30)
@@ -222,6 +232,9 @@ def test_evaluating_a_run_enters_its_record_and_the_run_table(tmp_path, capsys):
     for name, changes in (("a", {}), ("b", {"seed": 1})):
         train(dataclasses.replace(PLAN, **changes), tmp_path / "runs" / name)
     folders = [tmp_path / "runs" / name for name in "ab"]
+    # Of an earlier measurement on other features, which a new one replaces.
+    earlier = json.loads((folders[0] / "run.json").read_text()) | {"fid": 12.3, "recall": 2.0, "decoder": "vae"}
+    (folders[0] / "run.json").write_text(json.dumps(earlier))
     settings = {"samples": 64, "reference": 200, "steps": 4, "guidance": 2.0, "threads": 1}
     evaluate(runs=folders, **settings, as_json=True)
     results = json.loads(capsys.readouterr().out)["runs"]
@@ -229,6 +242,7 @@ def test_evaluating_a_run_enters_its_record_and_the_run_table(tmp_path, capsys):
         record = json.loads((folder / "run.json").read_text())
         assert result["loss"] == record["loss"] and result["frechet_distance"] == record["frechet_distance"]
         assert (record["quality_samples"], record["guidance"], record["sampler_steps"]) == (64, 2.0, 4)
+        assert "fid" not in record and record["decoder"] is None
     evaluate(runs=folders[:1], **settings)
     assert "ditscale-scenes-v1 features" in capsys.readouterr().out
     (tmp_path / "runs.jsonl").write_text(
@@ -407,6 +421,100 @@ def test_latents_need_an_autoencoder_and_pixels_none(latent_run):
         measure_quality(DiT(MODEL), PLAN.flow, PLAN, FEW, decoder=decoder)
 
 
+def test_an_autoencoder_of_other_latents_is_refused_at_once(latent_run, tmp_path):
+    folder, plan, *_ = latent_run
+    sixteen = plan.model.replace(in_channels=16, condition="none", vocabulary_size=0)
+    for name, model in (("deep", sixteen), ("coarse", plan.model.replace(latent_factor=4, image_size=32))):
+        save_weights(tmp_path / f"{name}.safetensors", dict(DiT(model).named_parameters()), model, plan.flow)
+    given = {"out": tmp_path / "x.png", "vae": folder / "vae", "device": "cpu"}
+    with pytest.raises(InputError, match="vae: expected latents of 16 channels, 2 pixels a side"):
+        sample(run=tmp_path / "deep.safetensors", **given)
+    with pytest.raises(InputError, match="vae: expected latents of 4 channels, 4 pixels a side"):
+        sample(run=tmp_path / "coarse.safetensors", caption=["a"], **given)
+    pixels = tmp_path / "pixels"
+    shutil.copytree(folder / "run", pixels)
+    model = plan.model.replace(in_channels=3, latent_factor=1)
+    save_weights(pixels / "weights.safetensors", dict(DiT(model).named_parameters()), model, plan.flow)
+    with pytest.raises(InputError, match="vae: expected no autoencoder for a model of pixels"):
+        evaluate(runs=[pixels], vae=folder / "vae", samples=40, threads=1, device="cpu")
+
+
+@pytest.fixture
+def pixel_shards(tmp_path):
+    """Scenes as pixels in shards, scaled by mean and std, and a plan of a model of them."""
+    scenes = EmojiScenes("train", 16, seed=3).batch(0, 150)
+    scale = {"mean": [0.5, 0.25, 0.0], "std": [0.25, 0.5, 2.0]}
+    write_latents(tmp_path / "data", [{"latents": to_float(scenes.images)}], latent_factor=1, **scale)
+    model = MODEL.replace(condition="none", vocabulary_size=0)
+    return scenes.images, dataclasses.replace(PLAN, model=model, data=str(tmp_path / "data"), images=16)
+
+
+def test_pixels_in_shards_are_compared_as_pictures(pixel_shards, monkeypatch):
+    pictures, plan = pixel_shards
+
+    def perfect(model, noise, y, **settings):
+        assert settings["clip"] is None, "scaled pixels reach beyond 1"
+        return torch.from_numpy(quality._fresh(plan, quality.seed_for(0, "reference")).batch(0, len(noise)).images)
+
+    monkeypatch.setattr(quality, "draw_samples", perfect)
+    settings = QualitySettings(samples=60, reference=60, steps=1)
+    record = measure_quality(DiT(plan.model), DDPM(learn_sigma=False), plan, settings)
+    assert record["frechet_distance"] < 1e-6 and record["frechet_distance_real"] > 1 and record["precision"] == 1
+    network = FeatureNetwork("sums", "0" * 64, lambda images: images.sum((2, 3)))
+    sums = reference_features(network, quality._fresh(plan, 1), 100)[:, 0]
+    assert {tuple(row) for row in sums} < {tuple(row) for row in pictures.astype(float).sum((2, 3))}
+    # Shards of the same layout with other numbers are other data.
+    shard = next(Path(plan.data).glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100] + bytes(100))
+    assert not np.array_equal(reference_features(network, quality._fresh(plan, 1), 100)[:, 0], sums)
+    four = dataclasses.replace(plan, model=plan.model.replace(in_channels=4))
+    with pytest.raises(InputError, match=r"model\.in_channels: expected the 3 of pictures .*, got 4"):
+        measure_quality(DiT(four.model), plan.flow, four, FEW)
+
+
+def test_pictures_of_pixels_in_shards_have_their_own_scale(pixel_shards, tmp_path, monkeypatch):
+    pictures, plan = pixel_shards
+    train(plan, tmp_path / "run")
+    data = RunData.read(tmp_path / "run")
+    scaled = (torch.from_numpy(to_float(pictures[:1])) - torch.tensor(data.mean).view(3, 1, 1)) / torch.tensor(
+        data.std
+    ).view(3, 1, 1)
+    monkeypatch.setattr(sampling, "draw_samples", lambda *_, **__: scaled)
+    sample(run=tmp_path / "run", out=tmp_path / "x.png", count=1, device="cpu", as_json=True)
+    with Image.open(tmp_path / "x.png") as sheet:
+        assert np.array_equal(np.array(sheet.convert("RGB")).transpose(2, 0, 1), pictures[0])
+
+
+def test_short_chains_are_drawn_in_as_many_steps(tmp_path, capsys):
+    plan = dataclasses.replace(PLAN, objective=DDPM(timesteps=10, learn_sigma=False), images=16)
+    train(plan, tmp_path / "run")
+    sample(run=tmp_path / "run", out=tmp_path / "x.png", caption=["a red apple"], device="cpu", as_json=True)
+    assert json.loads(capsys.readouterr().out)["steps"] == 10
+    evaluate(runs=[tmp_path / "run"], samples=32, reference=40, threads=1, device="cpu", as_json=True)
+    assert json.loads(capsys.readouterr().out)["sampler_steps"] == 10
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path):
+    save_weights(tmp_path / "m.safetensors", dict(DiT(MODEL).named_parameters()), MODEL, PLAN.flow)
+    given = {"run": tmp_path / "m.safetensors", "out": tmp_path / "x.png", "caption": ["a red apple"], "steps": 1}
+    for more, named in (
+        ({"count": 5}, "--count"),
+        ({"guidance": 1.0, "guided_channels": 2}, "--guided-channels"),
+        ({"text_encoder": tmp_path}, "--text-encoder"),
+    ):
+        with pytest.raises(InputError, match=named):
+            sample(**given, **more, device="cpu")
+
+
+def test_what_cannot_be_drawn_is_said_before_the_reference_is_made(monkeypatch):
+    monkeypatch.setattr(quality, "reference_features", lambda *_, **__: pytest.fail("features were made"))
+    with pytest.raises(InputError, match="samples: expected at least 32 to choose captions among, got 10"):
+        measure_quality(DiT(MODEL), PLAN.flow, PLAN, dataclasses.replace(FEW, samples=10))
+    with pytest.raises(InputError, match="steps: expected at most the chain's 10"):
+        chain = DDPM(timesteps=10, learn_sigma=False)
+        measure_quality(DiT(MODEL), chain, PLAN, dataclasses.replace(FEW, steps=11))
+
+
 def test_a_device_that_is_not_here_is_named(tmp_path):
     for device, got in (("tpu", "'tpu'"), ("cuda", "cuda without a GPU")):
         if device == "cuda" and torch.cuda.is_available():
@@ -422,7 +530,19 @@ def test_networks_that_cannot_be_had_are_named(spec):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("samples", 2), ("reference", 1.5), ("steps", 0), ("guidance", float("nan"))]
+    ("field", "value"),
+    [
+        ("samples", 2),
+        ("reference", 1.5),
+        ("steps", 0),
+        ("guidance", float("nan")),
+        ("neighbours", "a"),
+        ("neighbours", 2.5),
+        ("neighbours", -1),
+        ("sampler", "rk4"),
+        ("guidance_interval", None),
+        ("seed", "a"),
+    ],
 )
 def test_bad_settings_are_named(field, value):
     with pytest.raises(InputError, match=field):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from exact_models import ExactDDPM, ExactEDM, ExactFlow, linear_abar, normals
+from model_variants import config_of, randomised
 from torch import nn
 
 from ditscale.dit.diffusion import DDPM, EDM
@@ -291,13 +292,56 @@ def test_training_mode_is_as_it_was():
         ({"eta": 0.5}, "eta"),
         ({"sampler": "ddim", "eta": 1.5}, "eta"),
         ({"sampler": "ddpm", "churn": Churn()}, "churn"),
+        ({"guidance_interval": None}, "guidance_interval"),
+        ({"guidance_interval": (0.5,)}, "guidance_interval"),
+        ({"guided_channels": 1.0}, "guided_channels"),
+        ({"seed": "a"}, "seed"),
+        ({"sampler": "ddim", "eta": "a"}, "eta"),
+        ({"noise": torch.zeros(0, 1, 2, 2)}, "noise"),
         ({"objective": DDPM(), "steps": 1001}, "steps"),
         ({"objective": DDPM(), "shift": 2.0}, "shift"),
     ],
 )
 def test_bad_settings_are_named(settings, named):
     with pytest.raises(InputError, match=named):
-        draw_samples(nn.Identity(), torch.zeros(1, 1, 2, 2), **settings)
+        draw_samples(nn.Identity(), **{"noise": torch.zeros(1, 1, 2, 2)} | settings)
+
+
+@pytest.mark.parametrize("most", ["x", 0.01, float("nan"), True])
+def test_churn_up_to_no_number_is_named(most):
+    assert Churn(most=float("inf")).most == float("inf")
+    with pytest.raises(InputError, match="churn.most"):
+        Churn(most=most)
+
+
+@pytest.mark.parametrize(("timesteps", "steps"), [(1000, 25), (10, 10)])
+def test_steps_are_25_or_those_of_a_shorter_chain(timesteps, steps):
+    model, seen = ExactDDPM(MEAN, STD), []
+    objective = DDPM(timesteps=timesteps, learn_sigma=False)
+    draw_samples(model, normals(1, 1, 2, 2), objective=objective, progress=lambda done, of: seen.append((done, of)))
+    assert seen[-1] == (steps, steps)
+
+
+def test_a_model_that_takes_the_guidance_is_told_it():
+    """A distilled model is asked once, and told 1 outside the interval."""
+    model = randomised(config_of("adaln-zero", guidance_embed=True))
+    told = []
+    model.guidance_embedder.register_forward_hook(lambda _, given, __: told.append((given[0] / 1000).tolist()))
+    noise, y = normals(2, *model.config.input_shape), torch.tensor([0, 1])
+    settings = {"steps": 4, "sampler": "euler", "guidance_interval": (0.4, 0.8)}
+    out = draw_samples(model, noise, y, guidance=4.0, **settings)
+    assert told == [[1, 1], [4, 4], [4, 4], [1, 1]]
+    assert not torch.allclose(out, draw_samples(model, noise, y, **settings), atol=1e-3)
+    with pytest.raises(InputError, match="guided_channels"):
+        draw_samples(model, noise, y, guidance=4.0, guided_channels=1)
+
+
+def test_a_model_of_half_precision_draws_near_its_float32_self():
+    model = randomised(config_of("adaln-zero"))
+    noise, y = normals(2, *model.config.input_shape), torch.tensor([0, 1])
+    exact = draw_samples(model, noise, y, steps=3, guidance=2.0)
+    near = draw_samples(model.bfloat16(), noise, y, steps=3, guidance=2.0)
+    assert near.dtype is torch.float32 and float((near - exact).abs().max() / exact.abs().max()) < 0.1
 
 
 def test_a_clean_prediction_is_the_same_velocity():

@@ -155,6 +155,7 @@ def _evaluated(folder: Path, *, noise: float = 0.0, **changes: object) -> Path:
                 "reference_images": 10000,
                 "reference_data": "emoji-scenes/train",
                 "neighbours": 3,
+                "decoder_sha256": "ab",
                 "guidance": 1.0,
             }
             record |= {"guidance_interval": [0.0, 1.0], "sampler": "heun", "sampler_steps": 25, "quality_seed": 0}
@@ -192,7 +193,14 @@ def test_quality_of_a_studys_runs_end_to_end(tmp_path: Path) -> None:
 
 
 def test_quality_measured_in_two_ways_is_not_pooled(tmp_path: Path) -> None:
-    for name, value in (("quality_samples", 500), ("guidance", 2.0), ("feature_network_sha256", "cd")):
+    for name, value in (
+        ("quality_samples", 500),
+        ("guidance", 2.0),
+        ("guidance_interval", [0.3, 0.8]),
+        ("decoder_sha256", "cd"),
+        ("neighbours", 5),
+        ("feature_network_sha256", "cd"),
+    ):
         runs = RunTable.read(_evaluated(tmp_path / name, **{name: value}))
         with pytest.raises(InputError, match=f"{name}: expected one value over all runs"):
             fit_quality_of_runs(runs)
