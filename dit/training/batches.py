@@ -152,14 +152,16 @@ class Feeder:
         self, config: TrainConfig, stream: ImageStream, ranks: Ranks, *, workers: int = 0, first_step: int = 0
     ) -> None:
         self.config, self.ranks = config, ranks
-        self._images = _Images(stream, config.model, config.batch, ranks.rows(config.batch))
-        self._ahead = iter(_loader(self._images, range(first_step, config.steps), workers)) if workers else None
+        self._pieces = _Pieces(stream, config.model, config.batch, ranks.rows(config.batch))
+        self._held, self._content = -1, (torch.empty(0), None)
+        ahead = range(first_step // self._pieces.steps, -(-config.steps // self._pieces.steps))
+        self._ahead = iter(_loader(self._pieces, ahead, workers)) if workers else None
         self._pinned = ranks.device.type == "cuda"
 
     def __call__(self, step: int) -> StepInputs:
         """The inputs of step ``step``; with workers, the steps must be asked for in order."""
         config = self.config
-        x_0, y = next(self._ahead) if self._ahead is not None else self._images[step]
+        x_0, y = self._images(step)
         generator = torch.Generator().manual_seed(seed_for(config.seed, f"step {step}"))
         rows = self.ranks.rows(config.batch)
         eps = torch.randn((config.batch, *x_0.shape[1:]), generator=generator)[rows]
@@ -169,6 +171,15 @@ class Feeder:
             drop = (torch.rand(config.batch, generator=generator) < config.condition_dropout)[rows]
         return StepInputs(x_0, y, eps, t, drop).changed(self._move)
 
+    def _images(self, step: int) -> tuple[Tensor, Condition]:
+        piece, place = divmod(step, self._pieces.steps)
+        if piece != self._held:
+            self._content = self._pieces[piece] if self._ahead is None else next(self._ahead)
+            self._held = piece
+        rows = slice(place * self._pieces.share, (place + 1) * self._pieces.share)
+        images, condition = self._content
+        return images[rows], each(condition, lambda tensor: tensor[rows])
+
     def close(self) -> None:
         """End the workers. Left to the collector of cycles they would not hear of it, and be waited for, five seconds each."""
         self._ahead = None
@@ -177,32 +188,27 @@ class Feeder:
         return tensor.pin_memory().to(self.ranks.device, non_blocking=True) if self._pinned else tensor
 
 
-class _Images(torch.utils.data.Dataset[tuple[Tensor, Condition]]):
-    """Images and conditions of one rank's rows of each step."""
+class _Pieces(torch.utils.data.Dataset[tuple[Tensor, Condition]]):
+    """Images and conditions of one rank's rows of ``steps`` steps after each other."""
 
     def __init__(self, stream: ImageStream, model: DiTConfig, batch: int, rows: slice) -> None:
-        self.stream, self.model, self.batch, self.rows = stream, model, batch, rows
-        # An image costs the same in any piece, a call does not: a single process reads several small steps at once.
-        self.steps = max(1, 64 // batch) if rows == slice(0, batch) else 1
-        self.piece = -1
+        self.stream, self.model, self.batch, self.first = stream, model, batch, rows.start
+        self.share = rows.stop - rows.start
+        # An image costs the same in any piece, a call does not: a single process, or a worker, reads several small steps
+        # at once. The rows of one rank among others do not lie together.
+        self.steps = max(1, 64 // batch) if self.share == batch else 1
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Condition]:
-        share = self.rows.stop - self.rows.start
-        piece, place = divmod(step, self.steps)
-        if piece != self.piece:
-            start = piece * self.steps * self.batch + self.rows.start
-            self.images, self.condition = batch_tensors(self.stream.batch(start, self.steps * share), self.model)
-            self.piece = piece
-        rows = slice(place * share, (place + 1) * share)
-        return self.images[rows], each(self.condition, lambda tensor: tensor[rows])
+    def __getitem__(self, piece: int) -> tuple[Tensor, Condition]:
+        start = piece * self.steps * self.batch + self.first
+        return batch_tensors(self.stream.batch(start, self.steps * self.share), self.model)
 
 
-def _loader(images: _Images, steps: range, workers: int) -> torch.utils.data.DataLoader[tuple[Tensor, Condition]]:
-    """Steps in order, prepared by processes. What a stream gives follows from its seed and the index, so it does not
+def _loader(pieces: _Pieces, wanted: range, workers: int) -> torch.utils.data.DataLoader[tuple[Tensor, Condition]]:
+    """Pieces in order, prepared by processes. What a stream gives follows from its seed and the index, so it does not
     matter which process asks."""
     return torch.utils.data.DataLoader(
-        images,
-        sampler=steps,
+        pieces,
+        sampler=wanted,
         batch_size=None,
         num_workers=workers,
         multiprocessing_context="spawn",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import multiprocessing
@@ -17,13 +18,15 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from PIL import Image
-from training_cases import result, stop_after, weights_of
+from training_cases import result, stop_after, tiny, weights_of
 
 from ditscale.dit import DiTConfig
 from ditscale.dit.data import HubImages, ImageFolder, ImageShards, LatentShards, Vocabulary, open_source, write_latents
 from ditscale.dit.data.finite import MIXED_SHARDS, EpochOrder
 from ditscale.dit.rundata import RunData
-from ditscale.dit.training import Execution, Stopped, TrainConfig, train
+from ditscale.dit.training import Execution, Stopped, TrainConfig, open_stream, train
+from ditscale.dit.training.batches import Feeder
+from ditscale.dit.training.ranks import Ranks
 from ditscale.errors import InputError
 
 COLOURS = ("red", "green", "blue", "white")
@@ -416,6 +419,26 @@ def test_workers_prepare_the_same_images(tars, tmp_path):
     helped = train(config, tmp_path / "helped", execution=Execution(data_workers=2))
     assert weights_of(tmp_path / "helped") == weights_of(tmp_path / "alone") and result(helped) == result(alone)
     assert not multiprocessing.active_children()  # they ended with the run, and not with the collector
+
+
+def test_workers_prepare_no_image_twice(monkeypatch):
+    """Each of three, here copies that take turns, reads pieces of several small steps, none of which another reads."""
+
+    def take_turns(pieces, wanted, workers):
+        copies = [copy.copy(pieces) for _ in range(workers)]
+        return (copies[turn % workers][piece] for turn, piece in enumerate(wanted))
+
+    config, read = tiny(images=4 * 40), []
+    stream, ranks = open_stream(config, "train"), Ranks(Execution())
+    alone = Feeder(config, open_stream(config, "train"), ranks)
+    batch = stream.batch
+    monkeypatch.setattr(stream, "batch", lambda start, count: read.append((start, count)) or batch(start, count))
+    monkeypatch.setattr("ditscale.dit.training.batches._loader", take_turns)
+    helped = Feeder(config, stream, ranks, workers=3, first_step=10)
+    for step in range(10, 40):
+        for ours, theirs in zip(helped(step), alone(step), strict=True):
+            assert torch.equal(ours, theirs)
+    assert read == [(0, 64), (64, 64), (128, 64)]
 
 
 def test_data_that_does_not_fit_the_model_is_named(tars, latents, tmp_path):
