@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from ditscale.bench.aot_table import Table
 
 Row = dict[str, Any]
-# What belongs to the operators of a suite. The CUDA library is shown with all of them: it is one file.
-FAMILIES = {"adaln": ("adaln", "gelu"), "attention": ("attn", "rotary")}
 
 _SHOWN = 40  # findings that a person is told one by one
 
@@ -40,10 +38,19 @@ def aot(
 
 
 def suite_table(suite: str, only: Sequence[str], as_json: bool) -> None:
-    """What ``ditscale bench adaln --aot`` prints: the table of the suite's Triton kernels and the CUDA library."""
-    from ditscale.bench.aot import families
+    """What ``ditscale bench adaln --aot`` prints: the table of the suite's Triton kernels and the CUDA library, one file.
 
-    chosen = [name for name in FAMILIES[suite] if name in families()]
+    Raises:
+        InputError: a suite that measures no operator with GPU kernels.
+    """
+    from ditscale.bench.aot import families, launches
+    from ditscale.bench.cases import cases
+    from ditscale.errors import InputError
+
+    measured = {case.op for case in cases(suite, "cuda")} if suite not in ("fit", "flops") else set()
+    chosen = [name for name in families() if any(launch.op in measured for launch in launches(name))]
+    if not chosen:
+        raise InputError(f"--aot: expected a suite of operators with GPU kernels, such as adaln, got {suite}")
     _run([*chosen, "cuda"], only, (), False, False, False, False, as_json)
 
 

@@ -64,6 +64,7 @@ _SUITES = {
 
 def _suite_command(name: str) -> Callable[..., None]:
     def command(
+        context: typer.Context,
         against: Against = None,
         only: Only = None,
         device: Device = None,
@@ -80,7 +81,7 @@ def _suite_command(name: str) -> Callable[..., None]:
         from ditscale.bench.rows import check_place, merge_rows, read_rows
 
         if aot:
-            _ahead_of_time(name, only, as_json)
+            _ahead_of_time(name, only, as_json, context)
             return
         session = _session(device, threads, seconds, patience, allow_noise, tiny, against, as_json, grid)
         chosen = _chosen(session, name, only)
@@ -98,13 +99,24 @@ def _suite_command(name: str) -> Callable[..., None]:
     return command
 
 
-def _ahead_of_time(suite: str, only: Sequence[str] | None, as_json: bool) -> None:
-    from ditscale.bench.aot_commands import FAMILIES, suite_table
+def _ahead_of_time(suite: str, only: Sequence[str] | None, as_json: bool, context: typer.Context) -> None:
+    from ditscale.bench.aot_commands import suite_table
     from ditscale.errors import InputError
 
-    if suite not in FAMILIES:
-        raise InputError(f"--aot: expected a suite with GPU kernels of its own ({', '.join(FAMILIES)}), got {suite}")
+    other = [
+        p.opts[0]
+        for p in context.command.params
+        if p.opts[0] not in ("--aot", "--only", "--json") and _given(context, p)
+    ]
+    if other:
+        raise InputError(f"--aot: expected only --only and --json beside it, got {', '.join(other)}")
     suite_table(suite, only or (), as_json)
+
+
+def _given(context: typer.Context, parameter: Any) -> bool:
+    """Whether an option was said, and is not its default's."""
+    source = context.get_parameter_source(parameter.name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 # By which share of the time each suite ends in a run of all: what one leaves over the next one has, and none can take it all.

@@ -72,8 +72,13 @@ def test_mistakes_are_named() -> None:
         run("adaln", "--device", "cpu", "--seconds", "-1")
     with pytest.raises(InputError, match="--grid: expected adaln or attention, got step"):
         run("step", "--tiny", "--device", "cpu", "--grid")
-    with pytest.raises(InputError, match="--aot: expected a suite with GPU kernels"):
-        run("step", "--aot")
+    for suite in ("step", "fit"):
+        with pytest.raises(InputError, match="--aot: expected a suite of operators with GPU kernels"):
+            run(suite, "--aot")
+    with pytest.raises(
+        InputError, match="--aot: expected only --only and --json beside it, got --device, --out, --tiny"
+    ):
+        run("adaln", "--aot", "--only", "forward", "--device", "cuda", "--tiny", "--out", "rows.jsonl")
 
 
 def test_the_ahead_of_time_table_of_a_suite(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +105,8 @@ def test_the_ahead_of_time_table_of_a_suite(monkeypatch: pytest.MonkeyPatch) -> 
     (row,) = json.loads(run("adaln", "--aot", "--only", "forward", "--json"))["rows"]
     assert (row["kernel"], row["arch"], row["registers"], row["blocks_per_sm"]) == ("a_kernel", "sm_90", 40, 12)
     assert asked == [(["adaln", "gelu", "cuda"], ["forward"])]
+    run("attention", "--aot")
+    assert asked[-1] == (["attn", "rotary", "cuda"], ())
     assert "a_kernel" in run("adaln", "--aot")
 
 
