@@ -17,7 +17,7 @@ import pkgutil
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +39,9 @@ LIMITS = {
 }
 # The device whose published peaks stand for an architecture where a time at the roof is predicted.
 DEVICES = {"80": "a100", "86": "rtx 3090", "89": "rtx 4090", "90": "h100", "100": "b200", "120": "rtx 5090"}
-_REGISTERS, _BLOCK_RESERVE = 65_536, 1024
+_REGISTERS = 65_536
+_BLOCK_RESERVE = 1024  # bytes of shared memory that the system takes of every block
+_COUNTS_RESERVE = 90  # from this architecture on, what a compiled kernel says of its shared memory has them in it
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Entry:
         fingerprint: of everything that the compiler is given, and which compiler; equal fingerprints make equal kernels.
         threads: of a block, of a CUDA kernel the most; 0 where the binary does not tell.
         grid: blocks of the launch; 0 where unknown.
-        resources: registers, stack and shared bytes, accesses, mix (see :class:`sass.Kernel`); None while it is not compiled.
+        resources: registers, stack, shared bytes (static and asked for at the launch, without what the system takes of a
+            block), accesses, mix (see :class:`sass.Kernel`); None while it is not compiled.
         stack_bytes: local memory that the launch is allowed.
     """
 
@@ -297,17 +300,21 @@ def triton_entries(
                 resources = old.resources if old else None
                 if resources is None and not only_fingerprints:
                     say(entry.key)
-                    resources = _resources(capture)
+                    resources = _resources(capture, arch)
                 entry = Entry(**{**vars(entry), "resources": resources})
                 known[capture.fingerprint] = entry
                 yield entry
 
 
-def _resources(capture: _Capture) -> dict[str, Any]:
+def _resources(capture: _Capture, arch: int) -> dict[str, Any]:
     compiled = capture.make()
     (kernel,) = sass.kernels_of(compiled.asm["cubin"])
-    # Dynamic shared memory, which the file does not tell, is in Triton's own count.
-    return _plain(kernel) | {"shared": max(kernel.shared, int(compiled.metadata.shared))}
+    # What a launch asks for the file does not tell; it is in Triton's own count.
+    return _plain(kernel) | {"shared": max(_static_shared(kernel, arch), int(compiled.metadata.shared))}
+
+
+def _static_shared(kernel: sass.Kernel, arch: int) -> int:
+    return max(0, kernel.shared - _BLOCK_RESERVE) if arch >= _COUNTS_RESERVE else kernel.shared
 
 
 def _plain(kernel: sass.Kernel) -> dict[str, Any]:
@@ -343,13 +350,15 @@ def cuda_entries(known: dict[str, Entry] | None = None) -> list[Entry]:
     prints = {key: f"{identity.digest} {compiler}" for key, identity in identities.items()}
     names = _demangled(sorted({name for _, name in prints}))
     new = sorted({name for (_, name), print_ in prints.items() if print_ not in known})
-    allowed = _cuda_stack()
+    allowed, asked = _cuda_stack(), sass.asked_shared(path)
     entries = []
     for arch, kernel in sass.read(path, functions=new):
         unit, function, case = names[kernel.name]
         print_ = prints[arch, kernel.name]
         old = known.get(print_)
-        resources = old.resources if old else _plain(kernel)
+        resources = dict(old.resources if old and old.resources else _plain(kernel))
+        # The code does not change with what is asked for beside it: never from the budget.
+        resources["shared"] = _static_shared(kernel, int(arch)) + asked.get((function, case), 0)
         threads = identities[arch, kernel.name].threads
         stack = allowed.get((function, case, arch), 0)
         entries.append(
@@ -365,6 +374,20 @@ def _cuda_stack() -> dict[tuple[str, str, str], int]:
         told = getattr(importlib.import_module(f"ditscale.kernels.{family}.aot"), "CUDA_STACK", {})
         found |= {key: stack_bytes for key, (stack_bytes, _) in told.items()}
     return found
+
+
+def cuda_flop_efficiency(entries: Sequence[Entry]) -> dict[str, dict[int, float]]:
+    """Useful over issued FLOPs of matrix products by head width, by key, of the kernels whose family tells of them.
+
+    Args:
+        entries: all kernels of the CUDA library: which heads one takes hangs on the others.
+    """
+    kernels = {(entry.kernel, entry.case) for entry in entries}
+    told: dict[tuple[str, str], dict[int, float]] = {}
+    for family in families():
+        tell = getattr(importlib.import_module(f"ditscale.kernels.{family}.aot"), "cuda_flop_efficiency", None)
+        told |= tell(kernels) if tell else {}
+    return {entry.key: told[entry.kernel, entry.case] for entry in entries if (entry.kernel, entry.case) in told}
 
 
 def nvcc_version() -> str | None:

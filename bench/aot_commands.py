@@ -99,7 +99,18 @@ def _show(table: Table) -> None:
     from rich.table import Table as View
 
     view = View(
-        "case", "kernel", "sm", "registers", "local", "shared", "16 B", "blocks", "products", "MB", "us at the roof"
+        "case",
+        "kernel",
+        "sm",
+        "registers",
+        "local",
+        "shared",
+        "16 B",
+        "blocks",
+        "products",
+        "useful",
+        "MB",
+        "us at the roof",
     )
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in table.rows():
@@ -118,10 +129,20 @@ def _show(table: Table) -> None:
             f"{100 * min(r['wide_share'] for r in rows):.0f} %" if any(r["mix"] for r in rows) else "",
             _each(rows, "blocks_per_sm"),
             " ".join(map(str, cores)) if any(cores) else "",
+            _useful(first),
             f"{moved / 1e6:.1f}" if moved else "",
             " ".join(f"{r['roof_us']:.1f}" if r.get("roof_us") else "-" for r in rows) if moved else "",
         )
     Console(width=None if sys.stdout.isatty() else 220).print(view)
+
+
+def _useful(row: Row) -> str:
+    """Useful over issued FLOPs of matrix products: of the launch, or of each head width that a CUDA kernel takes."""
+    of_heads = row.get("flop_efficiency_by_head", {})
+    shares = [f"{K}: {100 * share:.0f} %" for K, share in of_heads.items()]
+    if "flop_efficiency" in row:
+        shares.append(f"{100 * row['flop_efficiency']:.0f} %")
+    return " ".join(shares)
 
 
 def _each(rows: Sequence[Row], name: str) -> str:

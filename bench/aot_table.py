@@ -28,6 +28,7 @@ class Table:
         notes: what could not be looked at, with the reason.
         whole: families that were gathered without a filter, so that the budget can be replaced by what was found.
         traffic: what launches read and write, counted (see :mod:`ditscale.bench.traffic`).
+        efficiency: useful over issued FLOPs of CUDA kernels by head width, by key of the entry.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -36,6 +37,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     traffic: list[dict[str, Any]] = field(default_factory=list)
+    efficiency: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def of(self, level: str) -> list[Finding]:
         """Findings of a level."""
@@ -60,7 +62,11 @@ class Table:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a kernel and architecture, with what the launch must move and the least time for it."""
-        return [_row(e, self.launches.get(e.case)) for e in self.entries if e.resources is not None]
+        return [
+            _row(e, self.launches.get(e.case), self.efficiency.get(e.key))
+            for e in self.entries
+            if e.resources is not None
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -152,7 +158,7 @@ def _triton(
     # In a quick look nothing is compiled here, and nothing taken from the budget: only what is asked for is compared.
     found = list(aot.triton_entries(family, archs=archs, wanted=wanted, known=known, only_fingerprints=quick, say=say))
     compiler = found[0].compiler if found else ""
-    comparable = not old or budget.made_by(old) == compiler
+    comparable = not old or not found or budget.made_by(old) == compiler
     if not comparable:
         table.notes.append(f"{family}: the budget is of {budget.made_by(old)} and is not compared with {compiler}")
     looked_at = found
@@ -202,6 +208,7 @@ def _cuda(table: Table, archs: Sequence[int], only: Sequence[str], *, fresh: boo
         return
     now, made = found[0].compiler, budget.made_by(old)
     comparable = not old or made == now
+    table.efficiency = aot.cuda_flop_efficiency(found)
     whole = not archs and not only
     if not comparable:
         table.notes.append(f"cuda: the budget is of {made} and is not compared with {now}")
@@ -215,7 +222,7 @@ def _cuda(table: Table, archs: Sequence[int], only: Sequence[str], *, fresh: boo
     ]
 
 
-def _row(entry: Entry, launch: Launch | None) -> dict[str, Any]:
+def _row(entry: Entry, launch: Launch | None, of_heads: dict[int, float] | None) -> dict[str, Any]:
     r = entry.resources
     assert r is not None
     row: dict[str, Any] = {
@@ -234,6 +241,8 @@ def _row(entry: Entry, launch: Launch | None) -> dict[str, Any]:
         row |= {"matmul_flops": work.matmul_flops or None, **_roof(entry.arch, launch.dtype, work)}
         if work.issued_flops:
             row["flop_efficiency"] = work.matmul_flops / work.issued_flops
+    if of_heads is not None:
+        row["flop_efficiency_by_head"] = of_heads
     return row
 
 

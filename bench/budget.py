@@ -1,5 +1,5 @@
-"""The committed budget of every kernel, and what may not get worse: local memory, bytes and width of accesses, tensor cores, and
-how many threads a multiprocessor holds. One file a family under ``bench/budgets``, one line for kernels that are equal."""
+"""The committed budget of every kernel, and what may not get worse: local and shared memory, bytes and width of accesses, tensor
+cores, and how many threads a multiprocessor holds. One file a family under ``bench/budgets``, one line for kernels that are equal."""
 
 from __future__ import annotations
 
@@ -145,6 +145,7 @@ def _against(new: Entry, old: Entry) -> Iterator[Finding]:
     counts = {
         "bytes of local memory a thread": (a["stack"], b["stack"]),
         "accesses to local memory": (a["local"], b["local"]),
+        "bytes of shared memory a block": (a["shared"], b["shared"]),
         "bytes a thread loads in the code": (old.accessed("loads"), new.accessed("loads")),
         "bytes a thread stores in the code": (old.accessed("stores"), new.accessed("stores")),
     }

@@ -51,7 +51,8 @@ class Kernel:
         name: as the object file has it.
         registers: a thread.
         stack: bytes of local memory a thread: spilled registers and arrays.
-        shared: bytes of static shared memory a block.
+        shared: bytes of static shared memory a block; on sm_90 and newer with the 1,024 that the system takes for itself of a
+            block that uses any.
         loads, stores: accesses to global memory in the code, by bits a thread; asynchronous copies to shared memory are loads.
         local: instructions that read or write local memory.
         bulk: copies by the bulk or tensor copy engine.
@@ -144,6 +145,17 @@ def identities(library: Path) -> dict[tuple[str, str], Identity]:
                     threads = _most_threads(sections.get(f".nv.info.{kernel}", b""))
                     found[arch, kernel] = Identity(hashlib.sha256(text).hexdigest()[:16], threads)
     return found
+
+
+_ASKED = struct.Struct("<32s28si")  # AskedShared of csrc/cuda/attention.cu
+
+
+def asked_shared(library: Path) -> dict[tuple[str, str], int]:
+    """(function, template arguments) -> bytes of shared memory that its launch asks for beside the kernel's own, as the sources
+    of a library state it for the kernels that have such."""
+    table = dict(_sections_of_elf(library.read_bytes())).get(".ditscale.shared", b"")
+    rows = (_ASKED.unpack_from(table, at) for at in range(0, len(table), _ASKED.size))
+    return {(kernel.rstrip(b"\0").decode(), case.rstrip(b"\0").decode()): size for kernel, case, size in rows}
 
 
 _SIZED, _MAX_THREADS = 4, 5  # a format and an attribute of .nv.info: three numbers, the sizes of the largest block

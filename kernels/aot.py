@@ -3,8 +3,9 @@
 Each family with Triton kernels has a module ``aot`` with a function ``launches()``. A launch is said once, as the operator's
 own launcher called with tensors that nobody reads: what is compiled is then what a GPU would be given, with the signature,
 tiles, warps and stages that the launcher chooses. Beside it may stand ``CUDA_STACK``: (function, template arguments,
-architecture) of a CUDA kernel -> bytes of local memory that a thread may use, and why. A launcher that chooses by device asks
-Triton's active driver (``triton.runtime.driver.active.get_current_target()``), which the table sets to each architecture in turn.
+architecture) of a CUDA kernel -> bytes of local memory that a thread may use, and why; and ``cuda_flop_efficiency``: how much
+of the products of the family's CUDA kernels is of use. A launcher that chooses by device asks Triton's active driver
+(``triton.runtime.driver.active.get_current_target()``), which the table sets to each architecture in turn.
 """
 
 from __future__ import annotations

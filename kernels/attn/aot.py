@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ditscale.kernels.aot import SIZE, Dims, Launch, Work
 from ditscale.kernels.attn import cost
 from ditscale.kernels.attn.triton_configs import columns
@@ -21,6 +23,9 @@ CUDA_STACK = {
     ("attention_forward", "float, 128", "80"): (16, _FULL),
 }
 
+# Head widths of common models, for which the table tells how much of the CUDA kernels' products is of use.
+_CUDA_HEADS = (64, 72, 80, 96, 128)
+
 
 def launches() -> list[Launch]:
     """B = 8, H = 16, T = 256: every width in bfloat16, DiT-XL's in every dtype; its variants in bfloat16."""
@@ -31,6 +36,37 @@ def launches() -> list[Launch]:
         found += [_launch(passes, "float32", K) for K in (64, 72, 128)]
         found += [_launch(passes, "bfloat16", 72, variant) for variant in _VARIANTS]
     return found
+
+
+def cuda_flop_efficiency(kernels: Collection[tuple[str, str]]) -> dict[tuple[str, str], dict[int, float]]:
+    """Useful over issued FLOPs of matrix products of the CUDA kernels, by width of the heads that each takes.
+
+    Args:
+        kernels: (function, template arguments such as "bf16, 72") of all kernels of the library; other families' are passed
+            over. A head takes the one with the fewest columns that hold it, and pays for all of them.
+    """
+    found = {}
+    ours = [(function, arguments) for function, arguments in kernels if function.startswith("attention_")]
+    for function, arguments in ours:
+        storage, columns = _template(arguments)
+        alike = [_template(other) for name, other in ours if name == function]
+        narrower = max((n for kind, n in alike if kind == storage and n < columns), default=0)
+        heads = [K for K in _CUDA_HEADS if narrower < K <= columns]
+        found[function, arguments] = {K: _efficiency(function == "attention_forward", K, columns) for K in heads}
+    return found
+
+
+def _template(arguments: str) -> tuple[str, int]:
+    storage, _, columns = arguments.partition(", ")
+    return storage, int(columns)
+
+
+def _efficiency(forward: bool, K: int, columns: int) -> float:
+    """As of a Triton launch: both passes of backward together, what they make again counts as issued only."""
+    sizes = (1, 1, 1, 1)
+    if forward:
+        return cost.attention_flops_forward(*sizes, K) / cost.attention_flops_forward(*sizes, columns)
+    return cost.attention_flops_backward(*sizes, K) / cost.attention_flops_backward_two_passes(*sizes, columns)
 
 
 def _launch(passes: str, dtype: str, K: int, variant: str = "") -> Launch:

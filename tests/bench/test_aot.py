@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
-from ditscale.bench import aot, budget, sass, traffic
+from ditscale.bench import aot, aot_table, budget, sass, traffic
 from ditscale.bench.aot import Entry
 from ditscale.errors import InputError
 
@@ -90,16 +90,22 @@ def levels(**changed: Any) -> list[tuple[str, str]]:
         ({"loads": {64: 8}}, "moves less in accesses of 16 bytes: 33 %, budget 100 %"),
         ({"mix": {"HMMA": 0, "all": 100}}, "uses no tensor cores, budget 8 instructions"),
         ({"registers": 72}, "fewer threads fit a multiprocessor: 7 blocks of 128, budget 12 of 128"),
-        ({"shared": 64 << 10}, "fewer threads fit a multiprocessor: 3 blocks of 128, budget 12 of 128"),
+        ({"shared": 2048}, "bytes of shared memory a block: 2048, budget 1024"),
     ],
 )
 def test_what_is_worse_is_found(changed: dict[str, Any], text: str) -> None:
     assert levels(**changed) == [("worse", text)]
 
 
+def test_shared_memory_that_keeps_blocks_out_is_found() -> None:
+    text = "fewer threads fit a multiprocessor: 3 blocks of 128, budget 12 of 128"
+    assert ("worse", text) in levels(shared=64 << 10)
+
+
 def test_equal_and_better_kernels_pass() -> None:
     assert levels() == []
-    assert levels(registers=32, shared=0) == []
+    assert levels(registers=32) == []
+    assert [level for level, _ in levels(shared=0)] == ["better"]
     assert [level for level, _ in levels(loads={128: 3})] == ["better"]
 
 
@@ -138,6 +144,53 @@ def test_names_of_cuda_kernels() -> None:
         assert aot._demangled([name])[name] == ("norm", "forward_fast", "float, true")
     except aot.BackendUnavailable as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(("arch", "told", "own"), [(80, 384, 384), (90, 1408, 384), (120, 1024, 0), (100, 0, 0)])
+def test_what_the_system_takes_of_a_block_is_counted_once(arch: int, told: int, own: int) -> None:
+    assert aot._static_shared(sass.Kernel("a_kernel", 32, 0, told), arch) == own
+    entry = replace(ENTRY, arch=str(arch), resources={**RESOURCES, "shared": 49 << 10})
+    assert entry.blocks_per_sm == aot.LIMITS[str(arch)][2] // (50 << 10)
+
+
+def test_the_budget_of_cuda_attention_has_what_launches_ask_for() -> None:
+    entries = budget.load("cuda-attention_f32")
+    old = entries["float, 80 attention_dq sm_80"]
+    assert old.resources is not None
+    assert (old.resources["shared"], old.blocks_per_sm) == (86_016, 1)
+    for arch in ("90", "100", "120"):
+        assert entries[f"float, 80 attention_dq sm_{arch}"].resources["shared"] == 86_016  # type: ignore[index]
+
+
+def test_the_library_tells_what_launches_of_every_attention_kernel_ask_for() -> None:
+    try:
+        asked = sass.asked_shared(aot.cuda_library())
+    except aot.BackendUnavailable as error:
+        pytest.skip(str(error))
+    kernels = {
+        (e.kernel, e.case) for unit in ("bf16", "f16", "f32") for e in budget.load(f"cuda-attention_{unit}").values()
+    }
+    assert set(asked) == kernels
+    assert min(asked.values()) > 16 << 10
+
+
+def test_a_head_pays_for_the_columns_of_the_narrowest_kernel_that_holds_it() -> None:
+    entries = [replace(ENTRY, case=case, kernel="attention_forward") for case in ("f16, 64", "f16, 72", "float, 80")]
+    entries += [replace(ENTRY, case="float, 80", kernel="attention_dq"), ENTRY]
+    found = aot.cuda_flop_efficiency(entries)
+    assert found == {
+        "f16, 64 attention_forward sm_90": {64: 1.0},
+        "f16, 72 attention_forward sm_90": {72: 1.0},
+        "float, 80 attention_forward sm_90": {64: 0.8, 72: 0.9, 80: 1.0},
+        "float, 80 attention_dq sm_90": {K: pytest.approx(8 * K / (14 * 80)) for K in (64, 72, 80)},
+    }
+
+
+def test_a_filter_that_leaves_a_family_empty_says_nothing_of_its_budget() -> None:
+    table = aot_table.Table()
+    more: dict[str, Any] = {"fresh": False, "quick": False, "say": print, "whole": False}
+    aot_table._triton(table, "rotary", (90,), ["nothing like it"], **more)
+    assert (table.entries, table.notes) == ([], [])
 
 
 class _Memory:

@@ -99,15 +99,18 @@ def test_the_ahead_of_time_table_of_a_suite(monkeypatch: pytest.MonkeyPatch) -> 
 
     def gather(families: list[str], *, only: list[str], **_: object) -> aot_table.Table:
         asked.append((families, only))
-        return aot_table.Table([Entry("adaln", "a case", "a_kernel", "90", "0 triton 3", 128, 7, kernel)])
+        entry = Entry("adaln", "a case", "a_kernel", "90", "0 triton 3", 128, 7, kernel)
+        return aot_table.Table([entry], efficiency={entry.key: {64: 0.8, 72: 0.9}})
 
     monkeypatch.setattr(aot_table, "gather", gather)
     (row,) = json.loads(run("adaln", "--aot", "--only", "forward", "--json"))["rows"]
     assert (row["kernel"], row["arch"], row["registers"], row["blocks_per_sm"]) == ("a_kernel", "sm_90", 40, 12)
+    assert row["flop_efficiency_by_head"] == {"64": 0.8, "72": 0.9}
     assert asked == [(["adaln", "gelu", "cuda"], ["forward"])]
     run("attention", "--aot")
     assert asked[-1] == (["attn", "rotary", "cuda"], ())
-    assert "a_kernel" in run("adaln", "--aot")
+    shown = run("adaln", "--aot")
+    assert "a_kernel" in shown and "64: 80 % 72: 90 %" in shown
 
 
 def test_all_suites_in_one_file_that_appears_when_it_is_complete(
