@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_variants import config_of, inputs_of
 
-from ditscale.dit import DiT
+from ditscale.dit import DiT, optim
 from ditscale.dit.mup import coordinate_check, hidden_matrices
 from ditscale.dit.optim import parameter_groups
 from ditscale.errors import InputError
@@ -41,6 +41,13 @@ def test_activations_keep_their_size(name):
     assert {"x_embedder", "t_embedder", "blocks.0", "blocks.1", "output"} <= found.sizes.keys()
     wrong = {part: slope for part, slope in found.slopes.items() if abs(slope) > 0.2}
     assert not wrong, f"\n{found}"
+
+
+@pytest.mark.parametrize(("left", "part"), [("final_layer.linear", "output"), ("attn.qkv", "blocks.0.attn.logits")])
+def test_a_layer_that_is_not_slowed_down_is_found(left, part, monkeypatch):
+    monkeypatch.setattr(optim, "hidden_matrices", lambda model: {n for n in hidden_matrices(model) if left not in n})
+    found = check("in-context, words", 16, seeds=1)
+    assert max(found.slopes, key=found.slopes.get) == part and found.slopes[part] > 0.5, f"\n{found}"
 
 
 @pytest.mark.parametrize("name", ["adaln-zero", "in-context, words", "joint"])
