@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.embed import axis_table
 from ditscale.dit.layers import Linear, Mlp
+from ditscale.errors import InputError
 
 # What a model takes beside image and time: a tensor, or several of them, by row.
 Condition: TypeAlias = "Tensor | tuple[Tensor, ...] | None"
@@ -24,6 +25,16 @@ def each(condition: Condition, change: Callable[[Tensor], Tensor]) -> Condition:
     if condition is None:
         return None
     return change(condition) if isinstance(condition, Tensor) else tuple(change(tensor) for tensor in condition)
+
+
+def looked_up(table: nn.Embedding, indices: Tensor, what: str) -> Tensor:
+    """Rows of a table; on a CPU InputError where an index has none, which a GPU reports in its own way, without waiting."""
+    try:
+        return table(indices)
+    except IndexError as error:
+        raise InputError(
+            f"y: expected {what} from 0 to {table.num_embeddings - 1}, got {indices.min()} to {indices.max()}"
+        ) from error
 
 
 class LabelEmbed(nn.Module):
@@ -37,7 +48,7 @@ class LabelEmbed(nn.Module):
     def forward(self, labels_B: Tensor, drop_B: Tensor | None) -> Tensor:
         if drop_B is not None:
             labels_B = torch.where(drop_B, self.num_classes, labels_B)
-        return self.embedding_table(labels_B)
+        return looked_up(self.embedding_table, labels_B, "labels")
 
 
 class CaptionEmbed(nn.Module):
@@ -74,7 +85,7 @@ class CaptionEmbed(nn.Module):
         if drop_B is not None:
             words_BK = words_BK.masked_fill(drop_B[:, None], 0)
         present_BK1 = (words_BK != 0).unsqueeze(-1).to(self.embedding_table.weight.dtype)
-        total = (self.embedding_table(words_BK) * present_BK1).sum(1)
+        total = (looked_up(self.embedding_table, words_BK, "words") * present_BK1).sum(1)
         return self.project(total / present_BK1.sum(1).clamp(min=1))
 
     def tokens(self, caption: Tensor, drop_B: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,7 +96,7 @@ class CaptionEmbed(nn.Module):
         counted = torch.arange(1, caption.shape[1] + 1, device=caption.device)
         lengths_B = (present_BS * counted).amax(1).clamp(min=1)
         if self.words:
-            features = self.embedding_table(caption) + self.places
+            features = looked_up(self.embedding_table, caption, "words") + self.places
         else:
             features = caption.to(next(self.parameters()).dtype)
         return self.project(features), lengths_B

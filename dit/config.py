@@ -22,6 +22,7 @@ CONDITIONS = ("class", "caption", "none")
 MODULATIONS = ("adaln-zero", "adaln", "adaln-single", "none")
 CONTEXTS = ("pooled", "in-context", "cross-attention", "joint")
 ATTENTIONS = ("full", "space-time", "alternating")
+_OF_EXPERTS = ("experts_per_token", "expert_capacity", "shared_experts", "moe_every")
 _MOST_RATIO = 1e9  # of the feed-forward width over D, and of an expert's rows over the even share
 
 
@@ -52,11 +53,14 @@ class DiTConfig:
             enters as tokens: they are features of a frozen text encoder. Default: 0.
         caption_width: width of the word table, or of the text encoder's features, that is brought to D.
             Default: 64.
-        learn_sigma: predict a variance beside the mean, which doubles the output channels. Default: True.
+        learn_sigma: predict a variance beside the mean, which doubles the output channels. Only DDPM trains the second half:
+            under rectified flow and EDM it is computed, and counted, but never read (so in the released SiT), and False is
+            the cheaper model. Default: True.
         frequency_width: sines and cosines that encode the time; even. Default: 256.
         mup_base_width: width at which the learning rate was tuned, for the maximal update parametrisation
-            (arXiv:2203.03466, for DiT arXiv:2505.15270); None for the standard parametrisation. Default:
-            None.
+            (arXiv:2203.03466, for DiT arXiv:2505.15270); None for the standard parametrisation. It scales no attention
+            logit, so models that share a learning rate must share the head width: let ``heads`` grow with ``width``.
+            Default: None.
         modulation: what time (and a pooled condition) do in a block: "adaln-zero" (shift, scale and gate for
             each branch), "adaln" (no gates), "adaln-single" (one projection for all blocks and a small table
             in each, PixArt-alpha, arXiv:2310.00426) or "none" (the time is a token of the context). Default:
@@ -68,7 +72,7 @@ class DiTConfig:
         caption_layers: 1 for a linear layer from ``caption_width`` to D, 2 for Linear, GELU, Linear. Default:
             1.
         pooled_width: width of a pooled caption vector that Linear, SiLU, Linear add to the time (SD3, Flux);
-            0 for none. Default: 0.
+            0 for none. Trained beside features only, not words. Default: 0.
         guidance_embed: the guidance scale is embedded like the time and added to it (Flux-dev). Default:
             False.
         single_depth: single-stream blocks (Flux) after the ``depth`` joint ones. Default: 0.
@@ -82,9 +86,11 @@ class DiTConfig:
             ``heads``.
         positions: what is added to the patches: "sincos" (a fixed table), "learned" or "none". Default:
             "sincos".
-        rope: rotary position embedding of queries and keys in self-attention. Default: False.
+        rope: rotary position embedding of queries and keys in self-attention; needs an even head width of at least 2
+            numbers for each axis of the grid (2 axes, 3 with frames). Default: False.
         cross_norm: a norm stands before cross-attention (Wan; PixArt-alpha has none). Default: True.
-        experts: feed-forward experts E of a mixture; 0 for a dense layer. Default: 0.
+        experts: feed-forward experts E of a mixture; 0 for a dense layer, where the four fields below stay at their
+            defaults. Default: 0.
         experts_per_token: experts that a token goes to. Default: 2.
         expert_capacity: rows of an expert over the even share, rounded up; they are computed even where
             empty. Default: None, as many rows as tokens were sent there.
@@ -97,7 +103,8 @@ class DiTConfig:
             with its own weights); "alternating" (odd blocks along time, the others within frames; Latte,
             arXiv:2401.03048). Default: "full".
         token_keep: the share of the image's tokens that each block works on in training, one number a block (masking
-            and routing): ``max(1, int(share * T))`` tokens; the others pass it by. Default: (), all.
+            and routing): ``max(1, int(share * T))`` tokens, chosen anew for each noisy image; the others pass it by.
+            Default: (), all.
         name: a label for people, not part of the model. Default: "".
 
     Raises:
@@ -156,9 +163,13 @@ class DiTConfig:
             "depth",
             "heads",
             "frames",
+            "patch_frames",
+            "frequency_width",
+            "num_classes",
+            "caption_width",
+            "experts_per_token",
+            "moe_every",
         ):
-            _need_positive_int(field, getattr(self, field))
-        for field in ("patch_frames", "frequency_width", "experts_per_token", "moe_every"):
             _need_positive_int(field, getattr(self, field))
         for field in (
             "vocabulary_size",
@@ -185,7 +196,7 @@ class DiTConfig:
         _need_choice("norm", self.norm, ("layer", "rms"))
         _need_choice("qk_norm", self.qk_norm, ("none", "head", "width"))
         _need_choice("positions", self.positions, ("sincos", "learned", "none"))
-        if isinstance(self.caption_layers, bool) or self.caption_layers not in (1, 2):
+        if type(self.caption_layers) is not int or self.caption_layers not in (1, 2):
             raise InputError(f"caption_layers: expected 1 or 2, got {self.caption_layers!r}")
         if self.width % self.heads:
             raise InputError(f"heads: expected a divisor of width {self.width}, got {self.heads}")
@@ -207,13 +218,17 @@ class DiTConfig:
             raise InputError(f"frequency_width: expected an even number, got {self.frequency_width}")
         self._check_condition()
         self._check_blocks()
-        self.grid(self.image_size, self.image_width)
+        frames, _, _ = self.grid(self.image_size, self.image_width)
+        axes = 3 if frames > 1 and self.attention == "full" else 2
+        if self.rope and self.width // self.heads < 2 * axes:
+            # An axis without a pair of numbers would not be turned: its places would be all the same.
+            raise InputError(
+                f"rope: expected a head width of at least {2 * axes}, a pair of numbers for each of {axes} axes, "
+                f"got {self.width // self.heads}"
+            )
 
     def _check_condition(self) -> None:
-        if self.condition == "class":
-            _need_positive_int("num_classes", self.num_classes)
         if self.condition == "caption":
-            _need_positive_int("caption_width", self.caption_width)
             needed = "vocabulary_size" if self.context == "pooled" else "caption_tokens"
             _need_positive_int(needed, getattr(self, needed))
         if self.modulation == "none" and self.context not in ("in-context", "cross-attention"):
@@ -230,16 +245,18 @@ class DiTConfig:
             raise InputError(f"single_depth: expected 0 where context is {self.context}, got {self.single_depth}")
 
     def _check_blocks(self) -> None:
-        if self.experts:
-            if self.experts_per_token > self.experts:
-                raise InputError(f"experts_per_token: expected at most {self.experts}, got {self.experts_per_token}")
-            if self.context == "joint":
-                raise InputError(f"experts: expected 0 where context is joint, got {self.experts}")
-            capacity = self.expert_capacity
-            if capacity is not None and not (is_number(capacity) and 0 < capacity <= _MOST_RATIO):
-                raise InputError(
-                    f"expert_capacity: expected a number above 0, at most {_MOST_RATIO:g}, got {capacity!r}"
-                )
+        capacity = self.expert_capacity
+        if capacity is not None and not (is_number(capacity) and 0 < capacity <= _MOST_RATIO):
+            raise InputError(f"expert_capacity: expected a number above 0, at most {_MOST_RATIO:g}, got {capacity!r}")
+        if not self.experts:
+            for field in dataclasses.fields(self):
+                got = getattr(self, field.name)
+                if field.name in _OF_EXPERTS and got != field.default:
+                    raise InputError(f"{field.name}: expected {field.default} where experts is 0, got {got!r}")
+        elif self.experts_per_token > self.experts:
+            raise InputError(f"experts_per_token: expected at most {self.experts}, got {self.experts_per_token}")
+        elif self.context == "joint":
+            raise InputError(f"experts: expected 0 where context is joint, got {self.experts}")
         if self.attention != "full" and self.context not in ("pooled", "cross-attention"):
             raise InputError(f"attention: expected full where context is {self.context}, got {self.attention!r}")
         shares = self.token_keep
@@ -256,6 +273,11 @@ class DiTConfig:
         if self.pooled_width and self.condition != "caption":
             raise InputError(
                 f"pooled_width: expected 0 for a model of condition {self.condition}, got {self.pooled_width}"
+            )
+        if self.pooled_width and self.vocabulary_size:
+            raise InputError(
+                f"pooled_width: expected 0 where vocabulary_size is above 0, as no data hold words and pooled vectors, "
+                f"got {self.pooled_width}"
             )
 
     def grid_side(self, image_size: int) -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SCHEDULES = ("linear", "cosine")
 # Data are pictures of 8 bits in [-1, 1]: a grey level is this wide.
 _GREY_LEVEL = 2 / 255
+# The chain's tables hold every step.
+_MOST_STEPS = 100_000
 
 
 class Chain(NamedTuple):
@@ -50,7 +52,7 @@ class DDPM(Objective):
     """Noise prediction on a chain of T steps (Ho et al., arXiv:2006.11239), by default with the hybrid loss.
 
     Args:
-        timesteps: T. Default: 1000.
+        timesteps: T, 2 to 100,000. Default: 1000.
         schedule: "linear" or "cosine". Default: "linear", as the released DiT.
         learn_sigma: the second half of the output channels says where each log-variance lies between its bounds, and
             the variational bound (bits per dimension, with the mean detached) is added to the squared error of the
@@ -67,8 +69,9 @@ class DDPM(Objective):
     learn_sigma: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or self.timesteps < 2:
-            raise InputError(f"timesteps: expected a whole number of at least 2, got {self.timesteps!r}")
+        steps = self.timesteps
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 2 <= steps <= _MOST_STEPS:
+            raise InputError(f"timesteps: expected a whole number from 2 to {_MOST_STEPS:,}, got {steps!r}")
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if not isinstance(self.learn_sigma, bool):
@@ -100,7 +103,13 @@ class DDPM(Objective):
 
     def _ask(self, model: nn.Module, x_t: Tensor, t: Tensor, y: Any, drop: Tensor | None) -> tuple[Tensor, Tensor]:
         """Noise and, where it is learned, the variance's place, 0 to 1; t counted in steps, fractions allowed."""
-        out = model(x_t, (t * (TIME_SCALE / self.timesteps)).to(x_t.dtype), y, drop=drop).float()
+        # The time stays float32 for a model of bfloat16, which would read 997 as 996.
+        out = model(x_t, (t * (TIME_SCALE / self.timesteps)).float(), y, drop=drop).float()
+        if self.learn_sigma and out.shape[1] != 2 * x_t.shape[1]:
+            raise InputError(
+                f"objective.learn_sigma: expected a model of {2 * x_t.shape[1]} output channels, the variance's among them, "
+                f"got {out.shape[1]}"
+            )
         eps, variance = out[:, : x_t.shape[1]], out[:, x_t.shape[1] :]
         return eps, (variance + 1) / 2
 
@@ -235,7 +244,7 @@ class EDM(Objective):
         """The denoised image D(x; sigma) for x [B, C, ...] and sigma [B]: [B, C, ...] float32."""
         s = sigma.double()
         total = s.square() + self.sigma_data**2
-        time = (0.25 * TIME_SCALE * s.log()).to(x.dtype)
+        time = (0.25 * TIME_SCALE * s.log()).float()  # for a model of bfloat16 too, which would round it
         out = model(x * per_sample(total.rsqrt(), x), time, y, drop=drop)[:, : x.shape[1]].float()
         skip, scale = self.sigma_data**2 / total, s * self.sigma_data * total.rsqrt()
         return per_sample(skip, out) * x + per_sample(scale, out) * out

@@ -31,8 +31,10 @@ class DiT(nn.Module):
 
     Parameter names and shapes of the default variant, adaLN-zero (Peebles & Xie, arXiv:2212.09748), are those of the
     released DiT and SiT, so their state dicts load by name; those of adaLN-single with cross-attention follow
-    PixArt-alpha where it has the same parts. A new model predicts zero everywhere: the output layer starts at zero, and
-    so do modulations and the output layers of branches that no gate closes.
+    PixArt-alpha where it has the same parts, but for the queries, keys and values of cross-attention (``q`` and ``kv``
+    here, ``q_linear`` and ``kv_linear`` there). A new model predicts zero everywhere: the output layer starts at zero, and
+    so do the modulations, which close every gate, and the output layer of cross-attention, which has none. Without gates
+    ("adaln", "none") the other branches start open.
 
     Attributes:
         config: the model.
@@ -94,9 +96,9 @@ class DiT(nn.Module):
         if not config.rope:
             return
         k = config.width // config.heads
-        axes = (rows, columns) if frames == 1 else self.grid
-        tables = {"turns": rotary_table(axes, k)}
-        if config.attention != "full":
+        if config.attention == "full":
+            tables = {"turns": rotary_table((rows, columns) if frames == 1 else self.grid, k)}
+        else:
             tables = {"space": rotary_table((rows, columns), k), "time": rotary_table((frames,), k)}
         others = condition_tokens(config) + (config.modulation == "none")
         if config.context == "in-context" or config.single_depth:
@@ -127,17 +129,20 @@ class DiT(nn.Module):
             y: labels [B] int64; caption words [B, K] int64 padded with 0 (K = ``config.caption_tokens`` where they are
                 tokens); features of a text encoder [B, S, W], padded with rows of zeros; where ``config.pooled_width`` is
                 set a pair of that and the pooled vectors [B, V]; None where the model takes no condition.
-            drop: [B] bool, samples that see no condition (for classifier-free guidance). Default: None.
+            drop: bool [B], samples that see no condition (for classifier-free guidance). Default: None.
             guidance: [B], the guidance scale that a distilled model (``config.guidance_embed``) is told. Default: 1.
 
         Returns:
             [B, C_out, ...], the shape of x but for the channels.
 
         Raises:
-            InputError: a shape is not as above, or the condition is missing or unwanted.
+            InputError: a shape is not as above, the condition is missing or unwanted, or (on a CPU) a label or word is none.
         """
         config = self.config
         y, pooled = self._check(x, t, y)
+        for name, value in (("drop", drop), ("guidance", guidance)):
+            if value is not None and value.shape != t.shape:
+                raise InputError(f"{name}: expected shape {list(t.shape)}, got {list(value.shape)}")
         h_BTD = self.x_embedder(x)
         if config.positions != "none":
             h_BTD = h_BTD + self.pos_embed
@@ -165,12 +170,17 @@ class DiT(nn.Module):
         if config.context == "joint" and context is not None:
             h_BTD, pending = self._joint(h_BTD, context, lengths, F.silu(c_BD))
         else:
-            h_BTD, pending = self._one_stream(h_BTD, context, lengths, c_silu_BD, t)
+            h_BTD, pending = self._one_stream(h_BTD, context, lengths, c_silu_BD, (t, x))
         out_BTF = self.final_layer(h_BTD, pending, c_BD, c_silu_BD)
         return unpatchify(out_BTF, config.out_channels, self.patch, self.grid[-len(self.patch) :])
 
     def _one_stream(
-        self, h: Tensor, context: Tensor | None, lengths: Tensor | None, c_silu: Tensor | None, t: Tensor
+        self,
+        h: Tensor,
+        context: Tensor | None,
+        lengths: Tensor | None,
+        c_silu: Tensor | None,
+        seen: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Pending | None]:
         config, tokens = self.config, h.shape[1]
         joined = config.context == "in-context"
@@ -183,7 +193,7 @@ class DiT(nn.Module):
         if config.modulation == "adaln-single":
             c = torch.stack(self.t_block(c_silu), dim=1)
         if config.token_keep and self.training:
-            h, pending, balance = self._routed(h, c, around, t, tokens)
+            h, pending, balance = self._routed(h, c, around, seen, tokens)
         else:
             pending = None
             for block in self.blocks:
@@ -194,9 +204,11 @@ class DiT(nn.Module):
         return first_tokens(h, pending, tokens) if joined else (h, pending)
 
     def _routed(
-        self, h: Tensor, c: Tensor | None, around: Around, t: Tensor, tokens: int
+        self, h: Tensor, c: Tensor | None, around: Around, seen: tuple[Tensor, Tensor], tokens: int
     ) -> tuple[Tensor, Pending | None, Tensor | None]:
-        """The blocks, each on its share of the image's tokens; the condition's tokens are in every share."""
+        """The blocks, each on its share of the image's tokens, which follows from the time and the noisy input (``seen``);
+        the condition's tokens are in every share.
+        """
         others = torch.arange(tokens, h.shape[1], device=h.device).expand(len(h), -1)
         whole, index, share, here = h, None, 1.0, around
         pending: Pending | None = None
@@ -209,7 +221,7 @@ class DiT(nn.Module):
                 pending, index, share, here = None, None, wanted, around
                 if wanted < 1:
                     count = kept(tokens, wanted)
-                    index = torch.cat([kept_tokens(t, tokens, count, salt=i), others], dim=1)
+                    index = torch.cat([kept_tokens(*seen, tokens, count, salt=i), others], dim=1)
                     h = taken(whole, index)
                     if around.turns is not None:
                         here = here._replace(turns=Turns(*(table[index] for table in around.turns)))
@@ -253,6 +265,8 @@ class DiT(nn.Module):
             y, pooled = y
             if pooled.shape != (len(x), config.pooled_width):
                 raise InputError(f"y[1]: expected shape [{len(x)}, {config.pooled_width}], got {list(pooled.shape)}")
+        if not (y is None or isinstance(y, Tensor)):
+            raise InputError(f"y: expected a tensor or None, got {type(y).__name__}")
         wanted = config.condition
         if (y is None) != (wanted == "none"):
             came = "None" if y is None else f"a tensor of shape {list(y.shape)}"
@@ -267,6 +281,8 @@ class DiT(nn.Module):
         if y.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, y.shape, strict=True)):
             expected = ", ".join("K" if n is None else str(n) for n in shape)
             raise InputError(f"y: expected shape [{expected}], got {list(y.shape)}")
+        if (wanted == "class" or config.vocabulary_size) and y.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"y: expected whole numbers, int64 or int32, got {y.dtype}")
         return y, pooled
 
 

@@ -133,7 +133,7 @@ def objective_from_dict(values: Mapping[str, Any]) -> Objective:
     known: dict[str, type[Objective]] = {kind.name: kind for kind in (RectifiedFlow, DDPM, EDM)}
     fields = dict(values)
     name = fields.pop("name", RectifiedFlow.name)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise InputError(f"objective.name: expected one of {', '.join(known)}, got {name!r}")
     possible = {field.name for field in dataclasses.fields(known[name])}  # type: ignore[arg-type]
     unknown = sorted(set(fields) - possible)

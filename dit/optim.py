@@ -24,7 +24,8 @@ def parameter_groups(model: DiT, *, lr: float, weight_decay: float = 0.0) -> lis
     Args:
         model: the model; its configuration holds the base width.
         lr: learning rate at the base width.
-        weight_decay: of matrices; biases and tables have none. Default: 0.0.
+        weight_decay: of the matrices whose input grows with the width, with muP and without. Layers fed by something of
+            fixed width (:data:`ditscale.dit.mup.INPUT_LAYERS`), tables, biases and norms have none. Default: 0.0.
     """
     config = model.config
     scale = 1.0 if config.mup_base_width is None else config.mup_base_width / config.width

@@ -16,6 +16,8 @@ def _axis_widths(K: int, axes: int, widths: Sequence[int] | None) -> tuple[int, 
     if widths is None:
         # As even as even widths allow; what is left over goes to the last axes, the spatial ones.
         pairs, extra = divmod(K // 2, axes)
+        if not pairs:  # an axis would not be turned
+            raise InputError(f"K: expected a head width of at least {2 * axes} for {axes} axes, or widths, got {K}")
         return tuple(2 * (pairs + (i >= axes - extra)) for i in range(axes))
     if len(widths) != axes or any(w < 0 or w % 2 for w in widths) or sum(widths) != K:
         raise InputError(f"widths: expected {axes} even numbers that add up to K = {K}, got {list(widths)}")
@@ -38,7 +40,7 @@ def rotary_table(
 
     Args:
         sizes: tokens along each axis: (T,), (height, width) or (frames, height, width).
-        K: head width, even.
+        K: head width, even; without ``widths`` at least 2 for each axis.
         text_tokens: tokens in front that are not turned (cosine 1, sine 0), as in joint sequences. Default: 0.
         theta: the longest wavelength over 2 pi, in tokens. Default: 10,000.
         widths: numbers of the head's width that belong to each axis, even, K in all. Default: as even as they can be, the

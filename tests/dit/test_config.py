@@ -73,7 +73,17 @@ def test_sizes() -> None:
         ({"attention": "window"}, "attention"),
         ({"kv_heads": 3}, "kv_heads"),
         ({"rope": True, "width": 12, "heads": 4}, "rope"),
+        ({"rope": True, "width": 32, "heads": 16}, "rope"),  # rows would not be turned
+        ({"rope": True, "width": 64, "frames": 2}, "rope"),
         ({"rope": 1}, "rope"),
+        ({"num_classes": "a", "condition": "none"}, "num_classes"),
+        ({"caption_width": -3}, "caption_width"),
+        ({"caption_layers": 1.0}, "caption_layers"),
+        ({"expert_capacity": "abc"}, "expert_capacity"),
+        ({"expert_capacity": 1.5}, "expert_capacity"),  # without experts
+        ({"experts_per_token": 9}, "experts_per_token"),
+        ({"shared_experts": 2}, "shared_experts"),
+        ({"moe_every": 9}, "moe_every"),
         ({"mlp_ratio": float("inf")}, "mlp_ratio"),
         ({"mlp_ratio": 0.0001}, "mlp_ratio"),
         ({"mlp_hidden": 0}, "mlp_hidden"),

@@ -52,7 +52,7 @@ def test_forward_and_gradients_are_the_papers(name, products):
     weights = {key: value.detach().double() for key, value in model.state_dict().items()}
     for key, _ in model.named_parameters():
         weights[key].requires_grad_()
-    exact, out = Restated(weights, config, routes_of(config, t))(x, t, y), model(x, t, y)
+    exact, out = Restated(weights, config, routes_of(config, x, t))(x, t, y), model(x, t, y)
     assert (out.detach().double() - exact.detach()).abs().max() < 2e-6 * exact.detach().abs().max()
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     (out * direction).mean().backward()
@@ -63,14 +63,14 @@ def test_forward_and_gradients_are_the_papers(name, products):
         assert (parameter.grad.double() - truth).abs().max() < 2e-5 * truth.abs().max() + 1e-9, key
 
 
-def routes_of(config: DiTConfig, t: torch.Tensor) -> dict[int, torch.Tensor]:
+def routes_of(config: DiTConfig, x: torch.Tensor, t: torch.Tensor) -> dict[int, torch.Tensor]:
     """The tokens that each block keeps of each sample; blocks of one share that follow each other keep the same."""
     routes: dict[int, torch.Tensor] = {}
     for i, share in enumerate(config.token_keep):
         if share < 1:
             again = i > 0 and config.token_keep[i - 1] == share
             count = max(1, int(share * config.tokens))
-            routes[i] = routes[i - 1] if again else kept_tokens(t, config.tokens, count, salt=i)
+            routes[i] = routes[i - 1] if again else kept_tokens(t, x, config.tokens, count, salt=i)
     return routes
 
 
@@ -120,9 +120,12 @@ def drawn(number: int) -> DiTConfig:
             "positions": pick(("sincos", "learned", "none")), "rope": pick((True, False)),
             "cross_norm": pick((True, False)), "frames": pick((1, 2, 4)), "patch_frames": pick((1, 2)),
             "attention": pick(("full", "space-time", "alternating")), "experts": experts,
-            "experts_per_token": pick((1, 2, 3)), "expert_capacity": pick((None, 0.5, 1.5)),
-            "shared_experts": pick((0, 1)), "moe_every": pick((1, 2)),
         }  # fmt: skip
+        if experts:
+            fields |= {
+                "experts_per_token": pick((1, 2, 3)), "expert_capacity": pick((None, 0.5, 1.5)),
+                "shared_experts": pick((0, 1)), "moe_every": pick((1, 2)),
+            }  # fmt: skip
         fields["token_keep"] = pick(((), (), [pick((0.2, 0.5, 1.0)) for _ in range(fields["depth"])]))
         try:
             config = DiTConfig(**fields)
@@ -232,6 +235,11 @@ def test_published_models_are_built_with_the_ledger_s_parameters(preset):
         ("adaln-zero", lambda x, t, y: (x, t[:2], y), "t:"),
         ("adaln-zero", lambda x, t, y: (x, t, None), "y:"),
         ("adaln-zero", lambda x, t, y: (x, t, y[:, None]), "y:"),
+        ("adaln-zero", lambda x, t, y: (x, t, y.float()), "y: expected whole numbers"),
+        ("adaln-zero", lambda x, t, y: (x, t, y.tolist()), "y: expected a tensor"),
+        ("adaln-zero", lambda x, t, y: (x, t, y + 3), "y: expected labels from 0 to 5, got 3 to 7"),
+        ("adaln-zero, words", lambda x, t, y: (x, t, y - 1), "y: expected words from 0 to 10, got -1 to 6"),
+        ("joint, words", lambda x, t, y: (x, t, y + 9), "y: expected words"),
         ("adaln-zero, unconditional", lambda x, t, y: (x, t, torch.tensor([1, 2, 3])), "y: expected None"),
         ("in-context, words", lambda x, t, y: (x, t, y[:, :3]), r"y: expected shape \[3, 4\]"),
         ("in-context with adaln-zero", lambda x, t, y: (x, t, y[..., :5]), r"y: expected shape \[3, 4, 6\]"),
@@ -244,10 +252,15 @@ def test_bad_input_is_named(name, change, named):
     config = config_of(name)
     with pytest.raises(InputError, match=named):
         DiT(config)(*change(*inputs_of(config)))
+    x, t, y = inputs_of(config)
+    for field in ("drop", "guidance"):
+        with pytest.raises(InputError, match=rf"{field}: expected shape \[3\], got \[1\]"):
+            DiT(config)(x, t, y, **{field: torch.ones(1, dtype=torch.bool)})
 
 
-def test_what_is_only_counted_is_refused():
-    config = DiTConfig(**TINY, pooled_width=3)
+@pytest.mark.parametrize("name", ["adaln-zero", "joint, words"])
+def test_what_is_only_counted_is_refused(name):
+    config = config_of(name, pooled_width=3)
     assert count(config).train > 0
     with pytest.raises(InputError, match="pooled_width"):
         DiT(config)
@@ -255,17 +268,22 @@ def test_what_is_only_counted_is_refused():
 
 def test_kept_tokens_are_even_and_each_sample_s_own():
     t = torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 1000
-    kept = kept_tokens(t, 16, 5, salt=1)
+    x = torch.randn(4000, 2, 3, generator=torch.Generator().manual_seed(1))
+    kept = kept_tokens(t, x, 16, 5, salt=1)
     assert bool((kept.diff(dim=1) > 0).all()) and int(kept.min()) >= 0 and int(kept.max()) < 16
     shares = torch.bincount(kept.flatten(), minlength=16) / (4000 * 5 / 16)
     assert float((shares - 1).abs().max()) < 0.15
     together = (kept.unsqueeze(-1) == torch.arange(16)).any(1).float()
     pairs = together.T @ together / 4000  # 5 / 16 on the diagonal, 5 * 4 / (16 * 15) beside it
     assert float((pairs - torch.eye(16) * (5 / 16 - 1 / 12) - 1 / 12).abs().max()) < 0.025
-    assert torch.equal(kept[7:9], kept_tokens(t[7:9], 16, 5, salt=1))
-    assert (kept_tokens(t, 16, 5, salt=2) != kept).any(1).float().mean() > 0.95
-    near = kept_tokens(torch.tensor([500.0, 500.00003]), 16, 5, salt=1)
+    assert torch.equal(kept[7:9], kept_tokens(t[7:9], x[7:9], 16, 5, salt=1))
+    assert (kept_tokens(t, x, 16, 5, salt=2) != kept).any(1).float().mean() > 0.95
+    near = kept_tokens(torch.tensor([500.0, 500.00003]), x[:1].expand(2, 2, 3), 16, 5, salt=1)
     assert not torch.equal(near[0], near[1])
+    # A chain of whole steps gives many samples one time: their tokens are as even, and as much their own.
+    kept = kept_tokens(torch.full((4000,), 500.0), x, 16, 5, salt=1)
+    shares = torch.bincount(kept.flatten(), minlength=16) / (4000 * 5 / 16)
+    assert float((shares - 1).abs().max()) < 0.15 and len(kept.unique(dim=0)) > 2000  # of 4,368
 
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith("routed")])

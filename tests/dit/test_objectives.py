@@ -56,6 +56,20 @@ def test_edm_preconditioning_gives_inputs_and_targets_of_unit_variance():
         assert seen[-1] == pytest.approx(1, rel=0.02) and float(loss.mean()) == pytest.approx(1, rel=0.03)
 
 
+def test_a_model_of_bfloat16_is_told_the_time_in_full():
+    told = []
+
+    class Watched(nn.Module):
+        def forward(self, x, t, y=None, *, drop=None):
+            told.append(t)
+            return torch.zeros_like(x)
+
+    x_0, eps, t = *(v.bfloat16() for v in data(1)), torch.tensor([997.0])
+    DDPM(learn_sigma=False).loss(Watched(), x_0, None, eps, t)
+    EDM().loss(Watched(), x_0, None, eps, (t / 250).exp())
+    assert all(torch.allclose(time, t) for time in told)  # not 996
+
+
 class Says(nn.Module):
     """Says a fixed noise, and a fixed place of the variance."""
 
@@ -184,7 +198,13 @@ def test_a_run_is_named_after_its_objective():
     [
         (lambda: objective_from_dict({"name": "vae"}), "objective.name"),
         (lambda: objective_from_dict({"name": "edm", "steps": 3}), "objective.steps"),
+        (lambda: objective_from_dict({"name": ["ddpm"]}), "objective.name"),
         (lambda: DDPM(timesteps=1), "timesteps"),
+        (lambda: DDPM(timesteps=10**15), "timesteps"),
+        (
+            lambda: DDPM().predict(Says(*data(1)[0].split([3, 0], 1)), data(1)[0], torch.ones(1), None),
+            "learn_sigma: expected a model",
+        ),
         (lambda: DDPM(schedule="square"), "schedule"),
         (lambda: DDPM(learn_sigma=1), "learn_sigma"),
         (lambda: EDM(sigma_data=0), "sigma_data"),
