@@ -5,7 +5,9 @@ Who resumes a run continues its curves: each adapter names the run by its folder
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,10 +72,12 @@ class Tensorboard:
 
 
 class _Service:
-    """The calls that wandb and trackio share."""
+    """The calls that wandb and trackio share. What they say goes to stderr: stdout may be a command's JSON."""
 
-    def __init__(self, module: Any, run: Any) -> None:
-        self._module, self._run = module, run
+    def __init__(self, module: Any, config: TrainConfig, **settings: Any) -> None:
+        self._module = module
+        with contextlib.redirect_stdout(sys.stderr):
+            self._run = module.init(config=config.to_dict(), resume="allow", **settings)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -82,20 +86,19 @@ class _Service:
         self._run.log({"samples": self._module.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        with contextlib.redirect_stdout(sys.stderr):
+            self._run.finish()
 
 
 class Wandb(_Service):
     """A run of Weights & Biases; project and mode by its own environment variables."""
 
     def __init__(self, module: Any, folder: Path, config: TrainConfig, step: int) -> None:
-        settings = {"id": config.run_id, "name": folder.name, "dir": str(folder), "resume": "allow"}
-        super().__init__(module, module.init(config=config.to_dict(), **settings))
+        super().__init__(module, config, id=config.run_id, name=folder.name, dir=str(folder))
 
 
 class Trackio(_Service):
     """A run of trackio, in the project "ditscale"."""
 
     def __init__(self, module: Any, folder: Path, config: TrainConfig, step: int) -> None:
-        settings = {"project": "ditscale", "name": config.run_id, "resume": "allow"}
-        super().__init__(module, module.init(config=config.to_dict(), **settings))
+        super().__init__(module, config, project="ditscale", name=config.run_id)

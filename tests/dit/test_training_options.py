@@ -184,6 +184,7 @@ class Recorder(types.ModuleType):
         self.started, self.rows, self.finished = None, [], False
 
     def init(self, **settings):
+        print("hello")
         self.started = settings
         return self
 
@@ -191,6 +192,7 @@ class Recorder(types.ModuleType):
         self.rows.append((step, values))
 
     def finish(self):
+        print("goodbye")
         self.finished = True
 
     def Image(self, path):
@@ -198,7 +200,7 @@ class Recorder(types.ModuleType):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_services_are_told_what_the_metrics_hold(tmp_path, monkeypatch, name):
+def test_services_are_told_what_the_metrics_hold(tmp_path, monkeypatch, name, capsys):
     service = Recorder(name)
     monkeypatch.setitem(sys.modules, name, service)
     record = train(
@@ -210,6 +212,7 @@ def test_services_are_told_what_the_metrics_hold(tmp_path, monkeypatch, name):
     assert told == [(row["step"], row["train_loss"]) for row in metrics(tmp_path)]
     assert [step for step, values in service.rows if "loss" in values] == [5, 10]
     assert [(s, v["samples"][0]) for s, v in service.rows if "samples" in v] == [(6, "image"), (12, "image")]
+    assert capsys.readouterr() == ("", "hello\ngoodbye\n"), "stdout may be a command's JSON"
 
 
 def test_tensorboard_holds_what_the_metrics_hold(tmp_path):
