@@ -134,8 +134,9 @@ def train(
         )
     if record["status"] != "finished":
         if first:
+            why = f" ({record['reason']})" if "reason" in record else ""
             typer.echo(
-                f"ditscale: {out}: the run {record['status']} after {record['steps']:,} of {plan.steps:,} steps; it is not "
+                f"ditscale: {out}: the run {record['status']} after {record['steps']:,} of {plan.steps:,} steps{why}; it is not "
                 "trained again, and a changed configuration needs another --out",
                 err=True,
             )

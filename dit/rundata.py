@@ -24,13 +24,14 @@ _FIELDS = ("words", "classes", "mean", "std")
 
 @dataclass(frozen=True)
 class RunData:
-    """What is needed to speak to a trained model.
+    """What is needed to speak to a trained model, and to go on training it.
 
     Attributes:
         name: of the data.
         words: of the vocabulary, without its two special entries.
         classes: names of the labels.
         mean, std: of each channel, by which latents were scaled; empty where they were not.
+        samples: how many it was trained on; None where they never repeat, or an earlier version did not write it.
     """
 
     name: str
@@ -38,13 +39,15 @@ class RunData:
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    samples: int | None = None
 
     @classmethod
     def of(cls, stream: Any) -> RunData:
         """What a stream tells."""
         described = getattr(stream, "description", {})
         mean, std = tuple(described.get("mean", ())), tuple(described.get("std", ()))
-        return cls(stream.name, tuple(stream.vocabulary.words[2:]), tuple(stream.classes), mean, std)
+        words, classes = tuple(stream.vocabulary.words[2:]), tuple(stream.classes)
+        return cls(stream.name, words, classes, mean, std, stream.unique_images)
 
     @classmethod
     def read(cls, run: Path) -> RunData | None:
@@ -60,7 +63,7 @@ class RunData:
                 return None
             content = read_json(path)
         try:
-            return cls(content["name"], *(tuple(content[name]) for name in _FIELDS))
+            return cls(content["name"], *(tuple(content[name]) for name in _FIELDS), content.get("samples"))
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: expected what a run knows of its data, got a damaged file ({error})") from error
 
@@ -75,14 +78,16 @@ class RunData:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"name": self.name} | {name: list(getattr(self, name)) for name in _FIELDS}
+        return {"name": self.name} | {name: list(getattr(self, name)) for name in _FIELDS} | {"samples": self.samples}
 
-    def check(self, now: RunData, place: str, fields: Iterable[str] = _FIELDS) -> None:
+    def check(self, now: RunData, place: str, fields: Iterable[str] = (*_FIELDS, "samples")) -> None:
         """Raise InputError, which begins with ``place``, where a field of what the data tell now is not as it was."""
         for field in fields:
-            if getattr(self, field) != getattr(now, field):
+            before, came = getattr(self, field), getattr(now, field)
+            if before != came and not (field == "samples" and before is None):
+                told = "others" if field != "samples" else f"{came} instead of {before}"
                 raise InputError(
-                    f"{place}: expected the {field} of the data that the run was trained on, got others from {now.name}; "
+                    f"{place}: expected the {field} of the data that the run was trained on, got {told} from {now.name}; "
                     "bring the data back as they were, or train another run on the new ones"
                 )
 

@@ -18,13 +18,20 @@ from ditscale.dit.training.state import TrainState
 from ditscale.dit.update import whole
 from ditscale.errors import InputError
 
-_NAME = re.compile(r"step-(\d+)-width-(0\.\d+)\.safetensors")
+_NAME = re.compile(r"step-(\d+)-width-(\d[\d.e-]*)\.safetensors")
 
 
-def keep_averages(config: TrainConfig, state: TrainState, folder: Path, say: Callable[[str], None]) -> None:
-    """Write the power averages into ``folder/averages`` where this step is one of those that are kept."""
+def keep_averages(
+    config: TrainConfig, state: TrainState, folder: Path, complain: Callable[[str, Exception], None]
+) -> None:
+    """Write the power averages into ``folder/averages`` where this step is one of those that are kept.
+
+    ``complain`` hears of what cannot be written, and why.
+    """
     if config.ema != "power" or state.step not in snapshot_steps(config.steps, config.ema_snapshots):
         return
+    if not state.updater.updates:
+        return  # all steps were skipped: an average of nothing
     for average in state.updater.averages:
         tensors = {name: whole(t).cpu() for name, t in state.updater.shared(average.weights).items()}
         if not state.ranks.first:
@@ -35,7 +42,7 @@ def keep_averages(config: TrainConfig, state: TrainState, folder: Path, say: Cal
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, safetensors.torch.save(tensors))
         except (InputError, OSError) as error:
-            say(f"average not kept ({error}); training goes on")
+            complain("average not kept", error)
 
 
 def reconstruct(folder: str | Path, width: float, *, step: int | None = None) -> dict[str, Tensor]:
@@ -44,18 +51,20 @@ def reconstruct(folder: str | Path, width: float, *, step: int | None = None) ->
     Args:
         folder: a run's folder, trained with ``ema = "power"``.
         width: relative width, above 0 and up to 0.2886; best between the widths that were kept.
-        step: after which update. Default: the last kept.
+        step: after which update, at least 1. Default: the last kept.
 
     Returns:
         Weights by name, float32; summed in float64.
 
     Raises:
-        InputError: the folder has no kept averages, or a damaged one, or the step lies after all of them.
+        InputError: the folder has no kept averages, or a damaged one, or the step is none or lies after all of them.
     """
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
+        raise InputError(f"step: expected a whole number of at least 1, got {step!r}")
     files = {}
     for path in sorted((Path(folder) / "averages").glob("*.safetensors")):
         match = _NAME.fullmatch(path.name)
-        if match:
+        if match and int(match[1]):  # earlier versions kept averages of no step
             files[Snapshot(float(match[2]), int(match[1]))] = path
     if not files:
         raise InputError(f"{folder}: expected a run that kept averages (ema = 'power'), got none in averages/")

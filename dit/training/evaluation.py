@@ -60,9 +60,10 @@ def draw_pictures(
     noise = torch.randn((count, *validation.images.shape[1:]), generator=generator).to(device)
     y = each(validation.conditions, lambda tensor: tensor[:count].to(device))
     guidance = 1.0 if y is None else _GUIDANCE
+    steps = min(_PICTURE_STEPS, getattr(config.flow, "timesteps", _PICTURE_STEPS))  # of a short chain all
     with state.updater.averaged():
         images = draw_samples(
-            state.model, noise, y, objective=config.flow, steps=_PICTURE_STEPS, sampler="euler", guidance=guidance
+            state.model, noise, y, objective=config.flow, steps=steps, sampler="euler", guidance=guidance
         )
     if state.ranks.first:
         save_grid(path, images if decode is None else decode(images))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ditscale.dit.checkpoint import MetricsLog, remove_checkpoints, remove_later
 from ditscale.dit.data import ImageStream
-from ditscale.dit.files import folder_lock, read_json, remove_unfinished, write_json
+from ditscale.dit.files import file_sha256, folder_lock, read_json, remove_unfinished, write_json
 from ditscale.dit.rundata import RunData
 from ditscale.dit.training.averages import keep_averages
 from ditscale.dit.training.batches import Feeder, open_stream, validation_set
@@ -23,7 +23,7 @@ from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.evaluation import draw_pictures, validation_losses
 from ditscale.dit.training.execution import Execution
 from ditscale.dit.training.ranks import Ranks, started
-from ditscale.dit.training.record import RunRecord, check_record, describe
+from ditscale.dit.training.record import RunRecord, check_record, describe, validation_name
 from ditscale.dit.training.sinks import Sink, open_sink, sink_module
 from ditscale.dit.training.state import TrainState
 from ditscale.dit.training.step import Stepper
@@ -38,6 +38,7 @@ _SMOOTHING_IMAGES = 1024.0
 _MOST_SKIPS = 20
 # Lines of metrics in a whole run, about.
 _LINES = 200
+_WEIGHTS = "weights.safetensors"
 # What a run writes before its first step.
 _FIRST_FILES, _FIRST_FOLDERS = ("config.json", "data.json", "metrics.jsonl"), ("tensorboard", "wandb")
 
@@ -170,11 +171,25 @@ def _claim(folder: Path, config: TrainConfig, say: Callable[[str], None]) -> Run
     record_path = folder / "run.json"
     if record_path.exists():
         try:
-            return check_record(record_path, config)
+            record = check_record(record_path, config)
         except InputError as error:
             say(f"{error}; training this run again")
             record_path.unlink()
+        else:
+            _check_weights(folder / _WEIGHTS, record, say)
+            return record
     return None
+
+
+def _check_weights(path: Path, record: RunRecord, say: Callable[[str], None]) -> None:
+    """Say where a finished run's weights are not there, or not those that its record was written with."""
+    if record["status"] != "finished":
+        return
+    expected = record.get("weights_sha256")  # records of earlier versions have none
+    if not path.is_file():
+        say(f"{path}: expected the weights of this finished run, got none")
+    elif expected is not None and file_sha256(path) != expected:
+        say(f"{path}: expected the weights of this finished run, got others")
 
 
 def _settle(folder: Path, record: RunRecord) -> None:
@@ -186,7 +201,12 @@ def _settle(folder: Path, record: RunRecord) -> None:
 
 def _decoder(config: TrainConfig, execution: Execution, stream: ImageStream) -> Callable[[Tensor], Tensor] | None:
     """What makes pictures of a model's samples; None where they are pictures already, or none are drawn."""
-    if not execution.sample_every or config.model.latent_factor == 1:
+    if not execution.sample_every:
+        return None
+    channels = config.model.in_channels
+    if config.model.latent_factor == 1:
+        if channels != 3:
+            raise InputError(f"execution.sample_every: expected 0 where there are no pictures, got {channels} channels")
         return None
     if execution.vae is None:
         raise InputError("execution.vae: expected an autoencoder's folder to draw a model of latents, got none")
@@ -224,7 +244,8 @@ class _Run:
             balance_weight=config.balance_weight,
         )
         self.log: MetricsLog | None = None
-        self.sinks: list[Sink] = []
+        self.sinks: dict[str, Sink] = {}
+        self.complaints: set[str] = set()
         self.saved_at = self.clock = time.perf_counter()
         self.save_failed = False
 
@@ -243,10 +264,9 @@ class _Run:
         data.write(self.folder)
         self.log = MetricsLog(self.folder / "metrics.jsonl", keep_to_step=self.state.step, say=self.listeners.say)
         stack.callback(self.log.close)
-        for name in self.execution.sinks:
-            sink = open_sink(name, self.folder, self.config, self.state.step)
-            stack.callback(sink.close)
-            self.sinks.append(sink)
+        stack.callback(self._tell_sinks, lambda sink: sink.close())
+        for name in dict.fromkeys(self.execution.sinks):
+            self.sinks[name] = open_sink(name, self.folder, self.config, self.state.step)
 
     def _loop(self) -> str:
         config, state = self.config, self.state
@@ -326,21 +346,41 @@ class _Run:
                 "mfu": meter.mfu,
             } | row
             if self.log is not None:
-                self.log.append(
-                    {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-                )
+                self.log.append({name: _json_number(value) for name, value in row.items()})
             numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
-            for sink in self.sinks:
-                sink.log(step, numbers)
+            self._tell_sinks(lambda sink: sink.log(step, numbers))
         if execution.sample_every and step % execution.sample_every == 0:
-            path = self.folder / "samples" / f"step-{step:09d}.png"
-            path.parent.mkdir(exist_ok=True)
-            draw_pictures(config, state, self.validation, path, self.decode)
-            for sink in self.sinks:
-                sink.picture(step, path)
-        keep_averages(config, state, self.folder, self.listeners.say)
+            self._draw()
+        keep_averages(config, state, self.folder, self._complain)
         if self.listeners.progress is not None:
             self.listeners.progress(step, steps, state.smoothed)
+
+    def _draw(self) -> None:
+        """Pictures of this step; a run goes on without those that cannot be drawn or written."""
+        step = self.state.step
+        path = self.folder / "samples" / f"step-{step:09d}.png"
+        with contextlib.suppress(OSError):  # said when the picture is written, after what all ranks do together
+            path.parent.mkdir(exist_ok=True)
+        try:
+            draw_pictures(self.config, self.state, self.validation, path, self.decode)
+        except (InputError, OSError) as error:
+            self._complain("picture not drawn", error)
+        else:
+            self._tell_sinks(lambda sink: sink.picture(step, path))
+
+    def _tell_sinks(self, tell: Callable[[Sink], None]) -> None:
+        """Tell every sink; metrics.jsonl has what one that fails has not."""
+        for name, sink in self.sinks.items():
+            try:
+                tell(sink)
+            except Exception as error:  # whatever a service's package raises
+                self._complain(f"{name} not told", error)
+
+    def _complain(self, what: str, error: Exception) -> None:
+        """Say, the first time, what could not be done beside the training."""
+        if what not in self.complaints:
+            self.complaints.add(what)
+            self.listeners.say(f"{what} ({error or type(error).__name__}); training goes on")
 
     def _save(self) -> bool:
         """Write a checkpoint; where that is not possible, say so and go on: the ones before it are whole.
@@ -354,7 +394,8 @@ class _Run:
             self.save_failed = False
         except InputError as error:
             if not self.save_failed:
-                self.listeners.say(f"no checkpoint at step {self.state.step} ({error}); training goes on")
+                goes_on = "; training goes on" if self.state.step < self.config.steps else ""
+                self.listeners.say(f"no checkpoint at step {self.state.step} ({error}){goes_on}")
             self.save_failed = True
         self.saved_at = time.perf_counter()
         return not self.save_failed
@@ -367,15 +408,36 @@ class _Run:
     def _judge(self, status: str) -> RunRecord:
         """The record; of a finished run also the validation loss of the averaged weights, which are written."""
         config, state = self.config, self.state
+        if status == "finished":
+            self._save()  # what fails from here on costs no training
         # By the first alone, as it reads all data once to name them by their content.
         record = self.ranks.on_first(lambda: describe(config, self.execution, self.ranks, state, self.stream, status))
-        if status == "finished":
-            by_time = validation_losses(config, state, self.validation)
-            record["loss"] = math.fsum(by_time) / len(by_time)
-            record["loss_by_timestep"] = by_time
-            record["timesteps"] = [float(t) for t in self.validation.times]
-            averaged = state.updater.shared(state.updater.averages[0].weights)
-            tensors = {name: whole(t).cpu() for name, t in averaged.items()}
-            path = self.folder / "weights.safetensors"
-            self.ranks.on_first(lambda: save_weights(path, tensors, config.model, config.flow))
+        record["evaluation"] = validation_name(self.validation)
+        if status != "finished":
+            return record
+        by_time = validation_losses(config, state, self.validation)
+        times = [float(t) for t in self.validation.times]
+        record["timesteps"] = times
+        for loss, t in zip(by_time, times, strict=True):
+            if not math.isfinite(loss):
+                record["status"], record["reason"] = "diverged", f"validation loss {loss} at time {t:g}"
+                self.listeners.say(f"{self.folder.name}: {record['reason']}")
+                return record
+        record["loss"] = math.fsum(by_time) / len(by_time)
+        record["loss_by_timestep"] = by_time
+        averaged = state.updater.shared(state.updater.averages[0].weights)
+        tensors = {name: whole(t).cpu() for name, t in averaged.items()}
+        record["weights_sha256"] = self.ranks.on_first(lambda: self._write_weights(tensors))
         return record
+
+    def _write_weights(self, tensors: Mapping[str, Tensor]) -> str:
+        path = self.folder / _WEIGHTS
+        save_weights(path, tensors, self.config.model, self.config.flow)
+        return file_sha256(path)
+
+
+def _json_number(value: Any) -> Any:
+    """A value of the metrics, with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, list):
+        return [_json_number(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import hashlib
 import math
 import platform
 from pathlib import Path
@@ -20,9 +22,18 @@ from ditscale.errors import InputError
 
 if TYPE_CHECKING:
     from ditscale.dit.data import ImageStream
+    from ditscale.dit.flow import ValidationSet
     from ditscale.dit.objective import Objective
     from ditscale.dit.training.ranks import Ranks
     from ditscale.dit.training.state import TrainState
+
+
+# Fields of objectives that decide what is minimised and have no column of their own.
+_OBJECTIVE_FIELDS = (
+    *("time_mean", "time_std", "times", "shift"),
+    *("timesteps", "schedule"),
+    *("sigma_data", "log_mean", "log_std"),
+)
 
 
 class RunRecord(TypedDict, total=False):
@@ -32,7 +43,8 @@ class RunRecord(TypedDict, total=False):
     """
 
     run_id: str  # names the configuration
-    status: str  # "finished", or "diverged": the loss became NaN or infinite
+    status: str  # "finished", or "diverged": the loss became NaN or infinite,
+    reason: str  # and which loss, of a diverged run
     width: int
     depth: int
     heads: int
@@ -64,14 +76,16 @@ class RunRecord(TypedDict, total=False):
     ema: str
     ema_share: float
     seed: int
-    objective: str
+    objective: str  # with what of its path and times is not the default, as in "rectified_flow_v(shift=3)"
     prediction: str  # what the model gives: "velocity", "clean" (the image) or "epsilon" (the noise)
     loss_kind: str
     loss_window: str
+    evaluation: str  # a hash of the validation images, times and noise
     loss: float | None  # of the averaged weights on the fixed validation set
     loss_weights: str
     loss_by_timestep: list[float] | None
     timesteps: list[float]
+    weights_sha256: str  # of weights.safetensors
     train_loss: float | None  # smoothed
     data: str
     data_sha256: str
@@ -95,13 +109,21 @@ class RunRecord(TypedDict, total=False):
 def describe(
     config: TrainConfig, execution: Execution, ranks: Ranks, state: TrainState, stream: ImageStream, status: str
 ) -> RunRecord:
-    """The record of a run that has ended, without what its validation tells."""
+    """The record of a run that has ended, without what its validation tells.
+
+    Raises:
+        InputError: the data cannot be read any more.
+    """
     images = state.step * config.batch
     report = count(config.model)
     pool = stream.unique_images
     meter = state.meter
+    try:
+        sha256 = stream.sha256
+    except OSError as error:
+        raise InputError(f"data: expected {stream.name} as it was trained on, got {error}") from error
     peak = meter.peak.flops * meter.devices * state.seconds if meter.peak is not None else 0.0
-    return {
+    record: RunRecord = {
         "run_id": config.run_id,
         "status": status,
         "width": config.model.width,
@@ -135,7 +157,7 @@ def describe(
         "ema": config.ema,
         "ema_share": config.ema_share,
         "seed": config.seed,
-        "objective": config.flow.record_name,
+        "objective": objective_name(config.flow),
         "prediction": _prediction(config.flow),
         "loss_kind": config.flow.loss_kind,
         "loss_window": "final",
@@ -144,7 +166,7 @@ def describe(
         "loss_by_timestep": None,
         "train_loss": state.smoothed if math.isfinite(state.smoothed) else None,
         "data": stream.name,
-        "data_sha256": stream.sha256,
+        "data_sha256": sha256,
         "seconds": state.seconds,
         "images_per_second": images / state.seconds if state.seconds else None,
         "flops_per_second": meter.model_flops / state.seconds if state.seconds else None,
@@ -161,6 +183,34 @@ def describe(
         "started_at": state.started_at,
         "finished_at": now(),
     }
+    if status != "finished":
+        last = state.nonfinite[-1]
+        record["reason"] = f"loss {last['loss']}, gradient norm {last['gradient_norm']} in step {last['step']}"
+    return record
+
+
+def objective_name(flow: Objective) -> str:
+    """An objective in records: its name, and what of its path and times is not the default.
+
+    Runs that differ here minimise different things and share no law.
+    """
+    told = []
+    for field in dataclasses.fields(flow):  # type: ignore[arg-type]
+        value = getattr(flow, field.name)
+        if field.name in _OBJECTIVE_FIELDS and value != field.default:
+            told.append(f"{field.name}={value if isinstance(value, str) else f'{value:.10g}'}")
+    return flow.record_name + (f"({', '.join(told)})" if told else "")
+
+
+def validation_name(validation: ValidationSet) -> str:
+    """A validation set in records: a hash of its images, times and noise.
+
+    Of the times five digits, which every machine computes alike.
+    """
+    times = [f"{float(t):.5g}" for t in validation.times]
+    digest = hashlib.sha256(repr((validation.seed, times, tuple(validation.images.shape))).encode())
+    digest.update(validation.images.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _prediction(flow: Objective) -> str:

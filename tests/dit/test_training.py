@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from ditscale.dit.checkpoint import newest_checkpoint, read_metrics
 from ditscale.dit.diffusion import DDPM, EDM
 from ditscale.dit.flops import count
 from ditscale.dit.flow import RectifiedFlow
-from ditscale.dit.training import Execution, Stopped, check_record, train, validation_set
+from ditscale.dit.training import Execution, Stopped, check_record, loop, train, validation_set
+from ditscale.dit.training.record import objective_name
 from ditscale.dit.weights import load_weights
 from ditscale.errors import InputError
 
@@ -134,6 +136,64 @@ def test_foreign_folders_are_left_alone(tmp_path):
     train(tiny(), tmp_path / "run")
     with pytest.raises(InputError, match="another run"):
         train(tiny(lr=5e-3), tmp_path / "run")
+
+
+def test_a_finished_run_without_its_weights_says_so(tmp_path):
+    record, weights, said = train(tiny(), tmp_path), tmp_path / "weights.safetensors", []
+    train(tiny(), tmp_path, say=said.append)
+    assert not said
+    data = bytearray(weights.read_bytes())
+    data[-9] ^= 64
+    weights.write_bytes(data)
+    assert train(tiny(), tmp_path, say=said.append) == record and "weights of this finished run, got others" in said[-1]
+    weights.unlink()
+    assert train(tiny(), tmp_path, say=said.append) == record and "weights of this finished run, got none" in said[-1]
+    old = {name: value for name, value in record.items() if name != "weights_sha256"}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    weights.write_bytes(data)
+    assert train(tiny(), tmp_path, say=said.append) == old and len(said) == 2
+
+
+def test_a_validation_loss_that_is_not_finite_is_a_divergence(tmp_path, monkeypatch):
+    """Also when it is called again; the metrics stay JSON, and the last step has a checkpoint to look into."""
+    measured = loop.validation_losses
+    monkeypatch.setattr(loop, "validation_losses", lambda *args: [math.nan, *measured(*args)[1:]])
+    said = []
+    record = train(tiny(), tmp_path, execution=Execution(validate_every=5), say=said.append)
+    assert (record["status"], record["loss"], record["steps"]) == ("diverged", None, 12)
+    assert record["reason"].startswith("validation loss nan at time 0.") and record["reason"] in said[-1]
+    assert train(tiny(), tmp_path) == record and newest_checkpoint(tmp_path)[0].step == 12
+    row = read_metrics(tmp_path / "metrics.jsonl")[4]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert row["loss"] is None and row["loss_by_timestep"][0] is None and row["loss_by_timestep"][1] > 0
+
+
+def test_records_say_what_a_loss_was_measured_on_and_what_was_minimised(tmp_path):
+    one = train(tiny(images=8), tmp_path / "one")
+    assert one["objective"] == "rectified_flow_v" and len(one["evaluation"]) == 16
+    for place, changes, same in (
+        ("seed", {"seed": 1, "lr": 1e-3, "prediction": "clean"}, True),
+        ("evaluation", {"evaluation_seed": 1}, False),
+        ("images", {"evaluation_images": 4}, False),
+        ("times", {"evaluation_times": 4}, False),
+    ):
+        other = train(tiny(images=8, **changes), tmp_path / place)
+        assert (other["evaluation"] == one["evaluation"]) is same and other["objective"] == one["objective"], place
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [
+        (RectifiedFlow(prediction="clean", network="flow", shift=1), "rectified_flow_v"),
+        (RectifiedFlow(shift=3, times="uniform"), "rectified_flow_v(times=uniform, shift=3)"),
+        (RectifiedFlow(shift=3.0, times="uniform"), "rectified_flow_v(times=uniform, shift=3)"),
+        (DDPM(learn_sigma=False, timesteps=250, schedule="cosine"), "ddpm_epsilon(timesteps=250, schedule=cosine)"),
+        (EDM(rho=5.0, sigma_data=0.25, log_mean=-0.4), "edm(sigma_data=0.25, log_mean=-0.4)"),
+    ],
+    ids=str,
+)
+def test_objectives_in_records_have_what_is_not_the_default(objective, name):
+    assert objective_name(objective) == name
 
 
 def test_a_diverged_run_is_recorded_as_such(tmp_path):

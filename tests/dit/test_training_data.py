@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from training_cases import result, stop_after, tiny, weights_of
 
+from ditscale.dit.checkpoint import newest_checkpoint
 from ditscale.dit.data import ImageFolder, write_latents
+from ditscale.dit.files import read_json
 from ditscale.dit.image_commands import condition_tensor, evaluate, export, sample
 from ditscale.dit.rundata import RunData
 from ditscale.dit.training import Stopped, replay_step, train
@@ -109,6 +111,31 @@ def test_a_run_goes_on_with_the_words_that_it_began_with_or_not_at_all(pictures,
     for path, caption in captions.items():
         path.write_text(caption)
     assert result(train(config, run)) == result(whole) and weights_of(run) == weights_of(tmp_path / "whole")
+
+
+def test_a_picture_that_goes_while_training_costs_no_step(pictures, tmp_path):
+    """The data are named by their content at the end; a run goes on with as many pictures as it began with."""
+    config, run = by_class(pictures), tmp_path / "run"
+    whole = train(config, tmp_path / "whole")
+    lost = pictures / ImageFolder(pictures, 16, split="train").names[0]
+    content = lost.read_bytes()
+
+    def remove(step, steps, loss):
+        lost.unlink(missing_ok=True)
+
+    with pytest.raises(
+        InputError, match=r"data: expected folder:pictures/train as it was trained on, got .*No such file"
+    ):
+        train(config, run, progress=remove)
+    assert newest_checkpoint(run)[0].step == config.steps
+    with pytest.raises(InputError, match="expected the samples of the data .* got 57 instead of 58 from"):
+        train(config, run)
+    told = read_json(run / "data.json")
+    del told["samples"]  # as an earlier version wrote it
+    (run / "data.json").write_text(json.dumps(told))
+    lost.write_bytes(content)
+    steps = []
+    assert result(train(config, run, progress=lambda *told: steps.append(told))) == result(whole) and not steps
 
 
 def test_evaluation_numbers_words_as_training_did(pictures, tmp_path, capsys):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,8 +17,10 @@ from training_cases import metrics, result, stop_after, tiny, weights_of
 from ditscale.dit.average import Profile, WeightAverage
 from ditscale.dit.checkpoint import read_metrics
 from ditscale.dit.commands import use_threads
+from ditscale.dit.data import write_latents
+from ditscale.dit.diffusion import DDPM
 from ditscale.dit.files import read_json, write_atomically
-from ditscale.dit.training import Execution, Stopped, TrainConfig, reconstruct, replay_step, train
+from ditscale.dit.training import Execution, Stopped, TrainConfig, evaluation, loop, reconstruct, replay_step, train
 from ditscale.dit.training.batches import Feeder
 from ditscale.dit.update import Updater
 from ditscale.dit.weights import load_weights
@@ -94,6 +98,39 @@ def test_power_averages_are_kept_and_give_any_width(tmp_path, monkeypatch):
         torch.testing.assert_close(kept[name], parameter.detach(), rtol=1e-5, atol=1e-6)
     with pytest.raises(InputError, match="kept averages"):
         reconstruct(tmp_path / "averages", 0.08)
+
+
+def test_averages_of_no_update_are_not_kept_and_narrow_ones_are_found(tmp_path, monkeypatch):
+    """One that an earlier version kept is passed over."""
+    poisoned(monkeypatch, 0)
+    said = []
+    config = tiny(ema="power", ema_widths=[5e-5, 0.1], on_nonfinite="skip")
+    train(config, tmp_path, say=said.append)
+    kept = sorted(path.name for path in (tmp_path / "averages").iterdir())
+    assert len(kept) == 2 * 11 and kept[0] == "step-000000001-width-0.1.safetensors"
+    made = reconstruct(tmp_path, 0.07)
+    zero = tmp_path / "averages/step-000000000-width-0.1.safetensors"
+    zero.write_bytes((tmp_path / "averages" / kept[0]).read_bytes())
+    again, narrow = reconstruct(tmp_path, 0.07), reconstruct(tmp_path, 5e-5)
+    model, _ = load_weights(tmp_path / "weights.safetensors")  # of the first width
+    for name, parameter in model.named_parameters():
+        assert torch.equal(made[name], again[name]) and made[name].isfinite().all()
+        torch.testing.assert_close(narrow[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+    for step in (0, -3, 1.5):
+        with pytest.raises(InputError, match="step: expected a whole number of at least 1"):
+            reconstruct(tmp_path, 0.07, step=step)
+
+
+def test_averages_that_cannot_be_written_are_said_once(tmp_path):
+    run, said = tmp_path / "run", []
+
+    def block(step, steps, loss):
+        if step == 1:
+            shutil.rmtree(run / "averages")
+            (run / "averages").write_text("in the way")
+
+    assert train(tiny(ema="power"), run, progress=block, say=said.append)["status"] == "finished"
+    assert len(said) == 1 and said[0].startswith("average not kept (")
 
 
 def test_a_fixed_decay_is_an_average_of_its_own(tmp_path):
@@ -174,6 +211,47 @@ def test_pictures_are_drawn_on_the_way(tmp_path):
     assert [path.name for path in pictures] == ["step-000000006.png", "step-000000012.png"]
     with Image.open(pictures[0]) as first, Image.open(pictures[1]) as second:
         assert first.size == (34, 34) and first.tobytes() != second.tobytes()
+
+
+def test_a_chain_shorter_than_a_picture_s_steps_is_walked_whole(tmp_path):
+    config = tiny(images=8, evaluation_images=2, objective=DDPM(timesteps=10, learn_sigma=False))
+    train(config, tmp_path, execution=Execution(sample_every=2))
+    assert (tmp_path / "samples/step-000000002.png").exists()
+
+
+def test_channels_that_are_no_picture_are_named_before_the_first_step(tmp_path):
+    write_latents(tmp_path / "data", [{"latents": np.ones((80, 4, 16, 16), np.float16)}], latent_factor=1)
+    model = tiny().model.replace(in_channels=4, condition="none", vocabulary_size=0)
+    with pytest.raises(
+        InputError, match="execution.sample_every: expected 0 where there are no pictures, got 4 channels"
+    ):
+        train(tiny(model=model, data=str(tmp_path / "data")), tmp_path / "run", execution=Execution(sample_every=2))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_pictures_and_sinks_that_fail_are_said_once_and_cost_no_run(tmp_path, monkeypatch):
+    plain = train(tiny(evaluation_images=4), tmp_path / "plain")
+
+    def unreachable(*told, **settings):
+        raise ConnectionError("network down")
+
+    service = types.SimpleNamespace(log=unreachable, finish=unreachable)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: service))
+    draw = evaluation.draw_samples
+    monkeypatch.setattr(evaluation, "draw_samples", lambda *args, **settings: draw(*args, **settings) * math.nan)
+    said = []
+    execution = Execution(sample_every=4, sinks=("wandb",))
+    assert result(train(tiny(evaluation_images=4), tmp_path / "run", execution=execution, say=said.append)) == result(
+        plain
+    )
+    assert said[0] == "wandb not told (network down); training goes on"
+    assert len(said) == 2 and said[1].startswith("picture not drawn (images: expected finite values")
+    monkeypatch.undo()
+    (tmp_path / "full/samples").mkdir(parents=True)
+    (tmp_path / "full/samples/step-000000004.png").mkdir()  # no file can take its place
+    monkeypatch.setattr(loop, "_claim", lambda *args: None)
+    assert train(tiny(evaluation_images=4), tmp_path / "full", execution=Execution(sample_every=4), say=said.append)
+    assert len(said) == 3 and "picture not drawn" in said[2] and "a folder" in said[2]
 
 
 class Recorder(types.ModuleType):
@@ -335,6 +413,14 @@ def test_a_fault_of_any_kind_leaves_the_folder_where_no_step_was_taken(tmp_path,
         train(tiny(), tmp_path, execution=Execution(sinks=("wandb",)))
     left = sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock")
     assert left == ([] if step == 0 else ["config.json", "data.json", "metrics.jsonl", "wandb"])
+
+
+def test_a_run_that_diverged_and_then_failed_leaves_the_folder_where_no_step_was_taken(tmp_path, monkeypatch):
+    poisoned(monkeypatch, 0)
+    monkeypatch.setattr(loop, "describe", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tiny(), tmp_path, say=lambda sentence: None)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_folder_of_something_else_keeps_its_files(tmp_path):
