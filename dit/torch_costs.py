@@ -9,7 +9,6 @@ operators count by the formulas of their ``cost.py``.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from ditscale import kernels
 from ditscale.dit import elementwise as ew
 from ditscale.dit import torch_attention
 
@@ -126,8 +126,8 @@ _OWN_LIGHT = ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_mo
 
 def own_operators() -> dict[Any, str]:
     """Operators of ditscale.kernels that are loaded, to their families."""
-    for family in ("adaln", "attn", "gelu", "rotary"):  # they register themselves
-        importlib.import_module(f"ditscale.kernels.{family}.op")
+    for name in kernels.__all__:  # they register themselves where their functions are loaded
+        getattr(kernels, name)
     own = {}
     for packet in flop_registry:
         namespace, _, name = getattr(packet, "_qualified_op_name", "").partition("::")

@@ -2,7 +2,8 @@
 
 FLOP = one addition or one multiplication; division, square root and comparison count one each. R = B * T rows of width D;
 ``size`` is the bytes of an element of x, ``modulation_size`` of shift, scale and gate. Bytes are compulsory traffic:
-every tensor once, each way. Kernels may read a row a second time from a cache; that is not counted.
+every tensor once, each way. Kernels may read a row a second time from a cache; that is not counted. ``*_bytes_saved`` is all
+that the graph holds for backward; of a view such as a chunk its own numbers, though it keeps the whole storage alive.
 """
 
 from __future__ import annotations
@@ -58,9 +59,12 @@ def layernorm_modulate_bytes_backward(
     return 3 * B * T * D * size + 3 * m + (8 * B * T if save_stats else 0)
 
 
-def layernorm_modulate_bytes_saved(B: int, T: int, save_stats: bool = True) -> int:
-    """What is kept for backward besides the inputs x and scale themselves."""
-    return 8 * B * T if save_stats else 0
+def layernorm_modulate_bytes_saved(
+    B: int, T: int, D: int, size: int, modulation_size: int, mode: str = "per_sample", save_stats: bool = True
+) -> int:
+    """Kept for backward: x and scale, which are inputs, and the statistics."""
+    m = _rows_of_modulation(B, T, mode) * D * modulation_size
+    return B * T * D * size + m + (8 * B * T if save_stats else 0)
 
 
 def gate_residual_bytes_forward(
@@ -75,6 +79,11 @@ def gate_residual_bytes_backward(
 ) -> int:
     """Read dout, branch, gate; write dbranch, dgate."""
     return 3 * B * T * D * size + 2 * _rows_of_modulation(B, T, mode) * D * modulation_size
+
+
+def gate_residual_bytes_saved(B: int, T: int, D: int, size: int, modulation_size: int, mode: str = "per_sample") -> int:
+    """Kept for backward: branch and gate, which are inputs. x is not needed."""
+    return B * T * D * size + _rows_of_modulation(B, T, mode) * D * modulation_size
 
 
 def gate_residual_layernorm_modulate_bytes_forward(
@@ -93,6 +102,9 @@ def gate_residual_layernorm_modulate_bytes_backward(
     return 6 * B * T * D * size + 5 * m + (8 * B * T if save_stats else 0)
 
 
-def gate_residual_layernorm_modulate_bytes_saved(B: int, T: int, D: int, size: int, save_stats: bool = True) -> int:
-    """Kept for backward: x_new, which is an output anyway, and the statistics. x itself is not needed."""
-    return B * T * D * size + layernorm_modulate_bytes_saved(B, T, save_stats)
+def gate_residual_layernorm_modulate_bytes_saved(
+    B: int, T: int, D: int, size: int, modulation_size: int, mode: str = "per_sample", save_stats: bool = True
+) -> int:
+    """Kept for backward: branch, gate and scale, which are inputs, x_new, an output, and the statistics. x is not needed."""
+    m = _rows_of_modulation(B, T, mode) * D * modulation_size
+    return 2 * B * T * D * size + 2 * m + (8 * B * T if save_stats else 0)

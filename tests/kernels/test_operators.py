@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,17 +15,19 @@ from cases import B, D, T, block_inputs, make
 from ditscale import kernels
 from ditscale.kernels.adaln import cost
 from ditscale.kernels.adaln import shapes as adaln_shapes
-from ditscale.kernels.attn import shapes as attn_shapes
 from ditscale.kernels.gelu import cost as gelu_cost
 from ditscale.kernels.gelu import shapes as gelu_shapes
-from ditscale.kernels.rotary import shapes as rotary_shapes
 
-DECLARED = {  # by every namespace
-    **adaln_shapes.OPERATORS,
-    **attn_shapes.OPERATORS,
-    **gelu_shapes.OPERATORS,
-    **rotary_shapes.OPERATORS,
-}
+
+def modules(name: str) -> list[ModuleType]:
+    """kernels/*/NAME.py of every family that has one."""
+    found = [
+        f"ditscale.kernels.{family.name}.{name}" for family in pkgutil.iter_modules(kernels.__path__) if family.ispkg
+    ]
+    return [importlib.import_module(path) for path in found if importlib.util.find_spec(path)]
+
+
+DECLARED = {name: operator for shapes in modules("shapes") for name, operator in shapes.OPERATORS.items()}
 
 
 def registered(namespace: str) -> dict[str, torch._C.FunctionSchema]:
@@ -43,10 +45,7 @@ def namespace(request):
         request.getfixturevalue("native")
     elif request.param == "ditscale_triton":
         pytest.importorskip("triton")
-        import ditscale.kernels.adaln.triton_kernels
-        import ditscale.kernels.attn.triton_kernels
-        import ditscale.kernels.gelu.triton_kernels
-        import ditscale.kernels.rotary.triton_kernels  # noqa: F401
+        modules("triton_kernels")
     else:
         request.getfixturevalue("emulated_operators")
     return request.param
@@ -59,27 +58,16 @@ def test_python_declares_what_every_library_declares(namespace):
         assert str(found[name]) == str(declared), name
 
 
-def fakes() -> dict[str, Callable[..., Any]]:
-    """The function that makes the results of each operator without data, from every family's table."""
-    found = {}
-    for module in pkgutil.walk_packages(kernels.__path__, "ditscale.kernels."):
-        if module.name.rpartition(".")[2] in ("shapes", "native"):
-            table = vars(importlib.import_module(module.name))
-            found.update({name: operator.fake for name, operator in table.get("OPERATORS", {}).items()})
-    return found
-
-
 @pytest.mark.parametrize("space", ["ditscale", "ditscale_triton"])
 def test_every_operator_has_a_fake_with_its_arguments(native, space):
     if space == "ditscale_triton":
         pytest.importorskip("triton")
-        import ditscale.kernels.gelu.triton_kernels  # noqa: F401
-    found, known = registered(space), fakes()
-    assert len(found) >= len(DECLARED)
-    assert set(found) <= set(known)
+        modules("triton_kernels")
+    found = registered(space)
+    assert set(found) == set(DECLARED)
     for name, schema in found.items():
         assert torch._library.simple_registry.singleton.find(f"{space}::{name}").fake_impl.kernel is not None, name
-        parameters = inspect.signature(known[name]).parameters
+        parameters = inspect.signature(DECLARED[name].fake).parameters
         assert list(parameters) == [a.name for a in schema.arguments], name
         for a in schema.arguments:
             want = a.default_value if a.has_default_value() else inspect.Parameter.empty
@@ -118,8 +106,11 @@ def test_opcheck(native, stride):
         ops.bias_gelu_fwd: [(x, call.shift[0])],
         ops.bias_gelu_bwd: [(dy, x, call.shift[0])],
     }
-    elsewhere = {*attn_shapes.OPERATORS, *rotary_shapes.OPERATORS}  # test_attention_torch.py, test_rotary.py
-    assert {op.default._schema.name.split("::")[1] for op in checks} == set(DECLARED) - elsewhere
+    # Those of attention and of rotations: test_attention_torch.py, test_rotary.py.
+    assert {op.default._schema.name.split("::")[1] for op in checks} == {
+        *adaln_shapes.OPERATORS,
+        *gelu_shapes.OPERATORS,
+    }
     for op, calls in checks.items():
         for args in calls:
             torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
@@ -186,29 +177,29 @@ def test_the_flop_counter_counts_what_cost_says(native):
 
 @pytest.mark.native
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_what_is_kept_for_backward_is_what_cost_says(native, recompute):
+@pytest.mark.parametrize("mode", ["per_sample", "shared", "per_token"])
+def test_what_is_kept_for_backward_is_what_cost_says(native, recompute, mode):
     B, T, D = 2, 700, 24  # not a small call: those keep no statistics
-    call = make((B, T, D))
+    call = make((B, T, D), torch.bfloat16, mode=mode)
+    call.gate, call.shift, call.scale = (m.float() for m in (call.gate, call.shift, call.scale))
     v = {name: t.detach().requires_grad_() for name, t in call.leaves.items()}
     norm = {"recompute_stats": recompute, "backend": "cpu"}
 
-    def bytes_kept(f):
-        """Of tensors that are no inputs."""
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    def kept(f):
+        found = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
             f()
-        inputs = {t.data_ptr() for t in v.values()}
-        assert kept
-        return sum(t.nbytes for t in kept if t.data_ptr() not in inputs)
+        return sum(t.nbytes for t in found)
 
-    modulation = v["shift"], v["scale"]
-    found = bytes_kept(lambda: kernels.layernorm_modulate(v["x"], *modulation, **norm))
-    assert found == cost.layernorm_modulate_bytes_saved(B, T, not recompute)
-    stream = v["x"], v["branch"], v["gate"]
-    found = bytes_kept(lambda: kernels.gate_residual_layernorm_modulate(*stream, *modulation, **norm))
-    assert found == cost.gate_residual_layernorm_modulate_bytes_saved(B, T, D, 4, not recompute)
-    assert bytes_kept(lambda: kernels.gate_residual(*stream, backend="cpu")) == 0
-    assert bytes_kept(lambda: kernels.bias_gelu(v["x"], v["shift"][0], backend="cpu")) == 0
+    modulation, stream, sizes = (v["shift"], v["scale"]), (v["x"], v["branch"], v["gate"]), (B, T, D, 2, 4, mode)
+    found = kept(lambda: kernels.layernorm_modulate(v["x"], *modulation, **norm))
+    assert found == cost.layernorm_modulate_bytes_saved(*sizes, not recompute)
+    found = kept(lambda: kernels.gate_residual(*stream, backend="cpu"))
+    assert found == cost.gate_residual_bytes_saved(*sizes)
+    found = kept(lambda: kernels.gate_residual_layernorm_modulate(*stream, *modulation, **norm))
+    assert found == cost.gate_residual_layernorm_modulate_bytes_saved(*sizes, not recompute)
+    found = kept(lambda: kernels.bias_gelu(v["x"], torch.randn(D), backend="cpu"))
+    assert found == gelu_cost.bias_gelu_bytes_saved(B * T, D, 2, 4)
 
 
 def test_meta_tensors_take_the_reference():
