@@ -63,7 +63,8 @@ class RunData:
                 return None
             content = read_json(path)
         try:
-            return cls(content["name"], *(tuple(content[name]) for name in _FIELDS), content.get("samples"))
+            fields = {name: tuple(content[name]) for name in _FIELDS}
+            return cls(content["name"], **fields, samples=content.get("samples"))
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: expected what a run knows of its data, got a damaged file ({error})") from error
 

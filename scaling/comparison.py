@@ -126,8 +126,7 @@ def compare(
     Raises:
         InputError: the tables differ in a convention, count different data units, or cannot be fitted.
     """
-    if not pool:
-        _same_conventions(first, second, names)
+    warnings = [] if pool else _same_conventions(first, second, names)
     if first.data_unit != second.data_unit:
         raise InputError(f"data: expected both designs in one unit, got {first.data_unit} and {second.data_unit}")
     fits = [fit_surface(t, law=law) for t in (first, second)]
@@ -145,7 +144,7 @@ def compare(
         "log_loss": _difference(*(b["loss"] for b in best), log=True),
         "log_params": _difference(*(b["params"] for b in best), log=True),
     }
-    warnings = [f"{n}: {w}" for n, f in zip(names, fits, strict=True) for w in f.warnings]
+    warnings += [f"{n}: {w}" for n, f in zip(names, fits, strict=True) for w in f.warnings]
     exponents = [differences[k] for k in ("N_exponent", "D_exponent")]
     if differences["log_loss"].clear and not any(d.clear for d in exponents):
         warnings.append(
@@ -162,16 +161,27 @@ def compare(
     )
 
 
-def _same_conventions(first: RunTable, second: RunTable, names: tuple[str, str]) -> None:
+def _same_conventions(first: RunTable, second: RunTable, names: tuple[str, str]) -> list[str]:
+    """Warnings, of conventions that a comparison cannot help to differ; InputError for those that it can."""
+    unlike = {}
     for column in POOL_COLUMNS:
-        if column in COMPARED_COLUMNS or column not in first.columns or column not in second.columns:
-            continue
-        values = [set(map(str, t.columns[column].tolist())) for t in (first, second)]
-        if values[0] != values[1]:
+        if column in first.columns and column in second.columns:
+            values = [_labels(table, column) for table in (first, second)]
+            if all(values) and values[0] != values[1]:
+                unlike[column] = values
+    own_images = unlike.keys() & (set(COMPARED_COLUMNS) - {"architecture"}) and unlike.pop("evaluation", None)
+    for column, values in unlike.items():
+        if column not in COMPARED_COLUMNS:
             came = " and ".join(f"{sorted(v)[0]!r} ({n})" for v, n in zip(values, names, strict=True))
             raise InputError(
                 f"{column}: expected one value in both designs, got {came}; compare on purpose with --pool"
             )
+    return ["each loss is measured on validation images of its own data"] if own_images else []
+
+
+def _labels(table: RunTable, column: str) -> set[str]:
+    """The values of a column, where there are any."""
+    return {str(value) for value in table.columns[column].tolist() if value not in (None, "") and value == value}
 
 
 def _difference(a: Interval, b: Interval, *, log: bool = False) -> Difference:

@@ -80,7 +80,7 @@ class RunRecord(TypedDict, total=False):
     prediction: str  # what the model gives: "velocity", "clean" (the image) or "epsilon" (the noise)
     loss_kind: str
     loss_window: str
-    evaluation: str  # a hash of the validation images, times and noise
+    evaluation: str  # how many validation images and times, and a hash of them and of the noise, as in "128x8-<hash>"
     loss: float | None  # of the averaged weights on the fixed validation set
     loss_weights: str
     loss_by_timestep: list[float] | None
@@ -203,14 +203,14 @@ def objective_name(flow: Objective) -> str:
 
 
 def validation_name(validation: ValidationSet) -> str:
-    """A validation set in records: a hash of its images, times and noise.
+    """A validation set in records: how many images and times, and a hash of them and of the noise.
 
     Of the times five digits, which every machine computes alike.
     """
     times = [f"{float(t):.5g}" for t in validation.times]
     digest = hashlib.sha256(repr((validation.seed, times, tuple(validation.images.shape))).encode())
     digest.update(validation.images.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return f"{len(validation.images)}x{len(times)}-{digest.hexdigest()[:12]}"
 
 
 def _prediction(flow: Objective) -> str:

@@ -52,6 +52,11 @@ def test_unlike_conventions_do_not_compare() -> None:
         compare(a, images)
     # Data sets may differ: that is what a data comparison compares.
     compare(study(data="laion"), study(data="imagenet"))
+    own = compare(study(data="laion", evaluation="128x8-a"), study(data="imagenet", evaluation="128x8-b"))
+    assert own.warnings[0] == "each loss is measured on validation images of its own data"
+    with pytest.raises(InputError, match="evaluation: expected one value in both designs"):
+        compare(study(data="laion", evaluation="128x8-a"), study(data="laion", evaluation="128x8-b"))
+    compare(study(evaluation=""), study(evaluation="128x8-b"))  # records of before say nothing
 
 
 @pytest.mark.parametrize("quantity", ["loss", "params"])
