@@ -7,6 +7,7 @@ tensors is ``argparse.Namespace``, which the released training scripts store and
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import pickle
 import re
@@ -24,13 +25,15 @@ from ditscale.dit.diffusion import DDPM
 from ditscale.dit.files import read_json, write_atomically, write_json
 from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.model import DiT
-from ditscale.dit.objective import Objective
+from ditscale.dit.objective import Objective, objective_from_dict
 from ditscale.dit.presets import preset_table
 from ditscale.errors import InputError
 
 Layout = Literal["dit", "sit", "diffusers"]
 LAYOUTS: tuple[Layout, ...] = ("dit", "sit", "diffusers")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+# The objective of an exported model: in a safetensors header, and in diffusers' configuration, whose private entries it skips.
+_ENTRY = "ditscale_objective"
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -66,6 +69,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
                 break
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path}: expected tensors by name, got {type(content).__name__}")
+    sparse = [name for name, value in content.items() if value.layout is not torch.strided]
+    if sparse:
+        raise InputError(f"{path}: {sparse[0]}: expected a dense tensor, got {content[sparse[0]].layout}")
     # Weights that went through torch.compile or DDP have a prefix.
     return {re.sub(r"^(_orig_mod\.|module\.)+", "", str(name)): tensor for name, tensor in content.items()}
 
@@ -90,26 +96,52 @@ def load_foreign(
         latent_factor: pixels on a side of a latent cell. Default: 1 for 3 channels, else 8.
 
     Returns:
-        (the model in float32, DDPM with learned variance or rectified flow).
+        (the model in float32, the objective that :func:`save_released` or :func:`save_diffusers` wrote beside it; else DDPM,
+        with a learned variance where the model has one, or the released SiT's rectified flow).
 
     Raises:
         InputError: the file cannot be read, or its tensors are not those of such a model; names the first that is not.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    tensors: dict[str, Tensor]
     if layout == "diffusers":
-        tensors, heads = _read_diffusers(Path(path), heads)
+        tensors, heads, told = _read_diffusers(Path(path), heads)
     else:
-        tensors = read_tensors(path)
+        tensors, told = read_tensors(path), _header(Path(path)).get(_ENTRY)
     config = infer_config(tensors, heads=heads, num_classes=num_classes, latent_factor=latent_factor, source=str(path))
     table = tensors["y_embedder.embedding_table.weight"]
     if len(table) == config.num_classes:
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, torch.zeros_like(table[:1])])
     model = DiT(config)
     model.load_state_dict(tensors)
-    objective: Objective = DDPM(learn_sigma=config.learn_sigma)
-    return model, RectifiedFlow(network="sit") if layout == "sit" else objective
+    objective: Objective = RectifiedFlow(network="sit") if layout == "sit" else DDPM(learn_sigma=config.learn_sigma)
+    if told is not None:
+        objective = _told_objective(told, str(path))
+        objective.check_model(config)
+    return model, objective
+
+
+def _header(path: Path) -> dict[str, str]:
+    """The entries of a safetensors file's header; none for another file."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _told_objective(text: Any, source: str) -> Objective:
+    """An objective as it is written beside exported tensors."""
+    try:
+        return objective_from_dict(json.loads(text))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{source}: {_ENTRY}: expected an objective as ditscale writes it, got {error}") from error
+
+
+# The tensors that tell a configuration, and their dimensions.
+_AXES = {
+    "x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2, "blocks.0.mlp.fc1.weight": 2,
+    "t_embedder.mlp.0.weight": 2, "final_layer.linear.weight": 2,
+}  # fmt: skip
 
 
 def infer_config(
@@ -124,18 +156,17 @@ def infer_config(
 
     Arguments and errors as :func:`load_foreign`.
     """
-    try:
-        width, in_channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-        tokens = tensors["pos_embed"].shape[1]
-        rows = len(tensors["y_embedder.embedding_table.weight"])
-        hidden = len(tensors["blocks.0.mlp.fc1.weight"])
-        frequencies = tensors["t_embedder.mlp.0.weight"].shape[1]
-        out = len(tensors["final_layer.linear.weight"])
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"{source}: expected the tensors of a released DiT, got none or another shape of {error}"
-        ) from error
-    depth = 1 + max(int(found.group(1)) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
+    for name, axes in _AXES.items():
+        if name not in tensors or tensors[name].ndim != axes:
+            raise InputError(f"{source}: expected the tensors of a released DiT, got none or another shape of {name}")
+    width, in_channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+    tokens = tensors["pos_embed"].shape[1]
+    rows = len(tensors["y_embedder.embedding_table.weight"])
+    hidden = len(tensors["blocks.0.mlp.fc1.weight"])
+    frequencies = tensors["t_embedder.mlp.0.weight"].shape[1]
+    out = len(tensors["final_layer.linear.weight"])
+    # Counted, not read off the largest number: a gap is a tensor that is missing below.
+    depth = len({found.group(1) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))})
     if heads is None:
         released = (fields for name, fields in preset_table().items() if name.startswith("DiT-"))
         known = {(fields["width"], fields["depth"]): fields["heads"] for fields in released}
@@ -168,20 +199,24 @@ def infer_config(
     return config
 
 
-def save_released(path: str | Path, model: DiT) -> None:
+def save_released(path: str | Path, model: DiT, objective: Objective | None = None) -> None:
     """Write a class-conditional adaLN-zero model as safetensors under the released DiT's names, positions included.
+
+    ``objective``: what it was trained with, for the header, where :func:`load_foreign` finds it. Default: None, not told.
 
     Raises:
         InputError: the model is of another variant, or the file cannot be written.
     """
-    write_atomically(Path(path), safetensors.torch.save(_released_state(model)))
+    header = None if objective is None else {_ENTRY: json.dumps(objective.to_dict())}
+    write_atomically(Path(path), safetensors.torch.save(_released_state(model), metadata=header))
 
 
-def save_diffusers(folder: str | Path, model: DiT) -> None:
+def save_diffusers(folder: str | Path, model: DiT, objective: Objective | None = None) -> None:
     """Write a class-conditional adaLN-zero model as a folder that ``DiTTransformer2DModel.from_pretrained`` reads.
 
     Diffusers spreads the frequencies of the time over ``i / (half - 1)`` where the released model has ``i / half``, and has
     no setting for it: set ``time_proj.downscale_freq_shift = 0`` in every block to get the released model's outputs.
+    ``objective`` as for :func:`save_released`, in ``config.json``.
 
     Raises:
         InputError: the model is of another variant, or the folder cannot be written.
@@ -193,7 +228,7 @@ def save_diffusers(folder: str | Path, model: DiT) -> None:
     for name, tensor in state.items():
         if name != "pos_embed":
             tensors |= _to_diffusers(name, tensor, config.depth)
-    values = {
+    values: dict[str, Any] = {
         "_class_name": "DiTTransformer2DModel",
         "activation_fn": "gelu-approximate",
         "attention_bias": True,
@@ -209,6 +244,8 @@ def save_diffusers(folder: str | Path, model: DiT) -> None:
         "patch_size": config.patch,
         "sample_size": config.input_side,
     }
+    if objective is not None:
+        values[f"_{_ENTRY}"] = json.dumps(objective.to_dict())
     if config.mlp_width != 4 * config.width:
         raise InputError(f"mlp_ratio: expected 4 for diffusers, got {config.mlp_width / config.width:g}")
     try:
@@ -294,29 +331,49 @@ def _from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[shared] = tensor
         elif match.group(2) in _QKV:
             if match.group(2) == _QKV[0]:
-                parts = [tensors.get(f"transformer_blocks.{match.group(1)}.{part}.{kind}", tensor[:0]) for part in _QKV]
+                names = [f"transformer_blocks.{match.group(1)}.{part}.{kind}" for part in _QKV]
+                parts = [tensors[n] for n in names if n in tensors]
+                if tensor.ndim == 0 or any(part.shape[1:] != tensor.shape[1:] for part in parts):
+                    shapes = [list(part.shape) for part in parts]
+                    raise InputError(f"{name}: expected queries, keys and values of one width, got {shapes}")
                 found[f"blocks.{match.group(1)}.attn.qkv.{kind}"] = torch.cat(parts)
         else:
             found[f"blocks.{match.group(1)}.{inside.get(match.group(2), match.group(2))}.{kind}"] = tensor
     return found
 
 
-def _read_diffusers(path: Path, heads: int | None) -> tuple[dict[str, Tensor], int | None]:
-    """Tensors under the released names, with the positions that diffusers does not store, and the heads."""
+# What diffusers' configuration may say of what no tensor tells; an entry that is not there is the first. The released
+# folders bear the class's older name and its default for the last layer norm, 1e-5, where the DiT was trained with 1e-6.
+_DIFFUSERS = {
+    "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
+    "activation_fn": ("gelu-approximate",),
+    "norm_type": ("ada_norm_zero",),
+    "norm_eps": (1e-6, 1e-5),
+}
+
+
+def _read_diffusers(path: Path, heads: int | None) -> tuple[dict[str, Tensor], int | None, Any]:
+    """Tensors under the released names, with the positions that diffusers does not store; the heads; the objective, if told."""
     from ditscale.dit.embed import position_table
 
     folder = path if path.is_dir() else path.parent
     found = folder / _DIFFUSERS_WEIGHTS if path.is_dir() else path
     if path.is_dir() and not found.exists():
         found = folder / "diffusion_pytorch_model.bin"
-    values: dict[str, Any] = read_json(folder / "config.json")
+    source, values = folder / "config.json", read_json(folder / "config.json")
+    if not isinstance(values, Mapping):
+        raise InputError(f"{source}: expected a DiTTransformer2DModel's entries, got {type(values).__name__}")
+    for field, known in _DIFFUSERS.items():
+        if values.get(field, known[0]) not in known:
+            raise InputError(f"{source}: {field}: expected {known[0]}, got {values[field]!r}")
+    for field in ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim"):
+        value = values.get(field)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{source}: {field}: expected a whole number of at least 1, got {value!r}")
     tensors = _from_diffusers(read_tensors(found))
-    try:
-        side = values["sample_size"] // values["patch_size"]
-        width = values["num_attention_heads"] * values["attention_head_dim"]
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / 'config.json'}: expected a DiTTransformer2DModel's, got none of {error}"
-        ) from error
+    side, width = (
+        values["sample_size"] // values["patch_size"],
+        values["num_attention_heads"] * values["attention_head_dim"],
+    )
     tensors["pos_embed"] = position_table(width, (1, side, side)).unsqueeze(0)
-    return tensors, heads or values["num_attention_heads"]
+    return tensors, heads or values["num_attention_heads"], values.get(f"_{_ENTRY}")

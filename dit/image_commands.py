@@ -275,9 +275,9 @@ def export(
         data = RunData.read(run) if layout is None else None
         save_weights(out, dict(model.named_parameters()), model.config, objective, data)
     elif form == "dit":
-        save_released(out, model)
+        save_released(out, model, objective)
     elif form == "diffusers":
-        save_diffusers(out, model)
+        save_diffusers(out, model, objective)
     else:
         raise InputError(f"--format: expected ditscale, dit or diffusers, got {form!r}")
     tensors = len(model.state_dict())

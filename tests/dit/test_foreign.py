@@ -179,6 +179,11 @@ def test_files_that_hold_something_else_are_named(tmp_path, content):
             r"t_embedder.mlp.2.bias: expected \[24\], got \[3\]",
         ),
         (lambda t: t.pop("pos_embed"), "expected the tensors of a released DiT"),
+        (lambda t: t.update(pos_embed=torch.zeros(5)), "another shape of pos_embed"),
+        (lambda t: t.update({"t_embedder.mlp.0.weight": torch.zeros(4)}), "another shape of t_embedder.mlp.0.weight"),
+        (lambda t: t.update({"y_embedder.embedding_table.weight": torch.tensor(1.0)}), "another shape of y_embedder"),
+        (lambda t: t.update({"blocks.0.attn.proj.weight": torch.eye(24).to_sparse()}), "proj.weight: expected a dense"),
+        (lambda t: t.update({"blocks.99999999.x": torch.zeros(1)}), r"blocks.2.+: expected \[144\], got none"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(tmp_path, change, named):
@@ -276,11 +281,40 @@ def test_a_model_that_diffusers_wrote_is_loaded(tmp_path, diffusers_model):
     assert (same - ours).abs().max() < 2e-6 * ours.abs().max()
 
 
+@pytest.mark.parametrize("layout", ["dit", "diffusers"])
+def test_an_export_knows_its_objective(tmp_path, layout):
+    model, flow = class_model(), RectifiedFlow(shift=2.0)
+    path = tmp_path / "x.safetensors" if layout == "dit" else tmp_path
+    for objective in (flow, None):
+        (save_released if layout == "dit" else save_diffusers)(path, model, objective)
+        assert load_foreign(path, layout, heads=3, latent_factor=1)[1] == (objective or DDPM())
+    assert load_foreign(path, layout, heads=3)[1] == DDPM()
+    if layout == "dit":
+        assert load_foreign(path, "sit", heads=3)[1] == RectifiedFlow(network="sit")
+        safetensors.torch.save_file(model.state_dict(), path, metadata={"ditscale_objective": "[1]"})
+        with pytest.raises(InputError, match="ditscale_objective: expected an objective"):
+            load_foreign(path, "dit", heads=3)
+
+
 def test_diffusers_folders_that_hold_another_model_are_refused(tmp_path):
     save_diffusers(tmp_path, class_model())
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(InputError, match="DiTTransformer2DModel"):
-        load_foreign(tmp_path, "diffusers")
+    values = json.loads((tmp_path / "config.json").read_text())
+    for field, value in {
+        "_class_name": "PixArtTransformer2DModel",
+        "activation_fn": "gelu",
+        "norm_eps": 1e-2,
+        "norm_type": ["layer_norm"],
+        "patch_size": 0,
+        "sample_size": None,
+        "num_attention_heads": "3",
+        "attention_head_dim": 1.5,
+    }.items():
+        (tmp_path / "config.json").write_text(json.dumps(values | {field: value}))
+        with pytest.raises(InputError, match=f"config.json: {field}: expected"):
+            load_foreign(tmp_path, "diffusers")
+    older = {"_class_name": "Transformer2DModel", "norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(values | older))
+    assert load_foreign(tmp_path, "diffusers", latent_factor=1)[0].config == class_model().config
     with pytest.raises(InputError, match="layout"):
         load_foreign(tmp_path, "megatron")
     with pytest.raises(InputError, match="mlp_ratio"):
