@@ -266,6 +266,9 @@ def export(
 
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    for option, value in (("--heads", heads), ("--classes", classes)):
+        if layout is None and value is not None:
+            raise InputError(f"{option}: expected none without --layout, as the weights tell it, got {value}")
     if layout is None:
         model, objective = load_weights(weights_path(run))
     else:

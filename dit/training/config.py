@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,8 @@ class TrainConfig:
         beta1, beta2, weight_decay: of AdamW. Default: 0.9, 0.95, 0.
         clip: largest norm of the gradient. Default: 1.0.
         warmup_fraction, decay_fraction: shares of the steps in which the rate rises, and falls to zero at the end; a
-            ``decay_fraction`` of 0 keeps it constant, one of 1 lets it fall from the start. Default: 0.05 and 0.5.
+            ``decay_fraction`` of 0 keeps it constant, one of 1 lets it fall as soon as it has risen. Default: 0.05 and
+            0.5.
         decay_shape: of the fall, "linear" or "cosine". Default: "linear".
         balance_weight: of the balance loss of a mixture of experts; 0.01 as in arXiv:2101.03961. Default: 0.01.
         condition_dropout: share of training images that see no condition. Default: 0.1.
@@ -109,11 +111,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.images is None) == (self.flops is None):
             raise InputError(f"images, flops: expected exactly one of them, got {self.images!r} and {self.flops!r}")
-        for field in ("images", "flops"):
+        for field, most in (("images", _MOST_SEED), ("flops", sys.float_info.max)):
             value = getattr(self, field)
             if value is not None:
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                    raise InputError(f"{field}: expected a number above 0, got {value!r}")
+                if not is_number(value) or not 0 <= value <= most:
+                    raise InputError(f"{field}: expected a number above 0, up to {most:.3g}, got {value!r}")
                 object.__setattr__(self, field, int(value))  # a TOML file's 1e17 is a float
         if self.objective is not None and self.prediction != "velocity":
             raise InputError(f"prediction: expected it in the objective, which is given, got {self.prediction!r}")
@@ -148,12 +150,19 @@ class TrainConfig:
             "condition_dropout",
             "muon_momentum",
             "balance_weight",
-            "beta1",
-            "beta2",
         ):
             value = getattr(self, field)
             if not (_is_number(value) and 0 <= value <= 1):
                 raise InputError(f"{field}: expected a number from 0 to 1, got {value!r}")
+        if self.warmup_fraction + self.decay_fraction > 1 + 1e-9 and self.decay_fraction < 1:
+            raise InputError(
+                "warmup_fraction, decay_fraction: expected a sum of at most 1, or a decay_fraction of 1, got "
+                f"{self.warmup_fraction!r} and {self.decay_fraction!r}"
+            )
+        for field in ("beta1", "beta2"):
+            value = getattr(self, field)
+            if not (_is_number(value) and 0 <= value < 1):
+                raise InputError(f"{field}: expected a number from 0 to below 1, got {value!r}")
         if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
             raise InputError(f"weight_decay: expected a number of at least 0, got {self.weight_decay!r}")
         if self.steps < 1:

@@ -59,7 +59,8 @@ def draw_pictures(
     generator = torch.Generator().manual_seed(seed_for(config.evaluation_seed, "pictures"))
     noise = torch.randn((count, *validation.images.shape[1:]), generator=generator).to(device)
     y = each(validation.conditions, lambda tensor: tensor[:count].to(device))
-    guidance = 1.0 if y is None else _GUIDANCE
+    # What a model predicts without a condition is nothing where it never went without one.
+    guidance = 1.0 if y is None or not config.condition_dropout else _GUIDANCE
     steps = min(_PICTURE_STEPS, getattr(config.flow, "timesteps", _PICTURE_STEPS))  # of a short chain all
     with state.updater.averaged():
         images = draw_samples(

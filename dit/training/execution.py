@@ -6,6 +6,7 @@ Nothing here changes what is trained, but for how a mixture of experts' batch is
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,8 @@ class Execution:
         seconds = self.checkpoint_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
             raise InputError(f"execution.checkpoint_seconds: expected a number of at least 0, got {seconds!r}")
+        if self.vae is not None and not isinstance(self.vae, (str, os.PathLike)):
+            raise InputError(f"execution.vae: expected a folder's path, got {self.vae!r}")
         if not isinstance(self.sinks, (str, list, tuple)):
             raise InputError(f"execution.sinks: expected some of {', '.join(SINKS)}, got {self.sinks!r}")
         sinks = (self.sinks,) if isinstance(self.sinks, str) else tuple(self.sinks)

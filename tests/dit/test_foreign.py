@@ -336,6 +336,11 @@ def test_the_command_line_converts_both_ways(tmp_path, capsys):
     assert ours[1] == again[1] == DDPM() and ours[0].config == again[0].config
     assert all(torch.equal(a, b) for a, b in zip(ours[0].parameters(), again[0].parameters(), strict=True))
     assert read_tensors(tmp_path / "names.safetensors").keys() == small_tensors().keys()
-    for options, named in (({"form": "onnx"}, "--format"), ({"layout": "onnx"}, "--layout")):
+    for options, named in (
+        ({"form": "onnx"}, "--format"),
+        ({"layout": "onnx"}, "--layout"),
+        ({"heads": 5}, "--heads: expected none without --layout"),
+        ({"classes": 5}, "--classes: expected none without --layout"),
+    ):
         with pytest.raises(InputError, match=named):
             export(run=tmp_path / "ours.safetensors", out=tmp_path / "x", **options)

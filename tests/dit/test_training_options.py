@@ -229,6 +229,17 @@ def test_channels_that_are_no_picture_are_named_before_the_first_step(tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+def test_pictures_are_guided_where_the_model_knows_no_condition_too(tmp_path, monkeypatch):
+    asked, draw = [], evaluation.draw_samples
+    monkeypatch.setattr(
+        evaluation, "draw_samples", lambda *args, **told: asked.append(told["guidance"]) or draw(*args, **told)
+    )
+    for share in (0.1, 0.0):
+        config = tiny(images=4, evaluation_images=2, condition_dropout=share)
+        train(config, tmp_path / str(share), execution=Execution(sample_every=1))
+    assert asked == [2.0, 1.0]
+
+
 def test_pictures_and_sinks_that_fail_are_said_once_and_cost_no_run(tmp_path, monkeypatch):
     plain = train(tiny(evaluation_images=4), tmp_path / "plain")
 
@@ -331,6 +342,7 @@ def test_a_sink_that_is_not_there_is_named(tmp_path, monkeypatch):
         ({"validate_every": -1}, "execution.validate_every"),
         ({"checkpoint_seconds": -1.0}, "execution.checkpoint_seconds"),
         ({"sinks": ("mlflow",)}, "execution.sinks"),
+        ({"vae": 3}, "execution.vae: expected a folder's path"),
         ({"threads": 2}, "execution.threads: no such field"),
     ],
 )
