@@ -83,7 +83,7 @@ def allocation(law: Any) -> Allocation:
     if path.is_dir():
         path = path / "laws.json"
         if not path.is_file():
-            raise InputError(f"law: expected a study folder with laws.json, got {law}")
+            raise InputError(f"law: expected a study folder with laws.json, got {str(law)!r}")
     if path.is_file():
         return from_record(load(path), str(path))
     return _published(published(str(law)))

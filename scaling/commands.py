@@ -17,6 +17,7 @@ File = Annotated[
     typer.Argument(help="CSV, JSONL, JSON or Parquet with one finished run a row, trackio's .db, or a study's folder."),
 ]
 Column = Annotated[str | None, typer.Option(help="Column of this role. Default: the column of that name.")]
+Size = Annotated[str | None, typer.Option(help="Column of model sizes. Default: params.")]
 Where = Annotated[str | None, typer.Option(help="Keep rows for which this holds: 'params > 1e7 and lr == 0.001'.")]
 DropHighest = Annotated[int, typer.Option(help="Leave out this many rows of highest loss.")]
 SixNd = Annotated[
@@ -119,6 +120,7 @@ def isoflop(
     images: Column = None,
     flops: Column = None,
     loss: Column = None,
+    tokens_from_6nd: SixNd = False,
     drop_highest: DropHighest = 0,
     where: Where = None,
     last_step: LastStep = False,
@@ -140,6 +142,7 @@ def isoflop(
         flops=flops,
         loss=loss,
         budget=budget,
+        tokens_from_6nd=tokens_from_6nd,
         drop_highest=drop_highest,
         where=where,
         last_step=last_step,
@@ -165,7 +168,9 @@ def power(
     samples: Annotated[
         int | None, typer.Option(help="Of a quality metric: generated images a value. Default: as the runs say.")
     ] = None,
-    seed_noise: Annotated[float, typer.Option(help="Of a quality metric: spread between seeds, as a share.")] = 0.01,
+    seed_noise: Annotated[
+        float | None, typer.Option(help="Of a quality metric: spread between seeds, as a share. Default: 0.01.")
+    ] = None,
     where: Where = None,
     last_step: LastStep = False,
     pool: Pool = False,
@@ -176,11 +181,23 @@ def power(
     as_json: Json = False,
 ) -> None:
     """Fit y = floor + coefficient * x ** exponent."""
+    from ditscale.errors import InputError
     from ditscale.scaling.power import fit_power
-    from ditscale.scaling.quality import FEATURE_METRICS, fit_quality_of_runs
+    from ditscale.scaling.quality import FEATURE_METRICS, SEED_NOISE, fit_quality_of_runs
 
     table = _table(file, where=where, last_step=last_step, pool=pool)
     if feature_network is not None or (y in FEATURE_METRICS and "feature_network" in table.columns):
+        of_power = {
+            "loss-fn": (loss_fn, "mse"),
+            "space": (space, "log"),
+            "seed": (seed, 0),
+            "intervals": (intervals, "auto"),
+        }
+        for name, (given, only) in of_power.items():
+            if given != only:
+                raise InputError(
+                    f"{name}: expected {only} for a law of quality, which is fitted in that way, got {given!r}"
+                )
         quality = fit_quality_of_runs(
             table,
             metric=y,
@@ -188,12 +205,17 @@ def power(
             feature_network=feature_network,
             samples=samples,
             floor=floor,
-            seed_noise=seed_noise,
+            seed_noise=SEED_NOISE if seed_noise is None else seed_noise,
             optimal=optimal,
             pool=pool,
         )
         _print(quality, as_json)
         return
+    for name, value in (("samples", samples), ("seed-noise", seed_noise)):
+        if value is not None:
+            raise InputError(
+                f"{name}: expected --feature-network with it, or runs that name theirs, got {value!r} alone"
+            )
     table = table.best_of_budgets() if optimal else table
     result = fit_power(
         table.column(x),
@@ -278,7 +300,9 @@ def hparams(
     params: Column = None,
     tokens: Column = None,
     images: Column = None,
+    flops: Column = None,
     loss: Column = None,
+    tokens_from_6nd: SixNd = False,
     lr: Annotated[str, typer.Option(help="Column of peak learning rates.")] = "lr",
     batch: Annotated[str, typer.Option(help="Column of batch sizes.")] = "batch",
     where: Where = None,
@@ -291,8 +315,18 @@ def hparams(
     """Fit the best learning rate and batch as power laws of N and D, from cells of runs."""
     from ditscale.scaling.hparams import fit_hparams
 
-    columns = {"params": params, "tokens": tokens, "images": images, "loss": loss}
-    table = _table(file, **columns, where=where, last_step=last_step, pool=pool)
+    table = _table(
+        file,
+        params=params,
+        tokens=tokens,
+        images=images,
+        flops=flops,
+        loss=loss,
+        tokens_from_6nd=tokens_from_6nd,
+        where=where,
+        last_step=last_step,
+        pool=pool,
+    )
     _print(fit_hparams(table, lr=lr, batch=batch, bootstrap=bootstrap, seed=seed), as_json)
 
 
@@ -302,7 +336,13 @@ def predict(
     params: Annotated[float | None, typer.Option(help="Its size.")] = None,
     data: Annotated[float | None, typer.Option(help="Its images or tokens, as the table counts.")] = None,
     law: Annotated[str, typer.Option(help="auto, or one law by name.")] = "auto",
-    size: Annotated[str | None, typer.Option(help="Column of model sizes. Default: params.")] = None,
+    size: Size = None,
+    tokens: Column = None,
+    images: Column = None,
+    compute: Annotated[str | None, typer.Option(help="Column of compute. Default: flops.")] = None,
+    loss: Column = None,
+    budget: Column = None,
+    tokens_from_6nd: SixNd = False,
     where: Where = None,
     last_step: LastStep = False,
     pool: Pool = False,
@@ -311,7 +351,19 @@ def predict(
     """Predict the loss of a new run, the law chosen on held-out compute. Two of flops, params and data are enough."""
     from ditscale.scaling.forecast import predict_loss
 
-    table = _table(file, params=size, where=where, last_step=last_step, pool=pool)
+    table = _table(
+        file,
+        params=size,
+        tokens=tokens,
+        images=images,
+        flops=compute,
+        loss=loss,
+        budget=budget,
+        tokens_from_6nd=tokens_from_6nd,
+        where=where,
+        last_step=last_step,
+        pool=pool,
+    )
     _print(predict_loss(table, flops=flops, params=params, data=data, law=law), as_json)
 
 
@@ -362,6 +414,7 @@ def compare(
     flops: Column = None,
     loss: Column = None,
     budget: Column = None,
+    tokens_from_6nd: SixNd = False,
     where: Where = None,
     law: Annotated[str, typer.Option(help="The surface that is fitted to each.")] = "surface",
     last_step: LastStep = False,
@@ -371,8 +424,15 @@ def compare(
     """Compare how two designs or data sets scale: differences with intervals."""
     from ditscale.scaling.comparison import compare as set_against
 
-    columns = {"params": params, "tokens": tokens, "images": images, "flops": flops, "loss": loss, "budget": budget}
-    tables = [_table(file, **columns, where=where, last_step=last_step, pool=pool) for file in (first, second)]
+    options: dict[str, Any] = {"params": params, "tokens": tokens, "images": images, "flops": flops, "loss": loss}
+    options |= {
+        "budget": budget,
+        "tokens_from_6nd": tokens_from_6nd,
+        "where": where,
+        "last_step": last_step,
+        "pool": pool,
+    }
+    tables = [_table(file, **options) for file in (first, second)]
     names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
     _print(set_against(*tables, target=target, names=names, law=law, pool=pool), as_json)
 
@@ -383,7 +443,13 @@ def suggest(
     spend: Annotated[float, typer.Option(help="FLOPs to spend on the suggested runs.")],
     quantity: Annotated[str, typer.Option(help="loss or params.")] = "loss",
     count: Annotated[int, typer.Option(help="At most so many runs.")] = 4,
-    size: Annotated[str | None, typer.Option(help="Column of model sizes. Default: params.")] = None,
+    size: Size = None,
+    tokens: Column = None,
+    images: Column = None,
+    compute: Annotated[str | None, typer.Option(help="Column of compute. Default: flops.")] = None,
+    loss: Column = None,
+    budget: Column = None,
+    tokens_from_6nd: SixNd = False,
     where: Where = None,
     last_step: LastStep = False,
     pool: Pool = False,
@@ -393,7 +459,19 @@ def suggest(
     from ditscale.scaling.nextruns import suggest_runs
     from ditscale.scaling.surface import fit_surface
 
-    table = _table(file, params=size, where=where, last_step=last_step, pool=pool)
+    table = _table(
+        file,
+        params=size,
+        tokens=tokens,
+        images=images,
+        flops=compute,
+        loss=loss,
+        budget=budget,
+        tokens_from_6nd=tokens_from_6nd,
+        where=where,
+        last_step=last_step,
+        pool=pool,
+    )
     _print(suggest_runs(fit_surface(table), target=target, spend=spend, quantity=quantity, count=count), as_json)
 
 
@@ -421,13 +499,29 @@ def draw(
     out: Annotated[Path, typer.Option(help="Folder for the figures.")],
     kind: Annotated[str, typer.Option(help="svg or png.")] = "svg",
     params: Column = None,
+    tokens: Column = None,
+    images: Column = None,
+    flops: Column = None,
+    loss: Column = None,
+    budget: Column = None,
+    tokens_from_6nd: SixNd = False,
     where: Where = None,
+    last_step: LastStep = False,
+    pool: Pool = False,
     as_json: Json = False,
 ) -> None:
     """Draw the figures of a fit: curves, optima, residuals, the floor's profile, exponents, backtest."""
     from ditscale.scaling.fit_figures import draw_files
 
-    paths = [str(path) for path in draw_files(source, out, kind=kind, params=params, where=where)]
+    options: dict[str, Any] = {"params": params, "tokens": tokens, "images": images, "flops": flops, "loss": loss}
+    options |= {
+        "budget": budget,
+        "tokens_from_6nd": tokens_from_6nd,
+        "where": where,
+        "last_step": last_step,
+        "pool": pool,
+    }
+    paths = [str(path) for path in draw_files(source, out, kind=kind, **options)]
     if as_json:
         from ditscale.scaling.jsonable import dumps
 

@@ -83,6 +83,8 @@ def fit_law(
     if hasattr(model, "bound_coefficients"):
         model.bound_coefficients(y)
     start = law.starts(centred, y, w, int(starts), centre)
+    if not len(start):
+        raise _unreachable(law, y)
     plain = engine.minimise(model, y, Loss("mse"), start, weights=w, space=space)
     best = plain.theta[int(plain.objective.argmin())]
     unit = 1.0 if space == "log" else float(np.median(y))
@@ -100,10 +102,7 @@ def fit_law(
     index = int(np.argmin(np.where(np.isfinite(solution.objective), solution.objective, np.inf)))
     objective = float(solution.objective[index])
     if not np.isfinite(objective):
-        raise InputError(
-            f"{law.name}: expected values that the law can come near, got some from {y.min():.3g} to {y.max():.3g} that it "
-            "cannot reach from any start"
-        )
+        raise _unreachable(law, y)
     agreeing = int((solution.objective <= objective * (1 + 1e-8) + 1e-26 * len(y)).sum())
     bounds = [law.names[i] for i in np.flatnonzero(solution.at_bound[index])]
     fit = LawFit(
@@ -137,6 +136,13 @@ def fit_law(
     fit.warnings += _health(fit)
     fit.seconds = time.perf_counter() - begun
     return fit
+
+
+def _unreachable(law: Law, y: Array) -> InputError:
+    return InputError(
+        f"{law.name}: expected values that the law can come near, got some from {y.min():.3g} to {y.max():.3g} that it "
+        "cannot reach from any start"
+    )
 
 
 def _settle(model: engine.Model, y: Array, loss: Loss, theta: Array, w: Array, space: str, sigma: float) -> Loss:

@@ -63,7 +63,7 @@ def draw_fit(record: Record) -> dict[str, Figure]:
     painters: dict[str, Callable[[], Figure]] = {}
     if surface is not None:
         painters["residuals"] = lambda: _residuals(surface)
-        if surface.allocates:
+        if surface.allocates and np.isfinite(surface.params["a"]):
             painters["exponents"] = lambda: _exponents(surface, curves)
         if isinstance(surface.fit.law, TermLaw) and isinstance(surface.fit.law.floor, str):
             painters["floor"] = lambda: _floor(surface)
@@ -78,16 +78,14 @@ def draw_fit(record: Record) -> dict[str, Figure]:
         return {name: paint() for name, paint in sorted(painters.items())}
 
 
-def draw_files(
-    source: str | Path, out: str | Path, *, kind: str = "svg", params: str | None = None, where: str | None = None
-) -> list[Path]:
+def draw_files(source: str | Path, out: str | Path, *, kind: str = "svg", **options: Any) -> list[Path]:
     """Draw a saved result, a study's folder, or a table of runs into files.
 
     Args:
         source: the JSON file; a study's folder, whose laws.json is drawn; or runs, which are fitted and backtested first.
         out: folder for the figures, made where it is not there.
         kind: "svg" or "png". Default: "svg".
-        params, where: of a table of runs, see :meth:`ditscale.scaling.runs.RunTable.read`.
+        options: of a table of runs, see :meth:`ditscale.scaling.runs.RunTable.read`.
 
     Raises:
         InputError: the source is neither, the kind is unknown, or the folder cannot be written.
@@ -100,13 +98,13 @@ def draw_files(
         record = load(laws)
         if not isinstance(record, Mapping):
             raise InputError(f"{laws}: expected the JSON of a fit, got {type(record).__name__}")
-        for name, given in (("params", params), ("where", where)):
-            if given is not None:
+        for name, given in options.items():
+            if given not in (None, False):
                 raise InputError(
-                    f"{name}: expected it with a table of runs, got it with {laws}, which is fitted already"
+                    f"{name.replace('_', '-')}: expected it with a table of runs, got it with {laws}, which is fitted already"
                 )
     else:
-        record = _fitted(RunTable.read(path, params=params, where=where))
+        record = _fitted(RunTable.read(path, **options))
     folder = Path(out)
     written = []
     try:
@@ -157,6 +155,7 @@ def _isoflop(curves: Record, surface: SurfaceFit | None) -> Figure:
         if surface is not None and surface.cost is not None:
             slice_ = surface.predict(params=size, flops=np.full_like(size, best["budget"])).value
             ax.plot(size, slice_, color=tint, linewidth=1.1, linestyle=(0, (4, 2)), zorder=2.3)
+        if surface is not None and _allocates(surface, best["budget"]):
             size_opt = surface.optimum(best["budget"])
             ax.plot(size_opt["params"].value, size_opt["loss"].value, "^", ms=7, mfc=tint, mec=LIGHT["card"], zorder=4)
         end = (float(size[-1]), float(curve[-1]))
@@ -170,11 +169,15 @@ def _isoflop(curves: Record, surface: SurfaceFit | None) -> Figure:
     return figure
 
 
+def _allocates(surface: SurfaceFit, flops: float) -> bool:
+    return surface.cost is not None and surface.allocates and surface.has_optimum(flops)
+
+
 def _optima(curves: Record, surface: SurfaceFit | None) -> Figure:
     figure, panels = canvas(WIDE, 4.3, ncols=2)
     budgets = np.array([best["budget"] for best in curves["optima"]])
     reach = np.geomspace(budgets.min() / 1.5, budgets.max() * _BEYOND, 40)
-    spends = surface is not None and surface.cost is not None and surface.allocates
+    spends = surface is not None and all(_allocates(surface, float(c)) for c in (reach[0], reach[-1]))
     for ax, key, name, unit in (
         (panels[0], "N_opt", "params", "parameters"),
         (panels[1], "D_opt", "data", curves["data_unit"]),
@@ -230,7 +233,8 @@ def _exponents(surface: SurfaceFit, curves: Any) -> Figure:
         ax.plot([low, high], [place] * 2, color=tint, linewidth=2.2, solid_capstyle="butt")
         ax.plot(value, place, "o", ms=6, mfc=tint, mec=LIGHT["card"])
         ax.annotate(label, (0.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9.5)
-    span = max(abs(float(e) - rows[-1][1]) for row in rows for e in row[2] if e is not None and np.isfinite(e))
+    reaches = [abs(float(e) - rows[-1][1]) for row in rows for e in row[2] if e is not None and np.isfinite(e)]
+    span = max(reaches, default=0.0) or 1.0
     ax.set_xlim(rows[-1][1] - 1.9 * span, rows[-1][1] + 1.1 * span)
     ax.set_yticks([])
     ax.set_ylim(-0.6, len(rows) - 0.4)
@@ -243,9 +247,10 @@ def _floor(surface: SurfaceFit) -> Figure:
     fit = surface.fit
     assert isinstance(fit.law, TermLaw) and isinstance(fit.law.floor, str)
     name = fit.law.floor
-    best, lowest = fit.params[name], float(fit.target.min())
+    highest = 0.999 * float(fit.target.min())  # no law reaches a loss below its floor
+    best = min(fit.params[name], highest)
     se = fit.interval(name, method="delta").se
-    below, above = max(best - 5 * se, 0.0), min(best + 4 * se, lowest * 0.999)
+    below, above = max(best - 5 * se, 0.0), min(best + 4 * se, highest)
     values = np.unique(np.concatenate([np.linspace(below, best, 20), np.linspace(best, above, 20)]))
     base, unit = fit.objective_at(fit.theta), fit.objective_scale
     scores, exponents = [], []

@@ -119,7 +119,7 @@ def predict_loss(
         params: size of the new run.
         images, tokens, data: its training data (one of them, in the table's unit).
         flops: its compute. Of params, data and flops two suffice: the third comes from the runs' own cost
-            law.
+            law; a third that is given may not contradict it.
         law: "auto", or a candidate by name.
         laws: candidates for "auto". Default: all of them.
         loss_fn: of the surface fits.
@@ -128,7 +128,8 @@ def predict_loss(
         Forecast.
 
     Raises:
-        InputError: too few budgets or runs, a missing column, or an unknown law.
+        InputError: too few budgets or runs, a missing column, an unknown law, or compute that is over 2 times off what size
+            and data cost.
     """
     runs = as_table(table, {})
     run = _new_run(runs, params, images if runs.data_unit == "images" else tokens, data, flops)
@@ -248,6 +249,8 @@ class Forecaster:
 
 # More than any run will ever have of anything; beyond it float64 has no room for the laws.
 _MOST = 1e60
+# Compute this many times off what size and data cost is another run's; the cost law itself is off by far less.
+_AT_ODDS = 2.0
 
 
 def _new_run(
@@ -261,6 +264,13 @@ def _new_run(
             raise InputError(f"{name}: expected a number that a run can have, got {value!r}")
     if sum(v is not None for v in given.values()) < 2:
         raise InputError(f"params: expected two of params, {runs.data_unit} and flops of the new run")
+    if params is not None and d is not None and flops is not None:
+        costs = float(cost.flops(params, d))
+        if not costs / _AT_ODDS <= flops <= costs * _AT_ODDS:
+            raise InputError(
+                f"flops: expected about {costs:.4g}, what N {params:.4g} and D {d:.4g} cost by the runs' own cost law, got "
+                f"{flops:.4g}; two of the three are enough"
+            )
     if flops is None:
         flops = cost.flops(params, d)
     elif d is None:

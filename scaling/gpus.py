@@ -18,5 +18,5 @@ def peak_flops(gpu: str) -> float:
     peak = find_peak(gpu) or find_peak(gpu, "float16")
     if peak is None:
         known = ", ".join(device.name for device in DEVICES)
-        raise InputError(f"gpu: expected one of {known}, got {gpu!r}; or give --flops-per-second")
+        raise InputError(f"gpu: expected one of {known}, got {gpu!r}")
     return float(peak.flops)

@@ -44,7 +44,8 @@ def hyper_law(spec: Any) -> HyperLaw:
         law = published(str(spec))
         powers = {k: law.laws[k] for k in ("lr", "batch_tokens") if k in law.laws}
         if not powers:
-            raise InputError(f"hparams: law {law.name} has no batch or learning rate")
+            holds = ", ".join(law.laws) or "a surface alone"
+            raise InputError(f"hparams: expected a law of batch or learning rate, got {law.name}, which holds {holds}")
         of = {k: _of_tokens(v) for k, v in powers.items()}
         return HyperLaw(of.get("batch_tokens"), of.get("lr"))
     path = Path(str(spec))

@@ -175,6 +175,7 @@ class IsoflopFit:
         return self.summary()
 
 
+@np.errstate(all="ignore")  # losses near the edge of the range of floats; what comes of them is checked, not warned of
 def fit_isoflop(
     table: RunTable | str | Path,
     *,
@@ -263,6 +264,7 @@ def fit_isoflop(
         notes=runs.notes,
     )
     _disagreement(result)
+    warnings += [f"L(C): {w}" for w in laws[2].warnings if w.startswith("no scaling")]
     if len(used) == 2:
         warnings.append("2 budgets: the laws pass through both exactly, and nothing tests their form")
     return result
@@ -357,10 +359,10 @@ def _disagreement(result: IsoflopFit) -> None:
     for factor in (1.0, 100.0):
         c = top * factor
         mine = result.n_law.predict(c).value
-        try:
-            theirs = surface.optimum(c)["params"]
-        except InputError:
+        if not surface.has_optimum(c):
+            result.warnings.append(f"no scaling in this range by the surface: it has no best size at {c:.3g} FLOPs")
             return
+        theirs = surface.optimum(c)["params"]
         gap = mine / theirs.value
         if np.isfinite(gap) and abs(np.log(gap)) > np.log(1.15):
             result.warnings.append(

@@ -21,6 +21,9 @@ from ditscale.scaling.surface import SurfaceFit
 
 QUANTITIES = ("loss", "params")
 _SIZES = np.geomspace(1 / 4, 4, 7)
+# A run with less than this share of the least size or data of those made is not suggested: the law is not known there, and
+# there need be no such model, nor a whole batch.
+_LEAST = 0.1
 
 
 @dataclass
@@ -91,11 +94,18 @@ def suggest_runs(
         need_positive(name, value)
     if fit.cost is None or fit.flops_range is None or not fit.allocates:
         raise InputError("law: expected a surface of N and D fitted with measured compute")
+    fit.need_optimum(target)
     law = fit.fit
     parts = law.components
     which: Callable[[Array], Array] = lambda th: fit.log_optimum(th, target)[2 if quantity == "loss" else 0]  # noqa: E731
     budgets = np.geomspace(min(fit.flops_range[0], spend / count), min(spend, target), 16)
-    candidates = [(float(c), k, *_run_at(fit, float(c), size)) for k, c in enumerate(budgets) for size in _SIZES]
+    least = [_LEAST * float(law.inputs[name].min()) for name in ("params", "data")]
+    candidates = [
+        (float(c), k, n, d, j)
+        for k, c in enumerate(budgets)
+        for n, d, j in (_run_at(fit, float(c), size) for size in _SIZES)
+        if n >= least[0] and d >= least[1]
+    ]
 
     # What is known: the law's parameters, and one unknown shock for each candidate budget.
     p = len(law.theta)
@@ -136,7 +146,10 @@ def suggest_runs(
         )
         now = after
     if not chosen:
-        raise InputError(f"spend: expected enough to learn something at {target:.4g} FLOPs, got {spend:.4g}")
+        raise InputError(
+            f"spend: expected enough for a run of a tenth of the least size and data so far that teaches something at "
+            f"{target:.4g} FLOPs, got {spend:.4g}"
+        )
     return NextRuns(quantity, float(target), chosen, before, fit.data_unit)
 
 

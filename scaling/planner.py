@@ -46,8 +46,8 @@ class Plan:
             ``configurations.py``), or None.
         batch_tokens, lr: batch in tokens and peak learning rate: of a hyper-parameter law, else of the study behind
             the law; None without either.
-        hours: wall time, and ``gpu_hours``, ``gpus``, ``gpu``, ``mfu``, ``mfu_source``; None without a
-            machine.
+        machine: ``hours`` of wall time, ``gpu_hours``, ``gpus``, ``gpu``, ``flops_per_second`` of one, ``mfu`` (None where
+            its peak is not known) and ``mfu_source``; None without a machine.
         flatness: how much smaller or larger a model costs 1 % more loss at the same compute, None without a
             surface.
         inference: the run of least training plus inference compute at the same loss, None if not asked.
@@ -100,6 +100,8 @@ class Plan:
 
         features = f"on {self.feature_network} features" if self.feature_network else ""
         lines: list[str | None] = [f"plan for {self.budget:.4g} training FLOPs by {self.law} ({self.source})"]
+        counted = "as the runs count them" if self.flop_convention == "measured" else self.flop_convention
+        lines += [f"  FLOPs: {counted}"]
         lines += [
             line("parameters", self.params, "params"),
             line("data", self.data, "data", self.data_unit),
@@ -120,15 +122,22 @@ class Plan:
             )
         if self.machine:
             m = self.machine
+            rate = f"MFU {m['mfu']:.2f}" if m["mfu"] is not None else f"{m['flops_per_second']:.4g} FLOP/s each"
             lines.append(
-                f"  {m['gpu_hours']:.4g} GPU-hours, {m['hours']:.4g} h on {m['gpus']} x {m['gpu']} at MFU "
-                f"{m['mfu']:.2f} ({m['mfu_source']})"
+                f"  {m['gpu_hours']:.4g} GPU-hours, {m['hours']:.4g} h on {m['gpus']} x {m['gpu']} at {rate} "
+                f"({m['mfu_source']})"
             )
         if self.flatness:
             lines.append(
                 f"  flat: {self.flatness['smaller']:.3g}x to {self.flatness['larger']:.3g}x of N costs at "
                 f"most 1 % more loss"
             )
+        if self.wrong:
+            ends_of = (
+                f"N {row['params']:.4g} gives loss {row['loss']:.4g} and wastes {100 * row['wasted_compute']:.2g} %"
+                for row in self.wrong.values()
+            )
+            lines.append(f"  at the ends of the interval of N: {'; '.join(ends_of)} of the compute")
         if self.inference:
             i = self.inference
             lines.append(
@@ -178,7 +187,8 @@ def plan(
         gpu: which machine, such as "h100".
         mfu: share of its peak that training reaches, measured. Default: 0.4, and the plan says that it is
             assumed.
-        flops_per_second: of one machine in training, measured; instead of ``gpu`` and ``mfu``.
+        flops_per_second: of one machine in training, measured; instead of ``mfu``. With ``gpu`` the plan says which share of
+            its peak that is.
         batch: images a step, for the number of steps. Default: from the hyper-parameter law, else the study's, else
             unknown.
         hparams: a law of batch and learning rate: a published name, or a fit of :func:`fit_hparams` or its
@@ -194,15 +204,16 @@ def plan(
         configure: design an integer DiT. Default: True.
         inference_images: images that the model will generate in its life; 0 to leave inference out.
         evaluations_per_image: forward passes to sample one (twice the steps with guidance). Default: 50.
-        spend: FLOPs for the next runs that the plan suggests. Default: what the fitted runs cost, at most a tenth of
-            the budget.
+        spend: FLOPs for the next runs that the plan suggests, where the law is a surface fitted to runs. Default: what
+            those runs cost, at most a tenth of the budget.
 
     Returns:
         Plan.
 
     Raises:
         InputError: not exactly one of budget, target_loss and hours; a value that is not positive; an unknown
-            law; a target loss below what the law can reach.
+            law; a target loss below what the law can reach; more throughput than the machine's peak; ``gpus`` without a
+            machine or ``spend`` without a surface.
     """
     chosen = allocation(law)
     for name, value in (
@@ -219,9 +230,15 @@ def plan(
         if value is not None:
             need_positive(name, value)
     need_least("inference-images", inference_images)
-    if sum(v is not None for v in (budget, target_loss, hours)) != 1:
-        raise InputError("budget: expected exactly one of budget, target-loss and hours")
+    goals = {"budget": budget, "target-loss": target_loss, "hours": hours}
+    given = [name for name, value in goals.items() if value is not None]
+    if len(given) != 1:
+        raise InputError(
+            f"budget: expected exactly one of budget, target-loss and hours, got {' and '.join(given) or 'none'}"
+        )
     rate, machine = machine_rate(gpu, mfu, flops_per_second, gpus)
+    if rate is None and hours is None and gpus != 1:
+        raise InputError(f"gpus: expected a machine with it (--gpu or --flops-per-second), got {gpus} of none")
     if hours is not None:
         if rate is None:
             raise InputError("gpu: expected a machine (--gpu or --flops-per-second) to turn hours into FLOPs")
@@ -262,12 +279,11 @@ def plan(
     _shape(out, chosen, models, configure, params_kind, batch, hparams)
     if machine and rate:
         total = compute / rate / 3600.0
-        out.machine = {**machine, "gpu_hours": total, "hours": total / gpus}
+        out.machine = {**machine, "flops_per_second": rate, "gpu_hours": total, "hours": total / gpus}
     flatness(out, chosen)
     cost_of_being_wrong(out, chosen, best["params"])
     if inference_images:
-        per_image = float(out.configuration["tokens_per_image"]) if out.configuration else 1.0
-        units = evaluations_per_image * (per_image if chosen.data_unit == "tokens" else 1.0)
+        units = evaluations_per_image * (models.tokens if chosen.data_unit == "tokens" else 1.0)
         with_inference(out, chosen, inference_images * units)
     out.next_runs = _next_runs(chosen, compute, spend)
     if out.extrapolation is not None and out.extrapolation > 1000:
@@ -283,18 +299,20 @@ def machine_rate(
     """FLOP/s of one machine in training, and what is known of it; None and None where none is named.
 
     Raises:
-        InputError: an unknown machine, or an MFU that is no share.
+        InputError: an unknown machine, an MFU that is no share, throughput above the peak, or an MFU beside a throughput.
     """
     if mfu is not None and need_positive("mfu", mfu) > 1:
         raise InputError(f"mfu: expected a share of the peak between 0 and 1, got {mfu!r}")
     if flops_per_second is not None:
+        if mfu is not None:
+            raise InputError(f"mfu: expected it or --flops-per-second, got both ({mfu!r} and {flops_per_second:.4g})")
         share = flops_per_second / peak_flops(gpu) if gpu else None
-        return flops_per_second, {
-            "gpu": gpu or "machine",
-            "gpus": gpus,
-            "mfu": share if share is not None else 1.0,
-            "mfu_source": "measured" if gpu else "measured throughput",
-        }
+        if share is not None and share > 1:
+            raise InputError(
+                f"flops-per-second: expected at most {peak_flops(gpu or ''):.4g}, the peak of {gpu}, got {flops_per_second:.4g}"
+            )
+        source = "measured" if gpu else "measured throughput"
+        return flops_per_second, {"gpu": gpu or "machine", "gpus": gpus, "mfu": share, "mfu_source": source}
     if gpu is None:
         if mfu is not None:
             raise InputError("mfu: expected --gpu with it: a share of which machine's peak?")
@@ -416,9 +434,15 @@ def _shape(
 def _next_runs(law: Allocation, budget: float, spend: float | None) -> NextRuns | None:
     fit = law.surface
     if fit is None or fit.cost is None or not fit.allocates:
+        if spend is not None:
+            raise InputError(
+                f"spend: expected a surface fitted to runs, which can suggest the next, got law {law.name}"
+            )
         return None
+    if spend is not None:
+        return suggest_runs(fit, target=budget, spend=spend)
     made = float(np.sum(fit.cost.flops(fit.fit.inputs["params"], fit.fit.inputs["data"])))
     try:
-        return suggest_runs(fit, target=budget, spend=min(made, 0.1 * budget) if spend is None else spend)
+        return suggest_runs(fit, target=budget, spend=min(made, 0.1 * budget))
     except InputError:
         return None

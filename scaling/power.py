@@ -177,6 +177,9 @@ def floor_mode(floor: str | float) -> str | float:
 
 def _flatness(fit: LawFit) -> None:
     """Say so where the data show no scaling, or a floor that they cannot tell from none."""
+    if np.isnan(fit.r2):
+        fit.warnings.append("no scaling in this range: all values are the same")
+        return
     if fit.n <= len(fit.theta):
         return
     low, high = fit.intervals["exponent"]

@@ -143,7 +143,9 @@ class LawFit:
         goal = np.log(self.target) if self.space == "log" else self.target
         spread = float(np.average((goal - np.average(goal, weights=self.weights)) ** 2, weights=self.weights))
         left = float(np.average(self.residuals**2, weights=self.weights))
-        return 1.0 - left / spread if spread > 0 else float("nan")
+        # Of equal values rounding alone differs, and explaining that is nothing.
+        rounding = 1e-14 * float(np.abs(goal).max() if self.space == "raw" else 1.0 + np.abs(goal).max())
+        return 1.0 - left / spread if spread > rounding**2 else float("nan")
 
     @cached_property
     def explains_by_chance(self) -> float:

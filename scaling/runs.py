@@ -140,7 +140,7 @@ class RunTable:
         named = _find_roles(data, roles, source)
         count = sizes.pop()
         table = cls(data, named, source, np.arange(1, count + 1) if rows is None else rows, notes)
-        if where:
+        if where is not None:
             table = table.where(where)
         for role, column in named.items():
             table._positive(role, column)

@@ -149,6 +149,9 @@ class SurfaceFit:
     def optimum(self, flops: float, *, level: float = 0.95, method: str | None = None) -> dict[str, Interval]:
         """The compute-optimal run at a budget: intervals of params, data, loss, new_run (the loss of one
         run) and ratio D/N.
+
+        Raises:
+            InputError: no compute was measured, the law has inputs beside N and D, or it has no best size at all.
         """
         self._need_cost()
         budget = _budget(flops)
@@ -156,6 +159,7 @@ class SurfaceFit:
             raise InputError(
                 f"law: {self.fit.law.name} needs {', '.join(self.fit.law.inputs)}: no split of compute alone"
             )
+        self.need_optimum(budget)
 
         def log_of(which: int) -> Quantity:
             return lambda th: np.exp(self.log_optimum(th, budget)[which])
@@ -170,6 +174,20 @@ class SurfaceFit:
             "new_run": of(log_of(2), True),
             "ratio": of(lambda th: np.exp(self.log_optimum(th, budget)[1] - self.log_optimum(th, budget)[0])),
         }
+
+    def has_optimum(self, flops: float) -> bool:
+        """Whether the surface has a best size at a budget: only where its loss falls with both size and data."""
+        with np.errstate(all="ignore"):
+            best = np.exp(np.concatenate(self.log_optimum(self.fit.theta[None, :], flops)))
+        return bool(np.all(np.isfinite(best) & (best > 0)))
+
+    def need_optimum(self, flops: float) -> None:
+        """InputError where the surface has no best size at a budget."""
+        if not self.has_optimum(flops):
+            raise InputError(
+                f"loss: expected losses that fall with size and data in {self.source}, got no scaling in this range: the "
+                f"surface has no best size at {flops:.4g} FLOPs"
+            )
 
     def _need_cost(self) -> CostLaw:
         if self.cost is None:
@@ -420,7 +438,9 @@ def fit_surface(
 
 def _flat(fit: LawFit) -> None:
     """Say so where the surface explains no more of the losses than chance would."""
-    if fit.n > len(fit.theta) and fit.r2 >= 0 and fit.explains_by_chance > 0.05:
+    if np.isnan(fit.r2):
+        fit.warnings.append("no scaling in this range: all losses are the same")
+    elif fit.n > len(fit.theta) and fit.r2 >= 0 and fit.explains_by_chance > 0.05:
         fit.warnings.append(
             f"no scaling in this range: the surface explains {100 * fit.r2:.0f} % of the losses' spread"
         )
@@ -431,6 +451,13 @@ def _other_inputs(runs: RunTable, law: Law, columns: Mapping[str, str]) -> dict[
     for name in columns:
         if name not in others:
             raise InputError(f"input: expected one of {', '.join(others) or 'none'} for law {law.name}, got {name!r}")
+    for name in others:
+        if name not in columns and name not in runs.columns:
+            have = ", ".join(runs.columns)
+            raise InputError(
+                f"{name}: expected a column of that name in {runs.source} for law {law.name}, got columns {have}; name "
+                f"another with --input {name}=COLUMN"
+            )
     return {name: runs.column(columns.get(name, name)) for name in others}
 
 

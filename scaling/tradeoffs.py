@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _FLATNESS = 0.01
 _FAR = 1e4
+# The most compute that a loss is sought at.
+_MOST = 1e40
 
 
 def compute_for(law: Allocation, target: float) -> float:
@@ -26,10 +28,11 @@ def compute_for(law: Allocation, target: float) -> float:
             raise InputError(f"target-loss: law {law.name} predicts no loss; give --budget")
         return best["loss"].value - target
 
-    low, high = np.log(1e3), np.log(1e40)
+    low, high = np.log(1e3), np.log(_MOST)
     if gap(high) > 0:
         raise InputError(
-            f"target-loss: expected a loss above the law's floor ({gap(high) + target:.4g}), got {target:g}"
+            f"target-loss: expected a loss above what the law gives at {_MOST:g} FLOPs ({gap(high) + target:.4g}), got "
+            f"{target:g}"
         )
     if gap(low) < 0:
         raise InputError(f"target-loss: expected a loss below what an untrained model has, got {target:g}")

@@ -110,6 +110,48 @@ def test_a_comparison_takes_the_same_rows_of_both(run, tmp_path: Path) -> None: 
     assert code == 0 and o["names"] == ["plain", "better"] and o["target"] < 1e20
 
 
+def test_other_names_of_columns(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    table = study(noise=0.004)
+    names = {"params": "N", "tokens": "D", "flops": "C", "loss": "L", "budget": "B"}
+    renamed = RunTable.from_columns({names[k]: v for k, v in table.columns.items()}, **names)
+    plain, other = _write(table, tmp_path / "plain.csv"), _write(renamed, tmp_path / "other.csv")
+    shared = ("--size", "N", "--compute", "C", "--loss", "L", "--budget", "B")
+    for rest in (
+        ("predict", "--flops", 1e20, "--params", 8e8, "--law", "surface"),
+        ("suggest", "--target", 1e21, "--spend", 1e20),
+    ):
+        code, out, err = run(*rest, other, "--tokens", "D", *shared)
+        assert (code, err) == (0, "") and out == run(*rest, plain)[1]
+        assert run(*rest, other, "--tokens-from-6nd", *shared)[0] == 0
+    given = ("--params", "N", "--flops", "C", "--loss", "L", "--budget", "X")
+    assert "budget: expected a column" in run("draw", other, "--out", tmp_path / "x", "--tokens", "D", *given)[2]
+
+
+def test_losses_without_scaling(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Losses that are all the same, that rise with size, or that leave the range of floats: an answer or one line."""
+    table = study(noise=0.004)
+    for name, loss in (
+        ("plain", table.loss),
+        ("same", np.full(len(table), 0.5)),
+        ("rising", 0.5 * table.params**0.1),
+        ("huge", table.loss * 1e300),
+    ):
+        _write(RunTable.from_columns({**table.columns, "loss": loss}), tmp_path / f"{name}.csv")
+    for kind in ("surface", "isoflop", "power"):
+        code, out, err = run("fit", kind, tmp_path / "same.csv", *(("--bootstrap", 0) if kind == "isoflop" else ()))
+        assert (code, err) == (0, "") and "no scaling in this range" in out
+        code, out, err = run("fit", kind, tmp_path / "huge.csv")
+        assert (code, out, err.count("\n")) == (2, "", 1) and "expected values that the law can come near" in err
+    assert run("fit", "isoflop", tmp_path / "rising.csv", "--bootstrap", 0)[0] == 0
+    for arguments in (
+        ("compare", tmp_path / "plain.csv", tmp_path / "same.csv"),
+        ("suggest", tmp_path / "same.csv", "--target", 1e21, "--spend", 1e20),
+        ("suggest", tmp_path / "rising.csv", "--target", 1e21, "--spend", 1e20),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1) and "no scaling in this range" in err
+
+
 def test_the_size_that_was_taken_by_default_is_said(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     table = study(noise=0.004)
     columns = {**table.columns, "params_per_token": np.asarray(table.params) / 2}
@@ -188,6 +230,15 @@ BAD = [
     (("draw", "/dev/null", "--out", "x"), "empty file"),
     (("fit", "surface", "{file}", "--last-step"), "last-step"),
     (("fit", "power", "{file}", "--feature-network", "x", "--seed-noise", "-1"), "seed-noise"),
+    (("fit", "power", "{file}", "--seed-noise", "-1"), "seed-noise: expected --feature-network"),
+    (("fit", "power", "{file}", "--samples", "-5"), "samples: expected --feature-network"),
+    (("fit", "power", "{file}", "--feature-network", "x", "--loss-fn", "l1"), "loss-fn: expected mse"),
+    (("fit", "power", "{file}", "--feature-network", "x", "--seed", "3"), "seed: expected 0"),
+    (("fit", "surface", "{file}", "--where", ""), "where: expected"),
+    (("fit", "surface", "{file}", "--law", "repetition"), "--input unique=COLUMN"),
+    (("predict", "{file}", "--params", "1e9", "--data", "1e10", "--flops", "1e21"), "flops: expected about 6e+19"),
+    (("suggest", "{file}", "--target", "1e13", "--spend", "1e-5"), "spend: expected enough"),
+    (("suggest", "{file}", "--target", "1e21", "--spend", "1e18", "--tokens", "lost"), "tokens: expected a column"),
 ]
 
 
@@ -236,3 +287,4 @@ def test_a_study_s_hours_on_a_gpu(run) -> None:  # type: ignore[no-untyped-def]
     ):
         code, out, err = run("study", "design", toml, *given)
         assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+        assert "flops-per-second" not in err  # which this command lacks

@@ -67,6 +67,8 @@ def test_a_fitted_surface_plans_with_intervals() -> None:
         assert value == pytest.approx(1.01 * p.loss, rel=1e-6)
     assert p.flatness["smaller"] < 1 < p.flatness["larger"]
     assert p.wrong is not None and 0 <= p.wrong["low"]["wasted_compute"] < 0.5
+    assert f"at the ends of the interval of N: N {p.wrong['low']['params']:.4g} gives loss" in p.summary()
+    assert "FLOPs: as the runs count them" in p.summary() and "FLOPs: 6ND" in plan("liang2024", budget=1e20).summary()
 
 
 def test_target_loss_is_the_inverse_of_budget() -> None:
@@ -74,7 +76,7 @@ def test_target_loss_is_the_inverse_of_budget() -> None:
     loss = plan(fit, budget=3e20).loss
     assert plan(fit, target_loss=loss).budget == pytest.approx(3e20, rel=1e-6)
     assert plan("liang2024", target_loss=0.6325156480434136).budget == pytest.approx(1.5e21, rel=1e-6)
-    with pytest.raises(InputError, match="target-loss: expected a loss above the law's floor"):
+    with pytest.raises(InputError, match=r"above what the law gives at 1e\+40 FLOPs \(1.69"):
         plan(fit, target_loss=1.6)
     with pytest.raises(InputError, match="predicts no loss"):
         plan("yin2024-video", target_loss=0.5)
@@ -90,6 +92,9 @@ def test_a_deadline_is_hours_times_measured_throughput() -> None:
     assert assumed is not None and "assumed" in assumed["mfu_source"]
     measured = plan("liang2024", hours=1, flops_per_second=5e13)
     assert measured.budget == pytest.approx(1.8e17)
+    # Whose peak is not known, of that no share is claimed.
+    assert measured.machine is not None and measured.machine["mfu"] is None
+    assert "on 1 x machine at 5e+13 FLOP/s each (measured throughput)" in measured.summary()
 
 
 def test_inference_moves_to_a_smaller_model_trained_longer() -> None:
@@ -106,6 +111,8 @@ def test_inference_moves_to_a_smaller_model_trained_longer() -> None:
     eps_n = CHINCHILLA["alpha"] * CHINCHILLA["A"] / n ** CHINCHILLA["alpha"]
     eps_d = CHINCHILLA["beta"] * CHINCHILLA["B"] / d ** CHINCHILLA["beta"]
     assert eps_n / eps_d == pytest.approx(1 + units / (3 * d), rel=1e-3)
+    alone = plan(fit, budget=1e21, inference_images=1e9, configure=False)  # images have their tokens without a DiT, too
+    assert alone.inference == p.inference
     # Neither side does better at the same loss.
     assert p.inference["saving"] > 1
 
@@ -118,7 +125,7 @@ def test_hyperparameters_join_the_plan() -> None:
     assert q.batch_tokens == pytest.approx(0.5807 * q.tokens**0.57094)
     assert q.configuration is not None
     assert q.configuration["batch"] == round(q.batch_tokens / 256)
-    with pytest.raises(InputError, match="has no batch or learning rate"):
+    with pytest.raises(InputError, match="batch or learning rate, got hoffmann2022, which holds a surface alone"):
         plan("liang2024", budget=1e20, hparams="hoffmann2022")
 
 
@@ -146,8 +153,19 @@ def test_saved_fits_and_study_folders(tmp_path: Path) -> None:
     [
         ({"law": "liang2024", "budget": -3.0}, "budget: expected a positive number, got -3"),
         ({"law": "liang2024", "budget": float("nan")}, "budget: expected a positive number"),
-        ({"law": "liang2024"}, "exactly one of budget, target-loss and hours"),
-        ({"law": "liang2024", "budget": 1e20, "hours": 3.0}, "exactly one of"),
+        ({"law": "liang2024"}, "exactly one of budget, target-loss and hours, got none"),
+        ({"law": "liang2024", "budget": 1e20, "hours": 3.0}, "exactly one of .*, got budget and hours"),
+        ({"law": "", "budget": 1e20}, "study folder with laws.json, got ''"),
+        ({"law": "liang2024", "budget": 1e20, "gpus": 8}, "gpus: expected a machine"),
+        ({"law": "liang2024", "budget": 1e20, "spend": 1e18}, "spend: expected a surface fitted to runs"),
+        (
+            {"law": "liang2024", "budget": 1e20, "gpu": "h100", "flops_per_second": 1e16},
+            "flops-per-second: expected at most 9.89.*, the peak of h100",
+        ),
+        (
+            {"law": "liang2024", "budget": 1e20, "gpu": "h100", "mfu": 0.3, "flops_per_second": 1e14},
+            "mfu: expected it or --flops-per-second, got both",
+        ),
         ({"law": "nobody2020", "budget": 1e20}, "law: expected a fit's file or one of liang2024"),
         ({"law": "steplaw2025", "budget": 1e20}, "allocates no budget"),
         ({"law": "liang2024", "hours": 3.0}, "gpu: expected a machine"),
