@@ -36,7 +36,10 @@ def _like_x(name: str, t: Tensor, x: Tensor) -> Tensor:
 
 
 def _modulations(x: Tensor, names: tuple[str, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Check shift, scale and gate and bring those of one call to one rank and dtype; as they are where nothing differs."""
+    """Check shift, scale and gate and bring those of one call to one rank and dtype; as they are where nothing differs.
+
+    To one rank as views, without a copy; but a kernel then writes every gradient in that rank, and autograd sums it.
+    """
     B, T, D = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, m in zip(names, given, strict=True):
@@ -128,9 +131,11 @@ def layernorm_modulate(
         x: [B, T, D], float32, bfloat16 or float16 (float64 on the reference); any batch and token strides; a last dimension
             that is not contiguous is copied.
         shift, scale: [B, D] (chunks of one [B, 6 D] tensor are read in place), [B, T, D], [B, 1, D] or [D]; the dtype of x or
-            float32, anything else is converted to float32.
+            float32, anything else is converted to float32. One per token beside one that is not: the gradient of the latter
+            takes a [B, T, D] before it is summed.
         eps: added to the variance, in units of x squared. Default: 1e-6, as DiT.
-        weight, bias: [D], LayerNorm's own affine map. Default: none, as DiT.
+        weight, bias: [D], LayerNorm's own affine map, folded into shift and scale in float32 (per token: [B, T, D] of it).
+            Default: none, as DiT.
         norm: "layer", or "rms" for x / sqrt(mean(x^2) + eps). Default: "layer".
         recompute_stats: keep no statistics for backward (8 bytes a row) and compute them again. Default: False.
         backend: "auto", "reference", "cpu", "triton" or "cuda". Default: "auto".
