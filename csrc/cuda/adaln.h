@@ -1,5 +1,6 @@
-// Launchers of the adaLN kernels. `partial` holds cut.segments * cut.chunks * sums * D floats. Each returns null, or what
-// the launch failed with.
+// Launchers of the adaLN kernels. `partial` holds cut.segments * cut.chunks * sums * D floats; null
+// where a segment is one chunk, whose sums then go to dshift, dscale and dgate at once (not of GELU). Each returns null, or what the
+// launch failed with.
 #pragma once
 
 #include "../common/adaln_args.h"

@@ -261,6 +261,16 @@ __global__ void __launch_bounds__(FAST_THREADS<T>)
     }
   }
   if (!active) return;
+  if (partial == nullptr) {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * a.D + d;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      store_any(a.dshift, a.modulation, at + j, s0[j]);
+      store_any(a.dscale, a.modulation, at + j, s1[j]);
+      if constexpr (BRANCH) store_any(a.dgate, a.modulation, at + j, s2[j]);
+    }
+    return;
+  }
   float* out = partial + static_cast<int64_t>(blockIdx.x) * SUMS * a.D + d;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
@@ -377,6 +387,12 @@ __global__ void __launch_bounds__(ANY_THREADS) backward_any_columns(
       t = 0;
       ++b;
     }
+  }
+  if (partial == nullptr) {
+    store_any(a.dshift, a.modulation, part * a.D + d, s0);
+    store_any(a.dscale, a.modulation, part * a.D + d, s1);
+    if (a.branch.data != nullptr) store_any(a.dgate, a.modulation, part * a.D + d, s2);
+    return;
   }
   const int64_t sums = a.branch.data != nullptr ? 3 : 2;
   float* out = partial + part * sums * a.D + d;

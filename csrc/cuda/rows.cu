@@ -61,7 +61,14 @@ __global__ void __launch_bounds__(THREADS) residual_kernel(
   }
   if (BACKWARD && !a.per_token) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) partial[p.part * a.D + p.d + j] = sum[j];
+    for (int j = 0; j < N; ++j) {
+      const int64_t at = p.part * a.D + p.d + j;
+      if (partial == nullptr) {
+        store_any(a.dgate, a.modulation, at, sum[j]);
+      } else {
+        partial[at] = sum[j];
+      }
+    }
   }
 }
 

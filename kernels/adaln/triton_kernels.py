@@ -97,7 +97,7 @@ def _adaln_bwd_kernel(
     T, D, segment_rows, chunk, chunks, eps, scale_base,
     # Constexprs
     HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_STATS: tl.constexpr, PER_TOKEN: tl.constexpr,
-    RMS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    DIRECT: tl.constexpr, RMS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     segment = i // chunks
@@ -155,7 +155,13 @@ def _adaln_bwd_kernel(
         else:
             b_s0 += tl.sum(b_dy, 0)
             b_s1 += tl.sum(b_dscale, 0)
-    if not PER_TOKEN:
+    if DIRECT:  # a segment is one chunk: its sums are the results
+        out = segment * D + o_d
+        tl.store(dshift_ptr + out, b_s0.to(dshift_ptr.dtype.element_ty), mask=m_d)
+        tl.store(dscale_ptr + out, b_s1.to(dscale_ptr.dtype.element_ty), mask=m_d)
+        if HAS_BRANCH:
+            tl.store(dgate_ptr + out, b_s2.to(dgate_ptr.dtype.element_ty), mask=m_d)
+    elif not PER_TOKEN:
         SUMS: tl.constexpr = 3 if HAS_BRANCH else 2
         out = partial_ptr + i * SUMS * D + o_d
         tl.store(out, b_s0, mask=m_d)
@@ -173,7 +179,7 @@ def _gate_residual_kernel(
     # Scalars
     T, D, segment_rows, chunk, chunks, blocks_d,
     # Constexprs
-    BACKWARD: tl.constexpr, PER_TOKEN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    BACKWARD: tl.constexpr, PER_TOKEN: tl.constexpr, DIRECT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     part = i // blocks_d
@@ -205,7 +211,9 @@ def _gate_residual_kernel(
         else:
             b_out = b_x + b_gate * b_branch
         tl.store(out_ptr + at, b_out.to(out_ptr.dtype.element_ty), mask=m)
-    if BACKWARD and not PER_TOKEN:
+    if DIRECT:
+        tl.store(dgate_ptr + part * D + o_d, b_s.to(dgate_ptr.dtype.element_ty), mask=m_d)
+    elif BACKWARD and not PER_TOKEN:
         tl.store(partial_ptr + part * D + o_d, b_s, mask=m_d)
 
 
@@ -321,20 +329,21 @@ def _backward(
     dgate = torch.empty_like(dscale) if fused else dscale
     sums = 3 if fused else 2
     segments, rows, chunk, chunks = cut_rows(mode, B, T, sums * 32 // x.element_size())
+    direct = chunks == 1 and not per_token and B * T > 0
     # Without rows no program runs, and the sums are zero.
     make = torch.empty if B * T else torch.zeros
-    partial = make((0 if per_token else segments, chunks, sums, D), dtype=torch.float32, device=x.device)
-    BT, BD, warps = tile(D, 4096 // (x.element_size() if fused else 1))
+    partial = make((0 if per_token or direct else segments, chunks, sums, D), dtype=torch.float32, device=x.device)
+    BT, BD, warps = tile(D, 4096 // (x.element_size() if fused or stats is None else 1))
     if B * T:
         mean, rstd = (x, x) if stats is None else (stats[0], stats[1])
         _adaln_bwd_kernel[(segments * chunks,)](
             dy, dresidual, x, branch, gate, scale, mean, rstd, dx, dbranch, dshift, dscale, dgate, partial,
             *_strides(dy), *_strides(dresidual), *_strides(x), *_strides(branch), *_strides(gate), *_strides(scale),
             T, D, rows, chunk, chunks, eps, scale_base,
-            HAS_BRANCH=fused, HAS_RESIDUAL=given, HAS_STATS=stats is not None, PER_TOKEN=per_token, RMS=rms,
-            BT=BT, BD=BD, num_warps=warps,
+            HAS_BRANCH=fused, HAS_RESIDUAL=given, HAS_STATS=stats is not None, PER_TOKEN=per_token,
+            DIRECT=direct, RMS=rms, BT=BT, BD=BD, num_warps=warps,
         )  # fmt: skip
-    if not per_token:
+    if not per_token and not direct:
         add_chunks(partial, 0, dshift)
         add_chunks(partial, 1, dscale)
         if fused:
@@ -351,16 +360,17 @@ def _residual(x: Tensor, branch: Tensor, gate: Tensor, backward: bool) -> tuple[
     dgate = torch.empty(gate.shape if backward else (0,), dtype=gate.dtype, device=x.device)
     sums = backward and not per_token
     segments, rows, chunk, chunks = cut_rows(mode if sums else 2, B, T, 32 // x.element_size() if sums else 8)
+    direct = chunks == 1 and sums and B * T > 0
     make = torch.empty if B * T else torch.zeros
-    partial = make((segments if sums else 0, chunks, 1, D), dtype=torch.float32, device=x.device)
+    partial = make((segments if sums and not direct else 0, chunks, 1, D), dtype=torch.float32, device=x.device)
     blocks_d = triton.cdiv(D, 512)
     if B * T:
         _gate_residual_kernel[(segments * chunks * blocks_d,)](
             x, branch, gate, out, dgate, partial,
             *_strides(x), *_strides(branch), *_strides(gate), T, D, rows, chunk, chunks, blocks_d,
-            BACKWARD=backward, PER_TOKEN=per_token, BT=4, BD=512,
+            BACKWARD=backward, PER_TOKEN=per_token, DIRECT=direct, BT=4, BD=512,
         )  # fmt: skip
-    if sums:
+    if sums and not direct:
         add_chunks(partial, 0, dgate)
     return out, dgate
 

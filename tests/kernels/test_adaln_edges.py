@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from cases import DTYPES, NAME, make
@@ -158,24 +159,37 @@ def test_equal_bits_from_run_to_run_and_for_any_thread_count(backend, dtype):
         torch.set_num_threads(threads)
 
 
-def test_partial_sums_take_less_than_an_eighth_of_x():
-    pytest.importorskip("triton")
-    from ditscale.kernels.adaln.triton_kernels import cut_rows
+def peak_allocation(function):
+    """Most bytes that torch held at a time for ``function``, whose results are kept until the end."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        kept = function()
+    nodes, changes = list(profiler.profiler.kineto_results.experimental_event_tree()), []
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if node.tag == torch._C._profiler._EventType.Allocation:
+            changes.append((node.start_time_ns, node.extra_fields.alloc_size))
+    return np.cumsum([size for _, size in sorted(changes)]).max(), kept
 
-    # The rule that csrc/common/adaln_args.h states, over every shape class: chunks * sums * 4 bytes a column of a segment.
-    def chunks(rows: int, segments: int, sums: int, size: int, tasks: int) -> int:
-        chunk = max(-(-rows * segments // tasks), sums * 32 // size)
-        count = max(rows // chunk, 1)
-        even = -(-rows // count)
-        return -(-rows // even)
 
-    for size in (2, 4):
-        for sums in (1, 2, 3):
-            for T in (*range(1, 300), 1024, 4096):
-                for B in (1, 2, 32):
-                    n = chunks(T, B, sums, size, 128)
-                    assert cut_rows(2, B, T, sums * 32 // size, 128)[3] == n
-                    assert n == 1 or n * sums * 4 * 8 <= T * size, (size, sums, T, B)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAME.get)
+@pytest.mark.parametrize("B,T,D,mode", [(6, 16, 64, "per_sample"), (2, 99, 64, "per_sample"), (3, 50, 64, "shared")])
+def test_backward_needs_an_eighth_of_x_beyond_its_results(backend, B, T, D, mode, dtype):
+    if backend == "reference":
+        pytest.skip("plain PyTorch has temporaries")
+    x, branch, dx_new, dy = (torch.randn(B, T, D).to(dtype) for _ in range(4))
+    lead = (B,) if mode == "per_sample" else ()
+    mods = [m.to(dtype) for m in torch.randn(3, *lead, D)]
+    leaves = [t.requires_grad_() for t in (x, branch, *mods)]
+    outputs = kernels.gate_residual_layernorm_modulate(*leaves, backend=backend)
+    gate_out = kernels.gate_residual(x, branch, mods[0], backend=backend)
+    for outs, needed in ((outputs, leaves), ((gate_out,), leaves[:3])):
+        cotangents = (dx_new, dy)[: len(outs)]
+        torch.autograd.grad(outs, needed, cotangents, retain_graph=True)  # what is made once is made
+        peak, grads = peak_allocation(lambda o=outs, n=needed, c=cotangents: torch.autograd.grad(o, n, c))
+        results = sum({g.data_ptr(): g.nbytes for g in grads}.values())
+        # An allocation is rounded up to whole cache lines.
+        assert peak - results <= x.numel() * x.element_size() / 8 + 1024
 
 
 @pytest.mark.native
