@@ -1,4 +1,4 @@
-"""The kernels on a GPU, in what no emulation shows: streams, graphs, memory, devices, compilation. Values: bench/gpu_stages.py."""
+"""The kernels on a GPU, in what no emulation shows: streams, graphs, memory, devices, compiling. Values: bench/gpu_stages.py."""
 
 from __future__ import annotations
 
