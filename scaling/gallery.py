@@ -39,13 +39,15 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
         _, y = batch_tensors(prompts, plan.model, None if trained is None else trained.vocabulary)
         generator = torch.Generator().manual_seed(study.config.seed)
         noise = torch.randn(_PICTURES, *plan.model.input_shape, generator=generator)
-        guidance = 1.0 if y is None else _GUIDANCE
+        guidance = 1.0 if y is None or not plan.condition_dropout else _GUIDANCE
         model, objective = load_weights(weights)
         images = draw_samples(model, noise, y, objective=objective, steps=_STEPS, guidance=guidance)
         if vae is not None and plan.model.latent_factor > 1:
             from ditscale.dit.encoding import Autoencoder
 
-            images = Autoencoder.load(vae).decode((trained or RunData.of(stream)).unscaled(images))
+            autoencoder = Autoencoder.load(vae)
+            autoencoder.check_model(plan.model)
+            images = autoencoder.decode((trained or RunData.of(stream)).unscaled(images))
         settings = {"sampler": "heun", "steps": _STEPS, "guidance": guidance, "captions": list(prompts.captions)}
         write_json(folder / "samples.json", settings)
         save_grid(path, images, columns=_PICTURES)

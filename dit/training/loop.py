@@ -213,6 +213,7 @@ def _decoder(config: TrainConfig, execution: Execution, stream: ImageStream) -> 
     from ditscale.dit.encoding import Autoencoder
 
     autoencoder, data = Autoencoder.load(execution.vae), RunData.of(stream)
+    autoencoder.check_model(config.model)
     return lambda latents: autoencoder.decode(data.unscaled(latents.cpu()))
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -13,8 +14,10 @@ from model_variants import config_of, randomised
 from PIL import Image
 
 from ditscale.dit import RectifiedFlow
+from ditscale.dit.data import write_latents
 from ditscale.dit.encoding import Autoencoder, TextEncoder
 from ditscale.dit.image_commands import sample
+from ditscale.dit.training import Execution, TrainConfig, train
 from ditscale.dit.weights import save_weights
 from ditscale.errors import InputError
 
@@ -213,3 +216,13 @@ def test_an_autoencoder_of_other_latents_is_named(vae_folder):
     ):
         with pytest.raises(InputError, match=named):
             vae.check_model(latents.replace(**changes))
+
+
+def test_pictures_on_the_way_need_the_autoencoder_of_the_latents(tmp_path, vae_folder):
+    """Said before the first step."""
+    write_latents(tmp_path / "data", [{"latents": np.ones((80, 4, 4, 4), np.float16)}], latent_factor=8)
+    changes = {"condition": "none", "in_channels": 4, "latent_factor": 8, "image_size": 32, "patch": 2}
+    config = TrainConfig(model=config_of("adaln-zero", **changes), data=str(tmp_path / "data"), images=64)
+    with pytest.raises(InputError, match="vae: expected latents of 4 channels, 8 pixels a side"):
+        train(config, tmp_path / "run", execution=Execution(sample_every=1, vae=str(vae_folder[0])))
+    assert not (tmp_path / "run/config.json").exists()
