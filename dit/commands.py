@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,7 +59,8 @@ def flops(
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # As wide as the terminal, and wide enough for every number where there is none.
+    console = Console(width=None if sys.stdout.isatty() else 200)
     if compare:
         table = Table(title=f"{report.title}: training by each convention", show_lines=True)
         columns = (("convention", "left"), ("train", "right"), ("off", "right"), ("counts", "left"))
@@ -76,16 +78,15 @@ def flops(
     for cells in report.rows():
         table.add_row(*cells)
     table.add_section()
-    total = (f"train = {report.train:,}", f"{report.forward:,}", f"{report.backward:,}", "100 %")
-    table.add_row("total", "", *total)
+    table.add_row("total", "", "", f"{report.forward:,}", f"{report.backward:,}", "100 %")
     console.print(table)
     p = report.params
     again = f"   computed again {report.recompute:,}" if report.recompute else ""
     console.print(
+        f"train = {report.train:,} FLOPs   convention: {report.convention}{again}\n"
         f"parameters {p.total:,}: {p.per_token:,} work per token, {p.per_sample:,} per image, "
         f"{p.per_context:,} per caption token, {p.embedding:,} looked up; active {p.active:,}\n"
-        f"forward multiply-adds {report.macs_forward:,} (the DiT paper's unit)   "
-        f"convention: {report.convention}{again}"
+        f"forward multiply-adds {report.macs_forward:,} (the DiT paper's unit)"
     )
 
 
@@ -123,8 +124,8 @@ def train(
             if first:
                 where = "there" if error.saved else "the checkpoint before, if there is one"
                 typer.echo(f"stopped: {error}; the same command with --resume goes on from {where}", err=True)
-            # As the shell reports a process that such a signal ended.
-            raise typer.Exit(128 + (stop[0] if stop else 0)) from error
+            # As the shell reports a process that such a signal ended. What happened is said already.
+            raise SystemExit(128 + (stop[0] if stop else 0)) from error
     if as_json and first:
         typer.echo(json.dumps(read_json(out / "run.json")))
     elif first and record["loss"] is not None:

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the work was done and what it found is bad (a failed check
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -67,9 +68,10 @@ def _gather() -> None:
 
 def main() -> None:
     """Run the command line and exit."""
-    _gather()
     try:
+        _gather()
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except (InputError, BackendUnavailable) as error:
         _fail(str(error))
     except _UsageError as error:
@@ -78,16 +80,28 @@ def main() -> None:
     except _ClickException as error:
         _fail(error.format_message())
     except (typer.Abort, KeyboardInterrupt):
-        sys.stderr.write("ditscale: stopped; the same command goes on where it was\n")
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and not _stdout_fails():
             raise
-        _fail(f"{error.filename}: expected a place that can be read or written, got {error.strerror}")
+        _fail(f"{error.filename or 'stdout'}: expected a place that can be read or written, got {error.strerror}")
+    if code == 130:  # typer makes that of Ctrl-C; who can go on where it was says so itself
+        sys.stderr.write("ditscale: stopped\n")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stdout_fails() -> bool:
+    """Whether stdout cannot take what was printed, as on a full disk; what is left of it is then given up."""
+    try:
+        sys.stdout.write("\n")  # what could not be written need not be waiting to be written any more
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _usage(error: Any) -> str:

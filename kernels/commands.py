@@ -9,7 +9,7 @@ import typer
 
 def _show(facts: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console(highlight=False)
     triton = facts["triton"] or "not installed"
@@ -22,14 +22,14 @@ def _show(facts: dict[str, Any]) -> None:
     for name, item in facts["libraries"].items():
         isa = f" ({item['instruction_set']})" if item.get("instruction_set") else ""
         console.print(f"{name}: " + (f"[green]loaded[/]{isa}" if item["available"] else f"[yellow]{item['reason']}[/]"))
-    table = Table("operator", "backend", "runs here", "why not")
+    table = Table(Column("operator", no_wrap=True), "backend", "runs here", "why not")
     for op, rows in facts["operators"].items():
         for k, (backend, item) in enumerate(rows.items()):
             mark = "[green]yes[/]" if item["available"] else "[yellow]no[/]"
             table.add_row(op if k == 0 else "", backend, mark, item["reason"] or "")
     console.print(table)
     if "checks" in facts:
-        table = Table("self-check", "backend", "dtype", "device", "result")
+        table = Table(Column("self-check", no_wrap=True), "backend", "dtype", "device", "result")
         for c in facts["checks"]:
             result = "[green]right[/]" if c["passed"] else f"[red]WRONG: {c['reason']}[/]"
             table.add_row(c["operator"], c["backend"], c["dtype"], c["device"], result)

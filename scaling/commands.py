@@ -485,9 +485,10 @@ def laws(as_json: Json = False) -> None:
         typer.echo(dumps({name: law.to_json() for name, law in PUBLISHED.items()}))
         return
     from rich.console import Console
+    from rich.table import Column as Heading
     from rich.table import Table
 
-    table = Table("law", "about", "holds", "source")
+    table = Table(Heading("law", no_wrap=True), "about", "holds", "source")  # a name that is cut cannot be typed
     for law in PUBLISHED.values():
         holds = [*law.laws, *(["surface"] if law.surface else [])]
         table.add_row(law.name, law.title, ", ".join(holds), law.source)

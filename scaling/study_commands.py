@@ -165,7 +165,8 @@ def _carry_out(
         with _display(quiet=as_json) as show:
             outcome = conduct(study, show=show, say=say, engine=engine, options=options)
     except Interrupted as error:
-        raise typer.Abort from error
+        say("stopped; the same command goes on where it was")
+        raise SystemExit(130) from error
     if as_json:
         typer.echo(json.dumps(outcome))
         return

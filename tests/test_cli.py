@@ -62,7 +62,10 @@ def test_flops_prints_the_ledger(ditscale):
     out = json.loads(ditscale("flops", "DiT-XL/2", "--image-size", 256, "--json").stdout)
     assert out["forward_flops"] == 237_242_843_136 and out["train_flops"] == 711_718_502_400
     assert out["convention"] == "matmul" and sum(line["forward"] for line in out["ledger"]) == out["forward_flops"]
-    assert "convention" in ditscale("flops", "DiT-S/8").stdout
+    # Without a terminal, too, every number stands there whole.
+    out = ditscale("flops", "DiT-XL/2", "--image-size", 512).stdout
+    assert "train = 3,147,191,451,648 FLOPs   convention: matmul" in out
+    assert "1,049,076,596,736" in out and "…" not in out
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,33 @@ def test_no_command_is_a_mistake_that_shows_the_help(ditscale, command):
     done = ditscale(*command, code=2)
     assert "Usage" in done.stdout and done.stderr.startswith("ditscale: expected a command, got none")
     assert done.stderr.count("\n") == 1
+
+
+def test_names_to_type_are_whole_on_a_narrow_terminal(ditscale, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "vonruette2025-high-uniform" in ditscale("laws").stdout
+    assert "gate_residual_layernorm_modulate" in ditscale("doctor").stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is not there")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_one_line(unbuffered):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ditscale", "version"]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("ditscale: stdout: "), done
+
+
+def test_ctrl_c_is_one_line(run, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ditscale.dit.flops.count", stop)
+    code, out, err = run("flops", "DiT-XL/2")
+    assert (code, out) == (130, "") and err.endswith("ditscale: stopped\n") and "goes on" not in err
+    monkeypatch.setattr(cli, "_gather", stop)
+    assert run("version") == (130, "", "ditscale: stopped\n")
 
 
 def test_the_version_is_printed(ditscale):

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import typer
 
 from ditscale.dit.data import emoji_vocabulary
 from ditscale.errors import InputError
@@ -239,7 +238,7 @@ def test_the_command_line_s_options_reach_the_engine(tmp_path, monkeypatch):
     monkeypatch.setattr("ditscale.scaling.conduct.conduct", conduct)
     Study.create(tmp_path / "study", small())
     given = ["gpus_per_node=2", "slurm_partition=gpu", 'slurm_additional_parameters={"qos": "high"}', "comment=a=b"]
-    with pytest.raises(typer.Abort):
+    with pytest.raises(SystemExit, match="130"):
         study_commands.run(tmp_path / "study", engine="slurm", option=given)
     extra = {"slurm_additional_parameters": {"qos": "high"}, "comment": "a=b"}
     assert seen == [("slurm", {"gpus_per_node": 2, "slurm_partition": "gpu"} | extra)]
