@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-slow test-installed bench lint clean
 help:
-	@echo "make demo    a scaling law on embedded images, and a prediction that is then tested (about a quarter of an hour)"
+	@echo "make demo    a scaling law on embedded images, and a prediction that is then tested (5 to 15 minutes)"
 	@echo "make test    the test suite, JOBS=2 files at a time"
 	@echo "make test-slow       the slow tests too"
 	@echo "make test-installed  the built wheel, in an environment of its own"

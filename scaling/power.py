@@ -130,7 +130,7 @@ def fit_power(
         warned of.
 
     Raises:
-        InputError: fewer than 3 different x, a floor not below every y, values that are not positive.
+        InputError: fewer than 2 different x (3 with a free floor), a floor not below every y, values that are not positive.
     """
     if isinstance(x, (RunTable, str, Path)):
         table = x if isinstance(x, RunTable) else RunTable.read(x)
