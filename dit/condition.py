@@ -60,6 +60,8 @@ class CaptionEmbed(nn.Module):
     caption". Word tokens know their place by a fixed table of sines and cosines.
     """
 
+    places: Tensor
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width = config.caption_width
