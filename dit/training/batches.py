@@ -153,7 +153,8 @@ class Feeder:
     ) -> None:
         self.config, self.ranks = config, ranks
         self._pieces = _Pieces(stream, config.model, config.batch, ranks.rows(config.batch))
-        self._held, self._content = -1, (torch.empty(0), None)
+        self._held = -1
+        self._content: tuple[Tensor, Condition] = (torch.empty(0), None)
         ahead = range(first_step // self._pieces.steps, -(-config.steps // self._pieces.steps))
         self._ahead = iter(_loader(self._pieces, ahead, workers)) if workers else None
         self._pinned = ranks.device.type == "cuda"
