@@ -165,13 +165,13 @@ class DiTConfig:
             "frames",
             "patch_frames",
             "frequency_width",
-            "num_classes",
-            "caption_width",
             "experts_per_token",
             "moe_every",
         ):
             _need_positive_int(field, getattr(self, field))
         for field in (
+            "num_classes",
+            "caption_width",
             "vocabulary_size",
             "caption_tokens",
             "pooled_width",
@@ -228,7 +228,10 @@ class DiTConfig:
             )
 
     def _check_condition(self) -> None:
+        if self.condition == "class":
+            _need_positive_int("num_classes", self.num_classes)
         if self.condition == "caption":
+            _need_positive_int("caption_width", self.caption_width)
             needed = "vocabulary_size" if self.context == "pooled" else "caption_tokens"
             _need_positive_int(needed, getattr(self, needed))
         if self.modulation == "none" and self.context not in ("in-context", "cross-attention"):

@@ -78,6 +78,8 @@ def test_sizes() -> None:
         ({"rope": 1}, "rope"),
         ({"num_classes": "a", "condition": "none"}, "num_classes"),
         ({"caption_width": -3}, "caption_width"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"condition": "caption", "caption_width": 0}, "caption_width"),
         ({"caption_layers": 1.0}, "caption_layers"),
         ({"expert_capacity": "abc"}, "expert_capacity"),
         ({"expert_capacity": 1.5}, "expert_capacity"),  # without experts
