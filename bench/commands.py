@@ -313,10 +313,14 @@ def _session(
 
 
 def _chosen(session: Session, suite: str, only: Sequence[str] | None) -> list[Case] | None:
-    """The cases that ``--only`` asks for; None for all."""
+    """The cases that ``--only`` asks for, None for all; ``--against`` and ``--grid`` are checked."""
     from ditscale.bench.cases import cases
     from ditscale.errors import InputError
 
+    known = session.providers(suite) if session.against else []
+    for name in session.against:
+        if name not in known:
+            raise InputError(f"--against: expected {_one_of(known)} for {suite} on this device, got {name!r}")
     if session.whole_grid and suite not in ("adaln", "attention"):
         raise InputError(f"--grid: expected adaln or attention, got {suite}")
     if not only:
@@ -328,6 +332,10 @@ def _chosen(session: Session, suite: str, only: Sequence[str] | None) -> list[Ca
     if not chosen:
         raise InputError(f"--only: expected a part of a case's name such as {every[0].id!r}, got {only[0]!r}")
     return chosen
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"one of {', '.join(names)}" if names else "none"
 
 
 def _rows(session: Session, suite: str, chosen: Sequence[Case] | None) -> Iterator[Row]:

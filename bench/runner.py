@@ -16,7 +16,7 @@ from ditscale.bench.cases import ADALN_OPS, Case, cases
 from ditscale.bench.correctness import FACTOR, PEER_FACTOR, Verdict, judge
 from ditscale.bench.rows import SCHEMA, Row
 from ditscale.bench.subjects import Candidate, Results, Subject
-from ditscale.bench.timing import MachineTooNoisy, Protocol, Timing, calibrate, measure, measure_host
+from ditscale.bench.timing import TINY, MachineTooNoisy, Protocol, Timing, calibrate, measure, measure_host
 from ditscale.errors import BackendUnavailable
 from ditscale.memory import keep_memory
 
@@ -98,6 +98,12 @@ class Session:
         if not self.against:
             return provider != "reference"  # plain PyTorch once more
         return provider.startswith("ours") and provider != "ours-compile"
+
+    def providers(self, suite: str) -> list[str]:
+        """What the cases of a suite are timed with on this device, beside one another; none for fits and counts."""
+        every = cases(suite, self.device, tiny=True) if suite not in ("fit", "flops") else []
+        subjects = [_subject(case, self.device, TINY) for case in every]
+        return sorted({name for s in subjects for name in (*s.build, *(["copy"] if s.copies else []))})
 
     def suite(self, name: str, *, only: Sequence[Case] | None = None) -> Iterator[Row]:
         """All rows of a suite, case by case."""

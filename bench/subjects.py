@@ -81,21 +81,10 @@ def fresh_compile(function: Callable[..., Any], *, keeps_graph: bool = False) ->
         keeps_graph: its backward pass will run more than once on the same saved tensors. Default: False.
     """
     torch.compiler.reset()
-    compiled = torch.compile(function, dynamic=False, fullgraph=True)
-    if not keeps_graph:
-        return compiled
-    first = True
-
-    def call(*inputs: Any) -> Any:
-        nonlocal first
-        if not first:
-            return compiled(*inputs)
-        first = False
-        # Else the first backward pass may overwrite them; and a cached compile of another process would not know of this.
-        with torch._functorch.config.patch(donated_buffer=False, enable_autograd_cache=False):
-            return compiled(*inputs)
-
-    return call
+    # Buffers that a first backward pass may overwrite. PyTorch asks when it compiles and again at every backward pass, so the
+    # answer stands until the next function comes.
+    torch._functorch.config.donated_buffer = not keeps_graph
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def generator(seed: int, device: str) -> torch.Generator:

@@ -72,6 +72,12 @@ def test_mistakes_are_named() -> None:
         run("adaln", "--device", "cpu", "--seconds", "-1")
     with pytest.raises(InputError, match="--grid: expected adaln or attention, got step"):
         run("step", "--tiny", "--device", "cpu", "--grid")
+    with pytest.raises(
+        InputError, match="--against: expected one of apex-like, compile, .*reference for adaln .* 'nosuch'"
+    ):
+        run("adaln", "--device", "cpu", "--against", "compile", "--against", "nosuch")
+    with pytest.raises(InputError, match="--against: expected none for fit on this device, got 'scipy'"):
+        run("fit", "--device", "cpu", "--against", "scipy")
     for suite in ("step", "fit"):
         with pytest.raises(InputError, match="--aot: expected a suite of operators with GPU kernels"):
             run(suite, "--aot")

@@ -5,6 +5,7 @@ The compiler is replaced by the function itself here: what is tested is the orde
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
@@ -14,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditscale.bench import ceilings, fits, models, operators, timing
+from ditscale.bench import ceilings, fits, models, operators, subjects, timing
 from ditscale.bench.cases import Case, Work, block_case, cases, step_case
 from ditscale.bench.plain_dit import PlainDiT
 from ditscale.bench.rows import REQUIRED, STATUSES
@@ -137,6 +138,17 @@ def test_after_the_deadline_cases_are_skipped_and_say_so(session: Session) -> No
     late = replace(session, deadline=time.monotonic() - 1)
     (row,) = late.case(KINDS[0])
     assert (row["status"], row["reason"]) == ("skipped", "the time was up")
+
+
+def test_a_compiled_function_that_keeps_its_graph_goes_backward_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # PyTorch refuses the second pass in any backend; the eager one compiles nothing, which takes seconds.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    function = subjects.fresh_compile(operators.PLAIN["attention"], keeps_graph=True)
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    (once,) = torch.autograd.grad(function(q, q, q).sum(), q)  # as for the check, before calls are timed
+    out = function(q, q, q).sum()
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(out, q, retain_graph=True)[0], once)
 
 
 def test_against_leaves_other_peers_out(session: Session) -> None:
