@@ -169,7 +169,8 @@ def _same_conventions(first: RunTable, second: RunTable, names: tuple[str, str])
             values = [_labels(table, column) for table in (first, second)]
             if all(values) and values[0] != values[1]:
                 unlike[column] = values
-    own_images = unlike.keys() & (set(COMPARED_COLUMNS) - {"architecture"}) and unlike.pop("evaluation", None)
+    other_data = unlike.keys() & (set(COMPARED_COLUMNS) - {"architecture"})
+    own_images = bool(other_data) and unlike.pop("evaluation", None) is not None
     for column, values in unlike.items():
         if column not in COMPARED_COLUMNS:
             came = " and ".join(f"{sorted(v)[0]!r} ({n})" for v, n in zip(values, names, strict=True))
