@@ -37,6 +37,8 @@ _WIDE: Final[tuple[Shape, ...]] = ((1, 17, 1152), (1, 2, 16384))
 _LONG: Final[tuple[Shape, ...]] = ((1, 200, 72), (1, 256, 64))
 # The other widths that have a kernel of their own. (Triton would compile three for each: at a first use, seconds.)
 _OTHER_HEADS: Final[tuple[Shape, ...]] = ((1, 200, 80), (1, 200, 96), (1, 200, 128))
+# Half a head of 64 is vectors of eight halves, of 72 such of four: kernels of their own.
+_TURNED: Final[tuple[Shape, ...]] = ((1, 9, 64),)
 _NORMS: Final = ("layernorm_modulate", "gate_residual_layernorm_modulate")
 _MODULATED: Final = (*_NORMS, "gate_residual")
 
@@ -103,6 +105,7 @@ def _calls(op: str, case: _Case, device: str) -> list[Callable[..., Tensor | Ten
     return [
         functools.partial(function, **tables),
         functools.partial(function, **tables, norm="layer", interleaved=True),
+        functools.partial(function, **tables, norm="none"),
     ]
 
 
@@ -157,8 +160,8 @@ def _cases(op: str, backend: str) -> list[_Case]:
     shapes = _SHAPES
     if op == "attention":
         shapes += _LONG if backend == "triton" else _LONG + _OTHER_HEADS
-    elif op != "qk_norm_rope":
-        shapes += _WIDE
+    else:
+        shapes += _TURNED if op == "qk_norm_rope" else _WIDE
     cases = [_Case(shape) for shape in shapes]
     if op in _MODULATED:
         cases += [*(_Case(shape, "per_token") for shape in _SHAPES), _Case(_SHAPES[0], "shared")]

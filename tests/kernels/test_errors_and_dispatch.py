@@ -20,6 +20,7 @@ from ditscale import kernels
 from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import dispatch, library, selfcheck
 from ditscale.kernels.attn import op as attn_op
+from ditscale.kernels.rotary import op as rotary_op
 
 X, ROW, HEADS = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 2, 3, 8)
 
@@ -278,6 +279,8 @@ class TestSelfCheck:
             ("gate_residual_bwd", "bfloat16", lambda dout, branch, gate: gate.dtype != dout.dtype),
             ("layernorm_modulate_infer", "bfloat16", lambda x, shift, *a: shift.dtype != x.dtype and a[-1] is not True),
             ("bias_gelu_bwd", "float16", lambda dy, x, bias: bias.dtype != x.dtype),
+            ("qk_norm_rope_fwd", "bfloat16", lambda x, *_: x.shape[3] == 64),  # as the heads of most models
+            ("qk_norm_rope_bwd", "float32", lambda *a: a[6] == 0),  # norm="none"
         ],
     )
     def test_a_kernel_that_lies_somewhere_is_found(self, native, monkeypatch, operator, dtype, lies):
@@ -292,7 +295,8 @@ class TestSelfCheck:
 
         assert selfcheck.compare(op, "cpu", dtype, "cpu") is None
         monkeypatch.setitem(dispatch._eager, "cpu", Instead(**{operator: wrong}))
-        monkeypatch.setattr(attn_op, "_ops", lambda backend: dispatch._eager["cpu"])
+        for module in (attn_op, rotary_op):
+            monkeypatch.setattr(module, "_ops", lambda backend: dispatch._eager["cpu"])
         forget(monkeypatch)
         assert "is off by" in selfcheck.compare(op, "cpu", dtype, "cpu")
 
