@@ -17,7 +17,6 @@ File = Annotated[
     typer.Argument(help="CSV, JSONL, JSON or Parquet with one finished run a row, trackio's .db, or a study's folder."),
 ]
 Column = Annotated[str | None, typer.Option(help="Column of this role. Default: the column of that name.")]
-Size = Annotated[str | None, typer.Option(help="Column of model sizes. Default: params.")]
 Where = Annotated[str | None, typer.Option(help="Keep rows for which this holds: 'params > 1e7 and lr == 0.001'.")]
 DropHighest = Annotated[int, typer.Option(help="Leave out this many rows of highest loss.")]
 SixNd = Annotated[
@@ -336,7 +335,7 @@ def predict(
     params: Annotated[float | None, typer.Option(help="Its size.")] = None,
     data: Annotated[float | None, typer.Option(help="Its images or tokens, as the table counts.")] = None,
     law: Annotated[str, typer.Option(help="auto, or one law by name.")] = "auto",
-    size: Size = None,
+    size: Annotated[str | None, typer.Option(help="Column of model sizes. Default: params.")] = None,
     tokens: Column = None,
     images: Column = None,
     compute: Annotated[str | None, typer.Option(help="Column of compute. Default: flops.")] = None,
@@ -443,10 +442,12 @@ def suggest(
     spend: Annotated[float, typer.Option(help="FLOPs to spend on the suggested runs.")],
     quantity: Annotated[str, typer.Option(help="loss or params.")] = "loss",
     count: Annotated[int, typer.Option(help="At most so many runs.")] = 4,
-    size: Size = None,
+    params: Annotated[
+        str | None, typer.Option("--params", "--size", help="Column of model sizes. Default: params.")
+    ] = None,
     tokens: Column = None,
     images: Column = None,
-    compute: Annotated[str | None, typer.Option(help="Column of compute. Default: flops.")] = None,
+    flops: Column = None,
     loss: Column = None,
     budget: Column = None,
     tokens_from_6nd: SixNd = False,
@@ -461,10 +462,10 @@ def suggest(
 
     table = _table(
         file,
-        params=size,
+        params=params,
         tokens=tokens,
         images=images,
-        flops=compute,
+        flops=flops,
         loss=loss,
         budget=budget,
         tokens_from_6nd=tokens_from_6nd,

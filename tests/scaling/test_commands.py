@@ -115,11 +115,11 @@ def test_other_names_of_columns(run, tmp_path: Path) -> None:  # type: ignore[no
     names = {"params": "N", "tokens": "D", "flops": "C", "loss": "L", "budget": "B"}
     renamed = RunTable.from_columns({names[k]: v for k, v in table.columns.items()}, **names)
     plain, other = _write(table, tmp_path / "plain.csv"), _write(renamed, tmp_path / "other.csv")
-    shared = ("--size", "N", "--compute", "C", "--loss", "L", "--budget", "B")
-    for rest in (
-        ("predict", "--flops", 1e20, "--params", 8e8, "--law", "surface"),
-        ("suggest", "--target", 1e21, "--spend", 1e20),
+    for flops, *rest in (
+        ("--compute", "predict", "--flops", 1e20, "--params", 8e8, "--law", "surface"),
+        ("--flops", "suggest", "--target", 1e21, "--spend", 1e20),
     ):
+        shared = ("--size", "N", flops, "C", "--loss", "L", "--budget", "B")
         code, out, err = run(*rest, other, "--tokens", "D", *shared)
         assert (code, err) == (0, "") and out == run(*rest, plain)[1]
         assert run(*rest, other, "--tokens-from-6nd", *shared)[0] == 0
