@@ -10,7 +10,7 @@ import pytest
 from law_helpers import study
 
 from ditscale.errors import InputError
-from ditscale.scaling import backtest, fit_isoflop, fit_surface
+from ditscale.scaling import RunTable, backtest, fit_figures, fit_isoflop, fit_surface
 from ditscale.scaling.fit_figures import draw_files, draw_fit
 
 DIFFUSION = {"E": 0.2, "A": 40.0, "B": 60.0, "alpha": 0.40, "beta": 0.38}
@@ -69,3 +69,12 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
         draw_files(path, tmp_path)
     with pytest.raises(InputError, match="kind: expected svg or png"):
         draw_files(path, tmp_path, kind="gif")
+
+
+def test_a_surface_without_a_best_size_is_drawn_without_it(runs) -> None:  # type: ignore[no-untyped-def]
+    same = RunTable.from_columns({**runs.columns, "loss": np.full(len(runs), 0.5)})
+    fit = fit_isoflop(same, bootstrap=0)
+    assert fit.surface is not None and not fit.surface.has_optimum(3e12)
+    figure = fit_figures._optima(_saved(fit), fit.surface)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["isoFLOP minima"]
+    fit_figures._isoflop(_saved(fit), fit.surface)
