@@ -6,8 +6,6 @@ from ditscale.dit.files import write_json
 from ditscale.scaling.study import PlannedRun, Study
 
 _PICTURES = 8
-_STEPS = 20
-_GUIDANCE = 2.0
 
 
 def draw_gallery(study: Study, target: PlannedRun) -> None:
@@ -21,7 +19,7 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
     from ditscale.dit.pictures import save_grid
     from ditscale.dit.rundata import RunData
     from ditscale.dit.sampling import draw_samples
-    from ditscale.dit.training import TrainConfig, batch_tensors, open_stream
+    from ditscale.dit.training import TrainConfig, batch_tensors, open_stream, picture_settings
     from ditscale.dit.weights import load_weights
 
     largest = max(study.config.budgets)
@@ -39,15 +37,16 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
         _, y = batch_tensors(prompts, plan.model, None if trained is None else trained.vocabulary)
         generator = torch.Generator().manual_seed(study.config.seed)
         noise = torch.randn(_PICTURES, *plan.model.input_shape, generator=generator)
-        guidance = 1.0 if y is None or not plan.condition_dropout else _GUIDANCE
+        steps, guidance = picture_settings(plan)
         model, objective = load_weights(weights)
-        images = draw_samples(model, noise, y, objective=objective, steps=_STEPS, guidance=guidance)
+        images = draw_samples(model, noise, y, objective=objective, steps=steps, guidance=guidance)
+        images = (trained or RunData.of(stream)).unscaled(images)
         if vae is not None and plan.model.latent_factor > 1:
             from ditscale.dit.encoding import Autoencoder
 
             autoencoder = Autoencoder.load(vae)
             autoencoder.check_model(plan.model)
-            images = autoencoder.decode((trained or RunData.of(stream)).unscaled(images))
-        settings = {"sampler": "heun", "steps": _STEPS, "guidance": guidance, "captions": list(prompts.captions)}
+            images = autoencoder.decode(images)
+        settings = {"sampler": "heun", "steps": steps, "guidance": guidance, "captions": list(prompts.captions)}
         write_json(folder / "samples.json", settings)
         save_grid(path, images, columns=_PICTURES)

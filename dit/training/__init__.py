@@ -9,6 +9,7 @@ from __future__ import annotations
 from ditscale.dit.training.averages import reconstruct
 from ditscale.dit.training.batches import batch_tensors, open_stream, validation_set
 from ditscale.dit.training.config import TrainConfig
+from ditscale.dit.training.evaluation import picture_settings
 from ditscale.dit.training.execution import Execution
 from ditscale.dit.training.loop import Stopped, train
 from ditscale.dit.training.record import RunRecord, check_record, versions
@@ -22,6 +23,7 @@ __all__ = [
     "batch_tensors",
     "check_record",
     "open_stream",
+    "picture_settings",
     "reconstruct",
     "replay_step",
     "train",

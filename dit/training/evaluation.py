@@ -43,6 +43,15 @@ def validation_losses(config: TrainConfig, state: TrainState, validation: Valida
     return [total / len(validation.images) for total in ranks.sum(totals)]
 
 
+def picture_settings(config: TrainConfig) -> tuple[int, float]:
+    """Steps and guidance of pictures that show how a run does: of a short chain all its steps, and no guidance by a model that
+    has never gone without its condition, or that training told a guidance of 1."""
+    steps = min(_PICTURE_STEPS, getattr(config.flow, "timesteps", _PICTURE_STEPS))
+    model = config.model
+    guided = model.condition != "none" and config.condition_dropout > 0 and not model.guidance_embed
+    return steps, _GUIDANCE if guided else 1.0
+
+
 def draw_pictures(
     config: TrainConfig,
     state: TrainState,
@@ -59,9 +68,7 @@ def draw_pictures(
     generator = torch.Generator().manual_seed(seed_for(config.evaluation_seed, "pictures"))
     noise = torch.randn((count, *validation.images.shape[1:]), generator=generator).to(device)
     y = each(validation.conditions, lambda tensor: tensor[:count].to(device))
-    # What a model predicts without a condition is nothing where it never went without one.
-    guidance = 1.0 if y is None or not config.condition_dropout else _GUIDANCE
-    steps = min(_PICTURE_STEPS, getattr(config.flow, "timesteps", _PICTURE_STEPS))  # of a short chain all
+    steps, guidance = picture_settings(config)
     with state.updater.averaged():
         images = draw_samples(
             state.model, noise, y, objective=config.flow, steps=steps, sampler="euler", guidance=guidance

@@ -200,19 +200,19 @@ def _settle(folder: Path, record: RunRecord) -> None:
 
 
 def _decoder(config: TrainConfig, execution: Execution, stream: ImageStream) -> Callable[[Tensor], Tensor] | None:
-    """What makes pictures of a model's samples; None where they are pictures already, or none are drawn."""
+    """What makes pictures of a model's samples; None where none are drawn."""
     if not execution.sample_every:
         return None
-    channels = config.model.in_channels
+    channels, data = config.model.in_channels, RunData.of(stream)
     if config.model.latent_factor == 1:
         if channels != 3:
             raise InputError(f"execution.sample_every: expected 0 where there are no pictures, got {channels} channels")
-        return None
+        return data.unscaled
     if execution.vae is None:
         raise InputError("execution.vae: expected an autoencoder's folder to draw a model of latents, got none")
     from ditscale.dit.encoding import Autoencoder
 
-    autoencoder, data = Autoencoder.load(execution.vae), RunData.of(stream)
+    autoencoder = Autoencoder.load(execution.vae)
     autoencoder.check_model(config.model)
     return lambda latents: autoencoder.decode(data.unscaled(latents.cpu()))
 
