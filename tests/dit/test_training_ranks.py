@@ -68,7 +68,7 @@ def runs(tmp_path_factory):
     two = [
         scenario(folders["ddp"], config(), **LOOKS),
         scenario(folders["fsdp"], config(), parallel="fsdp", **LOOKS),
-        scenario(folders["pieces"], config(), parallel="fsdp", microbatch=2, recompute="block"),
+        scenario(folders["pieces"], config(), parallel="fsdp", microbatch=2, recompute="block", **LOOKS),
         scenario(folders["parts"], config(), 3, parallel="fsdp", **LOOKS),
         scenario(folders["parts"], config(), 2, parallel="fsdp", **LOOKS),
         scenario(folders["parts"], config(), parallel="fsdp", **LOOKS),
@@ -111,7 +111,7 @@ def test_the_curve_is_that_of_one_process(runs, name):
         torch.testing.assert_close(weights(runs[name])[key], value, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "parts", "hsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "pieces", "parts", "hsdp"])
 def test_what_is_seen_on_the_way_is_what_one_process_sees(runs, name):
     """That looking changes nothing, the curves tell: these are of the averaged weights at their steps."""
     seen, theirs = (

@@ -157,13 +157,11 @@ def test_a_job_that_cannot_be_done_stops_the_study_in_one_line(study):
 
 def test_a_fault_that_nobody_foresaw_stops_the_study_with_its_text(study):
     study, runs = study
-    study.config.execution["sample_every"] = 1
     folder = study.run_folder(runs[0].run_id)
-    folder.mkdir(parents=True)
+    (folder / "run.json").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(runs[0].training))
-    (folder / "samples").write_text("no folder")
     said = []
-    with pytest.raises(InputError, match=f"{runs[0].run_id}: FileExistsError: .*samples"):
+    with pytest.raises(InputError, match=rf"{runs[0].run_id}: IsADirectoryError: .*run\.json"):
         execute(study, runs[:1], LocalPool(1, 1), say=said.append)
     assert not any("died" in sentence for sentence in said)
 
