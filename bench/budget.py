@@ -1,5 +1,5 @@
 """The committed budget of every kernel, and what may not get worse: local and shared memory, bytes and width of accesses, tensor
-cores, and how many threads a multiprocessor holds. One file a family under ``bench/budgets``, one line for kernels that are equal."""
+cores, and how many threads a multiprocessor holds. One file a family under ``bench/budgets``, one line for equal kernels."""
 
 from __future__ import annotations
 
