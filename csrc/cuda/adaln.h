@@ -1,6 +1,6 @@
-// Launchers of the adaLN kernels. `partial` holds cut.segments * cut.chunks * sums * D floats; null
-// where a segment is one chunk, whose sums then go to dshift, dscale and dgate at once (not of GELU). Each returns null, or what the
-// launch failed with.
+// Launchers of the adaLN kernels. `partial` holds cut.segments * cut.chunks * sums * D floats; null where a segment is one chunk
+// and the kernel writes its sums to dshift, dscale and dgate at once: the norms' without `row_stats`, the residual's where it
+// "is direct". Each returns null, or what the launch failed with.
 #pragma once
 
 #include "../common/adaln_args.h"
@@ -13,6 +13,7 @@ bool backward_needs_row_stats(const BackwardArgs& a, Storage storage);
 const char* launch_backward(
     const BackwardArgs& a, Storage storage, const Shape& s, const Cut& cut, float* partial, float* row_stats, void* stream);
 const char* launch_residual(const ResidualArgs& a, Storage storage, const Shape& s, void* stream);
+bool residual_is_direct(const ResidualArgs& a, Storage storage);
 const char* launch_residual_backward(
     const ResidualArgs& a, Storage storage, const Shape& s, const Cut& cut, float* partial, void* stream);
 const char* launch_gelu(const GeluArgs& a, Storage storage, int64_t rows, void* stream);

@@ -9,8 +9,8 @@ namespace {
 // Tasks a backward pass is cut into at most: several blocks for each multiprocessor of the largest device.
 constexpr int64_t TASKS = 1024;
 
-// `launch(cut, partial, stream)`, then the sums over chunks where there are any to make. `direct`: the kernel can write the sums of
-// segments of one chunk where they belong.
+// `launch(cut, partial, stream)`, then the sums over chunks where there are any to make. `direct`: the kernel can write the sums
+// of segments of one chunk where they belong.
 template <class F>
 void with_sums(const Sums& s, bool direct, const F& launch) {
   const OnDevice on(s.like);
@@ -45,7 +45,7 @@ struct Cuda {
       held = allocate({s.B * s.T, 4}, aoti_torch_dtype_float32(), sums.like);
       row_stats = static_cast<float*>(held->mutable_data_ptr());
     }
-    with_sums(sums, true, [&](const Cut& cut, float* partial, void* stream) {
+    with_sums(sums, row_stats == nullptr, [&](const Cut& cut, float* partial, void* stream) {
       return launch_backward(a, storage, s, cut, partial, row_stats, stream);
     });
   }
@@ -54,7 +54,7 @@ struct Cuda {
     check_launch(launch_residual(a, storage, s, on.stream));
   }
   static void residual_backward(const ResidualArgs& a, Storage storage, const Sums& sums) {
-    with_sums(sums, true, [&](const Cut& cut, float* partial, void* stream) {
+    with_sums(sums, residual_is_direct(a, storage), [&](const Cut& cut, float* partial, void* stream) {
       return launch_residual_backward(a, storage, sums.shape, cut, partial, stream);
     });
   }

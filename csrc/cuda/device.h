@@ -161,6 +161,22 @@ __device__ __forceinline__ void store_any(void* p, int storage, int64_t at, floa
   }
 }
 
+// N neighbouring ones, of an address that 16-byte accesses fit: in as few of them as hold the numbers.
+template <int N>
+__device__ __forceinline__ void put_any(void* p, int storage, int64_t at, const float (&value)[N]) {
+  if (storage == 1) {
+    put<bf16, N>(static_cast<bf16*>(p) + at, value);
+  } else if (storage == 2) {
+    put<f16, N>(static_cast<f16*>(p) + at, value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float part[4] = {value[i], value[i + 1], value[i + 2], value[i + 3]};
+      put<float, 4>(static_cast<float*>(p) + at + i, part);
+    }
+  }
+}
+
 template <class T>
 __device__ __forceinline__ const T* row_of(const Strided& v, int64_t b, int64_t t) {
   return static_cast<const T*>(v.data) + b * v.b + t * v.t;

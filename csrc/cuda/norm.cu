@@ -263,12 +263,9 @@ __global__ void __launch_bounds__(FAST_THREADS<T>)
   if (!active) return;
   if (partial == nullptr) {
     const int64_t at = static_cast<int64_t>(blockIdx.x) * a.D + d;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      store_any(a.dshift, a.modulation, at + j, s0[j]);
-      store_any(a.dscale, a.modulation, at + j, s1[j]);
-      if constexpr (BRANCH) store_any(a.dgate, a.modulation, at + j, s2[j]);
-    }
+    put_any<N>(a.dshift, a.modulation, at, s0);
+    put_any<N>(a.dscale, a.modulation, at, s1);
+    if constexpr (BRANCH) put_any<N>(a.dgate, a.modulation, at, s2);
     return;
   }
   float* out = partial + static_cast<int64_t>(blockIdx.x) * SUMS * a.D + d;
@@ -387,12 +384,6 @@ __global__ void __launch_bounds__(ANY_THREADS) backward_any_columns(
       t = 0;
       ++b;
     }
-  }
-  if (partial == nullptr) {
-    store_any(a.dshift, a.modulation, part * a.D + d, s0);
-    store_any(a.dscale, a.modulation, part * a.D + d, s1);
-    if (a.branch.data != nullptr) store_any(a.dgate, a.modulation, part * a.D + d, s2);
-    return;
   }
   const int64_t sums = a.branch.data != nullptr ? 3 : 2;
   float* out = partial + part * sums * a.D + d;

@@ -59,16 +59,14 @@ __global__ void __launch_bounds__(THREADS) residual_kernel(
       ++b;
     }
   }
-  if (BACKWARD && !a.per_token) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const int64_t at = p.part * a.D + p.d + j;
-      if (partial == nullptr) {
-        store_any(a.dgate, a.modulation, at, sum[j]);
-      } else {
-        partial[at] = sum[j];
-      }
+  if constexpr (BACKWARD) {
+    if (a.per_token) return;
+    const int64_t at = p.part * a.D + p.d;
+    if constexpr (N > 1) {
+      if (partial == nullptr) return put_any<N>(a.dgate, a.modulation, at, sum);
     }
+#pragma unroll
+    for (int j = 0; j < N; ++j) partial[at + j] = sum[j];
   }
 }
 
@@ -155,12 +153,15 @@ void residual_with(const ResidualArgs& a, const Cut& cut, float* partial, void* 
   const dim3 grid(static_cast<unsigned>(cut.segments * cut.chunks * blocks)), block(THREADS);
   DS_LAUNCH((residual_kernel<T, N, BACKWARD>), grid, block, stream, a, cut.rows, cut.chunk, cut.chunks, blocks, partial);
 }
+template <class T>
+bool residual_is_fast(const ResidualArgs& a) {
+  constexpr int64_t N = LANES<T>;
+  return a.D % N == 0 && aligned(a.x.data) && aligned(a.branch.data) && aligned(a.out) && a.x.b % N == 0 && a.x.t % N == 0 &&
+      a.branch.b % N == 0 && a.branch.t % N == 0;
+}
 template <class T, bool BACKWARD>
 void residual_as(const ResidualArgs& a, const Cut& cut, float* partial, void* stream) {
-  constexpr int64_t N = LANES<T>;
-  const bool fit = a.D % N == 0 && aligned(a.x.data) && aligned(a.branch.data) && aligned(a.out) && a.x.b % N == 0 &&
-      a.x.t % N == 0 && a.branch.b % N == 0 && a.branch.t % N == 0;
-  if (fit) {
+  if (residual_is_fast<T>(a)) {
     residual_with<T, LANES<T>, BACKWARD>(a, cut, partial, stream);
   } else {
     residual_with<T, 1, BACKWARD>(a, cut, partial, stream);
@@ -191,6 +192,12 @@ const char* launch_residual(const ResidualArgs& a, Storage storage, const Shape&
   if (s.B * s.T == 0) return nullptr;
   DS_BY_STORAGE(storage, (residual_as<T, false>(a, short_cut(s.B, s.T), nullptr, stream)));
   return launch_error();
+}
+
+bool residual_is_direct(const ResidualArgs& a, Storage storage) {
+  bool fast = false;
+  DS_BY_STORAGE(storage, (fast = residual_is_fast<T>(a)));
+  return fast;
 }
 
 const char* launch_residual_backward(
