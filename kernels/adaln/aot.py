@@ -20,15 +20,20 @@ def launches() -> list[Launch]:
         for passes in ("forward", "backward"):
             found += [_launch(op, passes, dtype, D) for dtype in SIZE for D in _WIDTHS]
             found.append(_launch(op, passes, "bfloat16", 1152, "per_token"))
+    for op in ("gate_residual", _FUSED):
         found.append(_launch(op, "backward", "bfloat16", 1152, "short samples", T=16, architectures=_FEW))
     found.append(_launch("layernorm_modulate", "forward", "bfloat16", 1152, "no statistics"))
     for op in _NORMS:
         for passes in ("forward", "backward"):
             found += [_launch(op, passes, "bfloat16", D, architectures=_FEW) for D in (1536, 2240, 3072)]
-            for variant in ("shared", "float32 modulation", "rms"):
-                found.append(_launch(op, passes, "bfloat16", 1152, variant, architectures=_FEW))
-        for dtype in ("float32", "bfloat16"):
-            found.append(_launch(op, "backward", dtype, 1152, "no statistics", architectures=_FEW))
+    # The fused operator's kernels are the other's with more in them.
+    for passes in ("forward", "backward"):
+        for variant in ("shared", "float32 modulation", "rms"):
+            found.append(_launch(_FUSED, passes, "bfloat16", 1152, variant, architectures=_FEW))
+    for dtype in ("float32", "bfloat16"):
+        found.append(_launch(_FUSED, "backward", dtype, 1152, "no statistics", architectures=_FEW))
+    # It has the larger tile, so the more to lose where the statistics are made again.
+    found.append(_launch("layernorm_modulate", "backward", "float32", 1152, "no statistics", architectures=_FEW))
     return found
 
 
