@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,20 +81,7 @@ def surface(
     """Fit the loss surface L(N, D) and its compute-optimal allocation."""
     from ditscale.scaling.surface import fit_surface
 
-    table = _table(
-        file,
-        params=params,
-        tokens=tokens,
-        images=images,
-        flops=flops,
-        loss=loss,
-        budget=budget,
-        tokens_from_6nd=tokens_from_6nd,
-        drop_highest=drop_highest,
-        where=where,
-        last_step=last_step,
-        pool=pool,
-    )
+    table = _runs(locals())
     _print(
         fit_surface(
             table,
@@ -133,20 +120,7 @@ def isoflop(
     """Fit a curve of loss against size at every budget, and power laws through the minima."""
     from ditscale.scaling.isoflop import fit_isoflop
 
-    table = _table(
-        file,
-        params=params,
-        tokens=tokens,
-        images=images,
-        flops=flops,
-        loss=loss,
-        budget=budget,
-        tokens_from_6nd=tokens_from_6nd,
-        drop_highest=drop_highest,
-        where=where,
-        last_step=last_step,
-        pool=pool,
-    )
+    table = _runs(locals())
     _print(fit_isoflop(table, vertex=vertex, space=space, bootstrap=bootstrap, seed=seed), as_json)
 
 
@@ -314,18 +288,7 @@ def hparams(
     """Fit the best learning rate and batch as power laws of N and D, from cells of runs."""
     from ditscale.scaling.hparams import fit_hparams
 
-    table = _table(
-        file,
-        params=params,
-        tokens=tokens,
-        images=images,
-        flops=flops,
-        loss=loss,
-        tokens_from_6nd=tokens_from_6nd,
-        where=where,
-        last_step=last_step,
-        pool=pool,
-    )
+    table = _runs(locals())
     _print(fit_hparams(table, lr=lr, batch=batch, bootstrap=bootstrap, seed=seed), as_json)
 
 
@@ -386,20 +349,7 @@ def backtest(
     """Score law forms on compute that they did not see."""
     from ditscale.scaling.holdout import backtest as score
 
-    table = _table(
-        file,
-        params=params,
-        tokens=tokens,
-        images=images,
-        flops=flops,
-        loss=loss,
-        budget=budget,
-        tokens_from_6nd=tokens_from_6nd,
-        drop_highest=drop_highest,
-        where=where,
-        last_step=last_step,
-        pool=pool,
-    )
+    table = _runs(locals())
     _print(score(table, axis=by, laws=law), as_json)
 
 
@@ -423,14 +373,7 @@ def compare(
     """Compare how two designs or data sets scale: differences with intervals."""
     from ditscale.scaling.comparison import compare as set_against
 
-    options: dict[str, Any] = {"params": params, "tokens": tokens, "images": images, "flops": flops, "loss": loss}
-    options |= {
-        "budget": budget,
-        "tokens_from_6nd": tokens_from_6nd,
-        "where": where,
-        "last_step": last_step,
-        "pool": pool,
-    }
+    options = _columns(locals())
     tables = [_table(file, **options) for file in (first, second)]
     names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
     _print(set_against(*tables, target=target, names=names, law=law, pool=pool), as_json)
@@ -460,19 +403,7 @@ def suggest(
     from ditscale.scaling.nextruns import suggest_runs
     from ditscale.scaling.surface import fit_surface
 
-    table = _table(
-        file,
-        params=params,
-        tokens=tokens,
-        images=images,
-        flops=flops,
-        loss=loss,
-        budget=budget,
-        tokens_from_6nd=tokens_from_6nd,
-        where=where,
-        last_step=last_step,
-        pool=pool,
-    )
+    table = _runs(locals())
     _print(suggest_runs(fit_surface(table), target=target, spend=spend, quantity=quantity, count=count), as_json)
 
 
@@ -515,15 +446,7 @@ def draw(
     """Draw the figures of a fit: curves, optima, residuals, the floor's profile, exponents, backtest."""
     from ditscale.scaling.fit_figures import draw_files
 
-    options: dict[str, Any] = {"params": params, "tokens": tokens, "images": images, "flops": flops, "loss": loss}
-    options |= {
-        "budget": budget,
-        "tokens_from_6nd": tokens_from_6nd,
-        "where": where,
-        "last_step": last_step,
-        "pool": pool,
-    }
-    paths = [str(path) for path in draw_files(source, out, kind=kind, **options)]
+    paths = [str(path) for path in draw_files(source, out, kind=kind, **_columns(locals()))]
     if as_json:
         from ditscale.scaling.jsonable import dumps
 
@@ -545,6 +468,22 @@ def coverage(
     if out is not None:
         out.write_text(table.to_markdown(), encoding="utf-8")
     _print(table, as_json)
+
+
+_COLUMNS = (
+    *("params", "tokens", "images", "flops", "loss", "budget"),
+    *("tokens_from_6nd", "drop_highest", "where", "last_step", "pool"),
+)
+
+
+def _columns(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's arguments that say how a table is read."""
+    return {name: arguments[name] for name in _COLUMNS if name in arguments}
+
+
+def _runs(arguments: Mapping[str, Any]) -> RunTable:
+    """The table of a command's ``file``, read as its arguments say."""
+    return _table(arguments["file"], **_columns(arguments))
 
 
 def _table(file: Path, **options: Any) -> RunTable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +159,23 @@ def test_equal_bits_from_run_to_run_and_for_any_thread_count(backend, dtype):
                 assert torch.equal(value, first[name]), (name, count)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("tasks", [128, 1024], ids=["cpu", "gpu"])
+def test_chunks_are_cut_by_the_rule_that_is_stated(tasks):
+    """csrc/common/adaln_args.h, restated: equal on every backend, and no partial sums beyond an eighth of x."""
+    pytest.importorskip("triton")
+    from ditscale.kernels.adaln.triton_kernels import cut_rows
+
+    def chunks(rows: int, segments: int, least: int) -> int:
+        count = max(rows // max(-(-rows * segments // tasks), least), 1)
+        return -(-rows // -(-rows // count))
+
+    for size, sums in itertools.product((2, 4), (1, 2, 3)):
+        for T, B in itertools.product((*range(1, 300), 1024, 4096), (1, 2, 32)):
+            n = cut_rows(2, B, T, sums * 32 // size, tasks)[3]
+            assert n == chunks(T, B, sums * 32 // size)
+            assert n == 1 or n * sums * 4 * 8 <= T * size, (size, sums, T, B)
 
 
 def peak_allocation(function):
