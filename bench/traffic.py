@@ -76,9 +76,11 @@ def count(launch: Launch) -> dict[str, Any]:
     from triton.runtime import interpreter
 
     from ditscale.kernels.dispatch import interpreting
+    from ditscale.kernels.interpreter import hasten
 
     if not interpreting():
         raise InputError("TRITON_INTERPRET: expected 1 for counting traffic, got 0")
+    hasten()
     dims = small(launch)
     counter = _Counter(interpreter._interpreter)
     interpreter._interpreter = counter

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # cases.py, shared by these file
 import pytest
 from attention_cases import QUICK_EMULATED, QUICK_INTERPRETED
 
-from ditscale.kernels import dispatch, library
+from ditscale.kernels import dispatch, interpreter, library
 from ditscale.kernels.adaln import shapes as adaln_shapes
 from ditscale.kernels.attn import op as attn_op
 from ditscale.kernels.attn import shapes as attn_shapes
@@ -28,6 +28,8 @@ from ditscale.kernels.rotary import op as rotary_op
 from ditscale.kernels.rotary import shapes as rotary_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
+if dispatch.interpreting() and importlib.util.find_spec("triton"):
+    interpreter.hasten()
 
 
 @pytest.hookimpl(tryfirst=True)
