@@ -287,7 +287,7 @@ def _choose(backend: str, q: Tensor, k: Tensor, *, alone: bool) -> str:
         )
     if q.shape[1] == 0 and k.shape[1] > 0:
         return "reference"  # no head of queries looks at a head of keys
-    if alone and chosen == "cpu" and backend == "auto" and not choice.cpu_pays(q.shape[2], q.shape[3]):
+    if alone and chosen == "cpu" and backend == "auto" and not choice.cpu_pays(q.shape[2], k.shape[2], K):
         return "sdpa"
     return chosen
 

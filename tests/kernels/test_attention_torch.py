@@ -256,16 +256,22 @@ def test_flops_of_packed_sequences_are_counted_one_by_one(fake):
 def test_auto_takes_what_measured_faster():
     from ditscale.kernels.attn.op import _choose
 
-    def chosen(backend: str, T: int, K: int, dtype: torch.dtype = torch.float32, *, alone: bool = True) -> str:
-        q = torch.zeros(1, 1, T, K, dtype=dtype)
-        return _choose(backend, q, q, alone=alone)
+    def chosen(
+        backend: str, T: int, K: int, dtype: torch.dtype = torch.float32, *, S: int | None = None, alone: bool = True
+    ) -> str:
+        q, k = torch.zeros(1, 1, T, K, dtype=dtype), torch.zeros(1, 1, S or T, K, dtype=dtype)
+        return _choose(backend, q, k, alone=alone)
 
     assert chosen("auto", 64, 8) == "cpu"
     assert chosen("auto", 1, 72) == "sdpa"
     assert chosen("auto", 1, 72, alone=False) == "cpu"  # biases and gradients are not PyTorch's strong side
     assert chosen("cpu", 1, 72) == "cpu"  # a name is taken at its word
-    assert choice.cpu_pays(1, 8)
-    assert not choice.cpu_pays(2, 64)
+    assert chosen("auto", 16, 64) == "cpu"
+    assert chosen("auto", 16, 64, S=256) == "sdpa"  # few queries before many keys
+    assert chosen("auto", 48, 64, S=256) == "cpu"
+    assert choice.cpu_pays(1, 1, 8)
+    assert not choice.cpu_pays(1, 1024, 8)
+    assert not choice.cpu_pays(2, 2, 64)
     assert chosen("auto", 64, 8, torch.float64) in ("sdpa", "reference")
 
 
