@@ -85,11 +85,12 @@ class Scenario:
         spreads = self.noise * self.falling ** np.linspace(0.5, -0.5, len(self.budgets))
         for budget, spread in zip(self.budgets, spreads, strict=True):
             shared = self.shock * rng.standard_normal()
-            for n in self.optimum(budget)[0] * np.geomspace(1 / self.width, self.width, self.sizes):
-                d = budget / (self.cost * n)
-                error = shared + spread * self._draw(rng)
-                loss = float(SURFACE.predict(self.surface, params=n, data=d)) * float(np.exp(error))
-                records.append({"params": n, "tokens": d, "flops": budget, "loss": loss, "budget": budget})
+            params = self.optimum(budget)[0] * np.geomspace(1 / self.width, self.width, self.sizes)
+            tokens = budget / (self.cost * params)
+            losses = SURFACE.predict(self.surface, params=params, data=tokens)
+            for n, d, loss in zip(params, tokens, losses, strict=True):
+                seen = float(loss) * float(np.exp(shared + spread * self._draw(rng)))
+                records.append({"params": n, "tokens": d, "flops": budget, "loss": seen, "budget": budget})
         if self.outlier:
             records[int(rng.integers(len(records)))]["loss"] *= 1.0 + self.outlier
         return RunTable.from_records(records)

@@ -16,9 +16,9 @@ from ditscale.scaling.laws import POWER
 
 @pytest.mark.parametrize("scenario", [SCENARIOS[0], SCENARIOS[2]], ids=["no shock", "shock"])
 def test_nominal_95_covers_92_to_98(scenario) -> None:  # type: ignore[no-untyped-def]
-    # 35 runs in 5 budgets, targets at 100x. One standard error of a perfect 95 % is 1.3 % with 300 studies, and the
+    # 35 runs in 5 budgets, targets at 100x. One standard error of a perfect 95 % is 1.5 % with 200 studies, and the
     # bounds are not widened for it; docs/coverage.md holds the same with thousands of studies and every method.
-    table = coverage_table(draws=300, seed=10_000, scenarios=(scenario,), methods=("default",))
+    table = coverage_table(draws=200, seed=10_000, scenarios=(scenario,), methods=("default",))
     row = table.rows[0]
     for quantity in ("a", "N_opt", "loss", "new run"):
         assert 0.92 <= row[quantity] <= 0.98, (quantity, row[quantity])
