@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
 import pytest
 import torch
+from flops_measuring import QuickProducts
 from model_variants import TINY, VARIANTS, config_of, inputs_of, randomised
 from restated_dit import Restated
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,12 +76,15 @@ def routes_of(config: DiTConfig, x: torch.Tensor, t: torch.Tensor) -> dict[int, 
     return routes
 
 
-def measured(config: DiTConfig, batch: int) -> tuple[int, int, int]:
-    """Forward and backward FLOPs by torch's counter on the meta device, and parameters."""
+def measured(config: DiTConfig, batch: int, quick: bool = True) -> tuple[int, int, int]:
+    """Forward and backward FLOPs by torch's counter on the meta device, and parameters; by torch's own meta kernels unless
+    ``quick``.
+    """
     with torch.device("meta"):
         model = DiT(config)
     inputs = [to_meta(value) for value in inputs_of(config, batch)]
-    with FlopCounterMode(display=False) as counter:
+    shapes = QuickProducts() if quick else contextlib.nullcontext()
+    with shapes, FlopCounterMode(display=False) as counter:
         out = model(*inputs)
         forward = counter.get_total_flops()
         out.sum().backward()
@@ -101,6 +106,11 @@ def test_the_ledger_counts_the_model_that_is_built(name):
     for changes in ({}, {"mlp_hidden": 7, **deeper}):
         config = config_of(name, **changes)
         assert measured(config, 3) == counted(config, 3)
+
+
+def test_quick_shapes_change_no_count():
+    for name in ("adaln-zero", "joint, then single", "mixture with room", "routed, in context"):
+        assert measured(config_of(name), 2) == measured(config_of(name), 2, quick=False)
 
 
 def drawn(number: int) -> DiTConfig:
