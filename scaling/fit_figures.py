@@ -153,7 +153,8 @@ def _isoflop(curves: Record, surface: SurfaceFit | None) -> Figure:
         ax.plot(best["params"], best["loss"], "D", ms=7.5, mfc=LIGHT["card"], mec=tint, mew=1.8, zorder=4)
         heights += [float(curve.min())]
         if surface is not None and surface.cost is not None:
-            slice_ = surface.predict(params=size, flops=np.full_like(size, best["budget"])).value
+            data = surface.cost.data(np.full_like(size, best["budget"]), size)
+            slice_ = surface.fit.law.predict(surface.fit.params, params=size, data=data)
             ax.plot(size, slice_, color=tint, linewidth=1.1, linestyle=(0, (4, 2)), zorder=2.3)
         if surface is not None and _allocates(surface, best["budget"]):
             size_opt = surface.optimum(best["budget"])
@@ -178,6 +179,7 @@ def _optima(curves: Record, surface: SurfaceFit | None) -> Figure:
     budgets = np.array([best["budget"] for best in curves["optima"]])
     reach = np.geomspace(budgets.min() / 1.5, budgets.max() * _BEYOND, 40)
     spends = surface is not None and all(_allocates(surface, float(c)) for c in (reach[0], reach[-1]))
+    along = [surface.optimum(float(c)) for c in reach] if spends and surface is not None else []
     for ax, key, name, unit in (
         (panels[0], "N_opt", "params", "parameters"),
         (panels[1], "D_opt", "data", curves["data_unit"]),
@@ -186,8 +188,8 @@ def _optima(curves: Record, surface: SurfaceFit | None) -> Figure:
         ax.fill_between(reach, *line.interval, color=LIGHT["law"], alpha=0.16, linewidth=0)
         ax.plot(reach, line.value, color=LIGHT["law"], label="isoFLOP minima")
         ax.plot(budgets, [best[name] for best in curves["optima"]], "D", ms=6, mfc=LIGHT["card"], mec=LIGHT["law"])
-        if spends and surface is not None:
-            best = [surface.optimum(float(c))[name] for c in reach]
+        if along:
+            best = [optimum[name] for optimum in along]
             low, high = np.array([b.ends for b in best]).T
             ax.fill_between(reach, low, high, color=LIGHT["measured"], alpha=0.16, linewidth=0)
             ax.plot(reach, [b.value for b in best], color=LIGHT["measured"], linestyle=(0, (4, 2)), label="surface")

@@ -75,8 +75,9 @@ def gradient_of(quantity: Quantity, theta: Array, scale: Array) -> Array:
 
 def spread_interval(value: float, spread: Spread, *, log: bool, level: float, method: str) -> Interval:
     """A symmetric interval from the distribution of the error (on the logarithm where ``log``)."""
-    se, dof = spread.student()
-    return _around(value, spread.reach(level), se, dof, log=log, level=level, method=method)
+    reach = spread.reach(level)
+    se, dof = spread.student(reach if level == 0.95 else None)
+    return _around(value, reach, se, dof, log=log, level=level, method=method)
 
 
 def t_interval(value: float, se: float, dof: float, *, log: bool, level: float, method: str) -> Interval:

@@ -58,6 +58,11 @@ def write_report(study_dir: str | Path, out: str | Path | None = None) -> Path:
     page = Path(out) if out is not None else view.folder / "report.html"
     if page.is_dir():
         raise InputError(f"{page}: expected the page's file name, got a folder")
+    folder = page.parent / "figures"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # before the drawing, which takes seconds
+    except OSError as error:
+        raise _unwritable(error, page) from error
     figures = draw_figures(view)
     files = {f"{name}.svg": save(figure, "svg") for name, figure in figures.items()}
     if "law" in figures:
@@ -72,17 +77,17 @@ def write_report(study_dir: str | Path, out: str | Path | None = None) -> Path:
         for name, figure in figures.items()
     }
     html = build_page(view, drawings)
-    folder = page.parent / "figures"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             _replace(folder / name, content)
         _replace(page, html.encode())
     except OSError as error:
-        raise InputError(
-            f"{error.filename or page}: expected a place to write the page to, got {error.strerror}"
-        ) from error
+        raise _unwritable(error, page) from error
     return page
+
+
+def _unwritable(error: OSError, page: Path) -> InputError:
+    return InputError(f"{error.filename or page}: expected a place to write the page to, got {error.strerror}")
 
 
 def build_page(view: StudyView, drawings: dict[str, tuple[str, str]]) -> str:

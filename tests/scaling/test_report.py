@@ -50,10 +50,15 @@ def study(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def written(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished study's page as a file, elsewhere, with its figures beside it."""
+    return write_report(finished, tmp_path_factory.mktemp("page") / "elsewhere" / "page.html")
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> str:
     """The finished study's page."""
-    out = tmp_path_factory.mktemp("page") / "report.html"
-    return write_report(finished, out).read_text(encoding="utf-8")
+    return written.read_text(encoding="utf-8")
 
 
 class _Reader(HTMLParser):
@@ -131,8 +136,16 @@ def test_the_room_needs_no_torch_and_loads_matplotlib_late() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_same_study_gives_the_same_bytes(finished: Path, page: str, tmp_path: Path) -> None:
-    assert write_report(finished, tmp_path / "again.html").read_text(encoding="utf-8") == page
+def test_the_same_study_gives_the_same_bytes(finished: Path, written: Path, tmp_path: Path) -> None:
+    assert write_report(finished, tmp_path / "again.html").read_bytes() == written.read_bytes()
+    for path in (written.parent / "figures").iterdir():
+        assert (tmp_path / "figures" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_page_lies_in_its_study_unless_it_is_told_where(finished: Path, tmp_path: Path) -> None:
+    study = page_fixture.rewind(finished, tmp_path / "designed", "designed")  # nothing to draw
+    assert write_report(study) == study / "report.html"
+    assert (study / "report.html").is_file()
 
 
 def test_markup_in_names_and_captions_stays_text(study: Path) -> None:
@@ -289,14 +302,14 @@ def test_laws_with_missing_parts_still_make_a_page(study: Path) -> None:
 # Figures
 
 
-def test_figures_are_written_as_files_of_their_own(study: Path) -> None:
-    write_report(study)
-    drawn = {path.name for path in (study / "figures").iterdir()}
+def test_figures_are_written_as_files_of_their_own(written: Path) -> None:
+    folder = written.parent / "figures"
+    drawn = {path.name for path in folder.iterdir()}
     assert drawn == {"law.svg", "law.png", "isoflop.svg", "optima.svg", "curves.svg", "timesteps.svg"}
-    for path in (study / "figures").glob("*.svg"):
+    for path in folder.glob("*.svg"):
         root = xml.etree.ElementTree.parse(path).getroot()
         assert root.tag.endswith("svg") and "var(" not in path.read_text()
-    assert (study / "figures" / "law.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "law.png").read_bytes().startswith(b"\x89PNG")
 
 
 # What can be drawn grows with the study; a half-finished one must not stumble over what is not there.
