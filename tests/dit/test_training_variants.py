@@ -57,7 +57,7 @@ def config_for(name: str) -> DiTConfig:
 
 
 def plan(model: DiTConfig, **changes) -> TrainConfig:
-    settings = {"data": "emoji_clips" if model.is_video else "emoji_scenes", "batch": 8, "images": 8 * 50, "lr": 1e-2}
+    settings = {"data": "emoji_clips" if model.is_video else "emoji_scenes", "batch": 8, "images": 8 * 30, "lr": 2e-2}
     settings |= {"evaluation_images": 24, "evaluation_times": 4}
     return TrainConfig(**{"model": model, **settings, **changes})
 
@@ -83,8 +83,8 @@ def test_the_loss_falls(tmp_path, name):
     config = plan(config_for(name))
     record = train(config, tmp_path / "run")
     assert record["status"] == "finished"
-    # A model that says nothing has the loss E |eps - x_0|^2; fifty small steps already say much.
-    assert record["loss"] < 0.75 * untrained_loss(config), record["loss"]
+    # A model that says nothing has the loss E |eps - x_0|^2; thirty small steps already say much.
+    assert record["loss"] < 0.82 * untrained_loss(config), record["loss"]
     assert config.model.experts == 0 or load_weights(tmp_path / "run/weights.safetensors")[0].balance_loss is None
 
 
@@ -118,7 +118,7 @@ def test_the_loss_falls_on_data_on_disk(tmp_path, own_data, name):
     fields = TINY | VARIANTS[name] | changes
     classes = len(list(data.iterdir())) if data.name == "pictures" else 9
     fields |= {"num_classes": classes, "mup_base_width": 24}
-    config = plan(DiTConfig(**fields), data=str(data))
+    config = plan(DiTConfig(**fields), data=str(data), images=8 * 51)
     record = train(config, tmp_path / "run")
     assert record["loss"] < 0.75 * untrained_loss(config), record["loss"]
     assert record["data"].endswith(f"{data.name}/train") and record["epochs"] > 1
@@ -136,7 +136,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_loss_of_every_objective_falls_and_its_model_draws(tmp_path, name):
     objective, changes, share = OBJECTIVES[name]
-    config = plan(config_for("adaln-zero").replace(**changes), objective=objective)
+    config = plan(config_for("adaln-zero").replace(**changes), objective=objective, images=8 * 50, lr=1e-2)
     record = train(config, tmp_path / "run")
     assert record["loss"] < share * untrained_loss(config), record["loss"]
     assert (record["objective"].split("(")[0], record["loss_kind"]) == (objective.record_name, objective.loss_kind)
