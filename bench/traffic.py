@@ -41,7 +41,7 @@ class _Counter:
     def __init__(self, memory: Any) -> None:
         self.memory = memory
         self.asked = 0
-        self.seen: dict[str, list[Array]] = {"load": [], "store": []}
+        self.seen: dict[str, list[tuple[Array, int]]] = {"load": [], "store": []}  # addresses, and bytes at each
 
     def load(self, addresses: Array, mask: Any, other: Any, dtype: Any) -> Any:
         self._note("load", addresses, mask, np.dtype(dtype).itemsize)
@@ -59,12 +59,22 @@ class _Counter:
             np.broadcast_to(addresses, np.broadcast(addresses, mask).shape)[np.broadcast_to(mask, addresses.shape)]
         )
         self.asked += used.size * size
-        self.seen[way].append((used[:, None] + np.arange(size, dtype=np.uint64)).ravel())
+        self.seen[way].append((used, size))
 
     @property
     def touched(self) -> int:
         """Different bytes read, and different bytes written."""
-        return sum(np.unique(np.concatenate(found)).size for found in self.seen.values() if found)
+        return sum(_covered(found) for found in self.seen.values() if found)
+
+
+def _covered(found: list[tuple[Array, int]]) -> int:
+    """Bytes that lie in any of the accesses."""
+    first = np.concatenate([addresses for addresses, _ in found])
+    end = np.concatenate([addresses + np.uint64(size) for addresses, size in found])
+    order = np.argsort(first)
+    first, reached = first[order], np.maximum.accumulate(end[order])
+    known = np.concatenate([first[:1], reached[:-1]])  # up to here all is counted
+    return int((reached - np.maximum(first, known)).sum())
 
 
 def count(launch: Launch) -> dict[str, Any]:
