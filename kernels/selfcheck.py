@@ -1,6 +1,6 @@
 """A kernel proves itself where it runs: on a small input, forward and backward, against plain PyTorch in float64.
 
-``auto`` asks before it uses an (operator, backend, dtype) for the first time on a device. The verdict is kept in the user's
+``auto`` asks before it uses an (operator, backend, dtype) for the first time: on one device of each kind. The verdict is kept in the user's
 cache under the versions, device and driver it was found with, so it costs milliseconds once per machine. A kernel that no
 one has run on a device yet cannot give a user a wrong number: a mismatch is said once and plain PyTorch takes its place.
 """
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,10 +119,10 @@ def _run(function: Callable[..., Tensor | Tensors], inputs: Tensors, backend: st
     return (*(o.detach() for o in outputs), *grads)
 
 
-def compare(op: str, backend: str, dtype: torch.dtype, device: str) -> str | None:
-    """Run the check now; None where the kernel is right, else what is wrong in one line."""
+def compare(op: str, backend: str, dtype: torch.dtype, device: str, index: int | None = None) -> str | None:
+    """Run the check now; None where the kernel is right, else what is wrong in one line. ``index`` of a GPU: the current one."""
     try:
-        return _apart(lambda: _compare(op, backend, dtype, device), device)
+        return _apart(lambda: _compare(op, backend, dtype, device), device, index)
     except Exception as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
         began = "it broke the device's context: " if _context_is_lost(device) else THREW
         return f"{began}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -140,17 +140,17 @@ def _context_is_lost(device: str) -> bool:
     return False
 
 
-def _apart(call: Callable[[], str | None], device: str) -> str | None:
+def _apart(call: Callable[[], str | None], device: str, index: int | None = None) -> str | None:
     """The result of ``call`` in a thread of its own: whatever the caller is inside of (fake tensors, counting, autocast,
     inference, transforms, hooks on saved tensors) belongs to the caller's thread and neither sees the check nor changes it.
     """
 
     def run() -> str | None:
         if device == "cuda":
-            torch.cuda.set_device(index)
+            torch.cuda.set_device(current if index is None else index)
         return call()
 
-    index = torch.cuda.current_device() if device == "cuda" else 0
+    current = torch.cuda.current_device() if device == "cuda" else 0
     with ThreadPoolExecutor(1, "ditscale-self-check") as thread:
         return thread.submit(run).result()
 
@@ -190,8 +190,23 @@ def _cache_file() -> Path | None:
     return None if folder is None else folder / "selfcheck.json"
 
 
+def _kinds(device_type: str) -> list[int]:
+    """A device of each kind that this process sees: ``auto`` chooses for all of them alike."""
+    kinds: dict[tuple[Any, ...], int] = {}
+    for index in range(torch.cuda.device_count() if device_type == "cuda" else 1):
+        kinds.setdefault(_kind(device_type, index), index)
+    return list(kinds.values())
+
+
+def _kind(device_type: str, index: int) -> tuple[str, ...]:
+    if device_type != "cuda":
+        return ()
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.name, f"sm_{properties.major}{properties.minor}")
+
+
 @functools.cache
-def _where(backend: str, device_type: str) -> str:
+def _where(backend: str, device_type: str, index: int) -> str:
     """What a verdict holds for: versions, the build of the kernel, device and driver."""
     parts = [ditscale.__version__, torch.__version__]
     for source in _sources(backend):
@@ -204,9 +219,8 @@ def _where(backend: str, device_type: str) -> str:
 
         parts.append(triton.__version__)
     if device_type == "cuda":
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         driver = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else 0
-        parts += [properties.name, f"sm_{properties.major}{properties.minor}", str(driver)]
+        parts += [*_kind(device_type, index), str(driver)]
     return " ".join(parts)
 
 
@@ -241,15 +255,20 @@ def _write(key: str, verdict: str | None) -> None:
 
 
 def check(op: str, backend: str, dtype: torch.dtype, device_type: str, *, again: bool = False) -> str | None:
-    """What is wrong with a kernel, from the cache or, where that knows nothing or ``again``, by running it; None: nothing."""
-    key = f"{op} {backend} {str(dtype).removeprefix('torch.')} on {_where(backend, device_type)}"
-    known = {} if again else _read()
-    if key in known:
-        return known[key]
-    verdict = compare(op, backend, dtype, device_type)
-    if verdict is None or not verdict.startswith(THREW):
-        _write(key, verdict)
-    return verdict
+    """What is wrong with a kernel on any kind of device here; None: nothing. From the cache or, where that knows nothing or
+    ``again``, by running it."""
+    for index in _kinds(device_type):
+        key = f"{op} {backend} {str(dtype).removeprefix('torch.')} on {_where(backend, device_type, index)}"
+        known = {} if again else _read()
+        if key in known:
+            verdict = known[key]
+        else:
+            verdict = compare(op, backend, dtype, device_type, index)
+            if verdict is None or not verdict.startswith(THREW):
+                _write(key, verdict)
+        if verdict is not None:
+            return verdict
+    return None
 
 
 @functools.cache

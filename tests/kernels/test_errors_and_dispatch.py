@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -299,6 +300,28 @@ class TestSelfCheck:
             monkeypatch.setattr(module, "_ops", lambda backend: dispatch._eager["cpu"])
         forget(monkeypatch)
         assert "is off by" in selfcheck.compare(op, "cpu", dtype, "cpu")
+
+    def test_every_kind_of_gpu_in_the_machine_is_asked(self, fresh, monkeypatch):
+        kinds = [("H200", 9, 0), ("H200", 9, 0), ("A100", 8, 0)]
+        asked = []
+
+        def compare(op, backend, dtype, device, index):
+            asked.append(index)
+            return "wrong" if index == 2 else None
+
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda i: types.SimpleNamespace(**dict(zip(("name", "major", "minor"), kinds[i], strict=True))),
+        )
+        monkeypatch.setattr(selfcheck, "compare", compare)
+        selfcheck._where.cache_clear()
+        assert selfcheck.check("bias_gelu", "triton", torch.float32, "cuda") == "wrong"
+        assert selfcheck.check("bias_gelu", "triton", torch.float32, "cuda") == "wrong"
+        assert asked == [0, 2]  # a kind once, and kept for both
+        assert len(selfcheck._read()) == 2
+        selfcheck._where.cache_clear()
 
     def test_a_verdict_holds_for_the_sources_of_every_triton_kernel(self):
         names = {f"{path.parent.name}/{path.name}" for path in selfcheck._sources("triton")}
