@@ -1,8 +1,8 @@
 """A kernel proves itself where it runs: on a small input, forward and backward, against plain PyTorch in float64.
 
-``auto`` asks before it uses an (operator, backend, dtype) for the first time: on one device of each kind. The verdict is kept in the user's
-cache under the versions, device and driver it was found with, so it costs milliseconds once per machine. A kernel that no
-one has run on a device yet cannot give a user a wrong number: a mismatch is said once and plain PyTorch takes its place.
+``auto`` asks before it uses an (operator, backend, dtype) for the first time: on one device of each kind. The verdict is kept
+in the user's cache under the versions, device and driver it was found with, so it costs milliseconds once per machine. A kernel
+that no one has run on a device yet cannot give a user a wrong number: a mismatch is said once and plain PyTorch takes its place.
 """
 
 from __future__ import annotations
