@@ -25,7 +25,7 @@ def keep_memory(*, override: bool = False) -> bool:
     stays as large as it ever was.
 
     Activations lie in rows of which a head reads a few hundred bytes each, so that with pages of 4 KiB nearly every row asks
-    for a translation of its own. Where the system gives large pages to who asks, addresses for half of the machine's memory are
+    for a translation of its own. Where the system has large pages to give, addresses for half of the machine's memory are
     reserved for the heap in such pages; memory is taken only as it is touched.
 
     Args:
@@ -45,13 +45,15 @@ def keep_memory(*, override: bool = False) -> bool:
     maps, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
     never = -1
     kept = bool(mallopt(maps, 0) and mallopt(trim_threshold, never))
-    if kept and _large_pages_on_demand():
+    if kept and _large_pages_serve():
         _reserve_large_pages(libc, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
     return kept
 
 
-def _large_pages_on_demand() -> bool:
-    """Whether asking for large pages helps, and addresses that are never used cost nothing."""
+def _large_pages_serve() -> bool:
+    """Whether the system has large pages to give, and addresses that are never used cost nothing."""
+    if "MALLOC_PERTURB_" in os.environ:  # which has whatever is asked for written to
+        return False
     try:
         pages = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
         strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
@@ -60,7 +62,7 @@ def _large_pages_on_demand() -> bool:
     import resource
 
     limits = {resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA)}
-    return "[madvise]" in pages and not strict and limits == {resource.RLIM_INFINITY}
+    return "[never]" not in pages and not strict and limits == {resource.RLIM_INFINITY}
 
 
 def _reserve_large_pages(libc: ctypes.CDLL, size: int) -> None:
