@@ -42,8 +42,7 @@ def keep_memory(*, override: bool = False) -> bool:
         mallopt = libc.mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    maps, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    never = -1
+    maps, trim_threshold, never = -4, -1, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD and its value
     kept = bool(mallopt(maps, 0) and mallopt(trim_threshold, never))
     if kept and _large_pages_serve():
         _reserve_large_pages(libc, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
@@ -52,7 +51,9 @@ def keep_memory(*, override: bool = False) -> bool:
 
 def _large_pages_serve() -> bool:
     """Whether the system has large pages to give, and addresses that are never used cost nothing."""
-    if "MALLOC_PERTURB_" in os.environ:  # which has whatever is asked for written to
+    if "MALLOC_PERTURB_" in os.environ or "perturb" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    ):  # all that is asked for is written
         return False
     try:
         pages = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,17 +124,17 @@ def compare(op: str, backend: str, dtype: torch.dtype, device: str, index: int |
     try:
         return _apart(lambda: _compare(op, backend, dtype, device), device, index)
     except Exception as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
-        began = "it broke the device's context: " if _context_is_lost(device) else THREW
+        began = "it broke the device's context: " if _context_is_lost(device, index) else THREW
         return f"{began}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _context_is_lost(device: str) -> bool:
+def _context_is_lost(device: str, index: int | None) -> bool:
     """Whether nothing runs on the device any more in this process, as after an access to what is not there: no matter of the
     moment, and the next process is better off not to try."""
     if device != "cuda":
         return False
     try:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(index)
     except RuntimeError:
         return True
     return False
@@ -192,7 +192,7 @@ def _cache_file() -> Path | None:
 
 def _kinds(device_type: str) -> list[int]:
     """A device of each kind that this process sees: ``auto`` chooses for all of them alike."""
-    kinds: dict[tuple[Any, ...], int] = {}
+    kinds: dict[tuple[str, ...], int] = {}
     for index in range(torch.cuda.device_count() if device_type == "cuda" else 1):
         kinds.setdefault(_kind(device_type, index), index)
     return list(kinds.values())

@@ -60,7 +60,8 @@ class Spread:
         for _ in range(_MOST_STEPS):
             z = x / scales
             beyond = 2.0 * float(self.weights @ special.stdtr(self.dof, -z)) - (1.0 - level)
-            density = peak * np.exp(-(self.dof + 1) / 2 * np.log1p(z * z / self.dof)) / scales
+            with np.errstate(over="ignore"):  # far beyond a narrow part, whose density there is zero
+                density = peak * np.exp(-(self.dof + 1) / 2 * np.log1p(z * z / self.dof)) / scales
             step = beyond / (2.0 * float(self.weights @ density))
             x = min(max(x + step, low), high)
             if abs(step) <= 1e-11 * x:

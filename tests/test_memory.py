@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from training_cases import tiny
 
+from ditscale import memory
 from ditscale.bench import runner
 from ditscale.bench.runner import Session
 from ditscale.bench.timing import TINY
@@ -104,6 +105,29 @@ def test_the_heap_that_is_kept_comes_in_large_pages(default: dict[str, int]) -> 
     assert counted("keep")["new"] < 500
     limited = ["sh", "-c", 'ulimit -v 16000000; exec "$@"', "sh"]
     assert counted("keep", before=limited)["new"] > 7_000  # reserved addresses could be what another part of it lacks
+
+
+@pytest.mark.parametrize(
+    ("pages", "overcommit", "variable", "serve"),
+    [
+        ("always [madvise] never", "0", "", True),
+        ("[always] madvise never", "1", "", True),
+        ("always madvise [never]", "0", "", False),
+        ("always [madvise] never", "2", "", False),  # where addresses count as memory
+        ("always [madvise] never", "0", "MALLOC_PERTURB_", False),  # which writes to all that is asked for
+    ],
+)
+def test_large_pages_are_reserved_where_they_cost_nothing(
+    pages: str, overcommit: str, variable: str, serve: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")
+    for name in [n for n in os.environ if n not in UNDECIDED]:
+        monkeypatch.delenv(name)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    monkeypatch.setattr(Path, "read_text", lambda path: pages if path.name == "enabled" else f"{overcommit}\n")
+    assert memory._large_pages_serve() is serve
 
 
 def test_every_session_of_benchmarks_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from cases import DTYPES, NAME, make
 
 from ditscale import kernels
+from ditscale.kernels import dispatch
 
 
 @pytest.mark.parametrize("mode", ["per_sample", "shared", "per_token"])
@@ -159,6 +162,30 @@ def test_equal_bits_from_run_to_run_and_for_any_thread_count(backend, dtype):
                 assert torch.equal(value, first[name]), (name, count)
     finally:
         torch.set_num_threads(threads)
+
+
+# What conftest.py makes faster, and what a user has who asks for the interpreter.
+INTERPRETED = """
+import sys, torch
+from ditscale import kernels
+torch.manual_seed(0)
+x, m = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 24)
+y, *grads = (out := kernels.layernorm_modulate(x, m, m, backend="triton")), *torch.autograd.grad(out.sum(), x)
+torch.save([y.detach(), *grads], sys.argv[1])
+"""
+
+
+def test_a_hastened_interpreter_gives_the_bits_of_tritons_own(tmp_path):
+    pytest.importorskip("triton")
+    if not dispatch.interpreting():
+        pytest.skip("Triton's interpreter is off: set TRITON_INTERPRET=1")
+    hasten = "from ditscale.kernels.interpreter import hasten; hasten()\n"
+    found = []
+    for name, first in (("own", ""), ("hastened", hasten)):
+        subprocess.run([sys.executable, "-c", first + INTERPRETED, str(tmp_path / name)], check=True)
+        found.append(torch.load(tmp_path / name, weights_only=True))
+    for own, hastened in zip(*found, strict=True):
+        assert torch.equal(own, hastened)
 
 
 @pytest.mark.parametrize("tasks", [128, 1024], ids=["cpu", "gpu"])

@@ -49,7 +49,7 @@ def study_of(folder, flops):
 @pytest.fixture
 def study(tmp_path):
     """A study and three runs of it that take a second or so."""
-    return study_of(tmp_path / "study", 2 * 10**8)
+    return study_of(tmp_path / "study", 4 * 10**8)
 
 
 @pytest.fixture
