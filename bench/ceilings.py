@@ -41,12 +41,12 @@ def matmul_call(n: int, dtype: torch.dtype, device: str) -> Any:
     return call
 
 
-def onednn_call(n: int) -> Any:
-    """The same by oneDNN, in float32 on a processor."""
+def linear_call(n: int, backend: Any) -> Any:
+    """The same by a backend of linear layers, in float32 on a processor."""
     a, b = torch.randn(n, n), torch.randn(n, n)
 
     def call(place: int) -> None:
-        linear(a, b, backend="onednn")
+        linear(a, b, backend=backend)
 
     return call
 
@@ -55,8 +55,8 @@ def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> 
     """The ceilings, as dictionaries: ``op`` copy or matmul, its size, ``value`` in bytes/s or FLOP/s, and the timing.
 
     Copies are measured in the caches, beyond them, and of four times as much, which shows that beyond is beyond. Products are
-    measured at several sizes per dtype, and by oneDNN too where it beats PyTorch's own; the roof of a dtype is the best of all.
-    A dtype whose products are emulated has no ceiling of its own: that of float32 stands over it.
+    measured at several sizes per dtype, and by what linear layers take too where that is not PyTorch's own; the roof of a dtype
+    is the best of all. A dtype whose products are emulated has no ceiling of its own: that of float32 stands over it.
     """
     found: list[dict[str, Any]] = []
     for where, size, sets in _copies(device, tiny):
@@ -69,9 +69,12 @@ def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> 
             calls = {"matmul": matmul_call(n, DTYPES[dtype], device)}
             timing = measure(calls, sets=1, device=device, protocol=protocol)["matmul"]
             found.append(_ceiling("matmul", "", n, 2 * n**3, timing, dtype))
-            if dtype == "float32" and dispatch.resolve("linear", "auto", device, torch.float32) == "onednn":
-                timing = measure({"matmul": onednn_call(n)}, sets=1, device=device, protocol=protocol)["matmul"]
-                found.append(_ceiling("matmul", "onednn", n, 2 * n**3, timing, dtype))
+            fastest = dispatch.resolve("linear", "auto", device, torch.float32)
+            if dtype == "float32" and fastest != "reference":
+                timing = measure({"matmul": linear_call(n, fastest)}, sets=1, device=device, protocol=protocol)[
+                    "matmul"
+                ]
+                found.append(_ceiling("matmul", fastest, n, 2 * n**3, timing, dtype))
     return found
 
 

@@ -32,6 +32,10 @@ _OP = {
     "training_step": "training step",
 }
 _NO_RIVALS = ("copy", "layer_norm")  # they do less
+_MAKERS = {
+    "/onednn": " by oneDNN",
+    "/cpu": " by ours",
+}  # of products that are not PyTorch's, by the end of a case's name
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -210,7 +214,7 @@ def _ceilings(rows: Iterable[Row]) -> list[str]:
             size = int(row["case"].split("/")[2]) / 2**20
             parts.append(f"copy of {size:.3g} MiB {row['bytes_per_second'] / 1e9:.0f} GB/s")
         else:
-            by = " by oneDNN" if row["case"].endswith("/onednn") else ""
+            by = next((text for end, text in _MAKERS.items() if row["case"].endswith(end)), "")
             parts.append(f"{row['dtype']} product{by} {row['flops_per_second'] / 1e9:.0f} GFLOP/s")
     return [f"Ceilings: {', '.join(parts)}."] if parts else []
 

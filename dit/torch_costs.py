@@ -119,8 +119,9 @@ _PRODUCTS: dict[str, Formula] = {
     "_transformer_encoder_layer_fwd": _encoder_layer,
 }
 # Operators of ditscale.kernels by family; each ends in what it does ("_fwd", "_bwd", "_infer").
-_OWN_NAMESPACES = ("ditscale", "ditscale_triton")
+_OWN_NAMESPACES = ("ditscale", "ditscale_triton", "ditscale_onednn")
 _OWN_ATTENTION = ("attention", "attention_qkv")
+_OWN_PRODUCTS = ("product",)
 _OWN_LIGHT = ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate", "bias_gelu", "qk_norm_rope")
 
 
@@ -132,7 +133,7 @@ def own_operators() -> dict[Any, str]:
     for packet in flop_registry:
         namespace, _, name = getattr(packet, "_qualified_op_name", "").partition("::")
         if namespace in _OWN_NAMESPACES:
-            own[packet] = name.rpartition("_")[0]
+            own[packet] = name.rpartition("_")[0] or name
     return own
 
 
@@ -162,6 +163,8 @@ def _formulas(kind: str) -> dict[Any, Formula]:
     for packet, family in own_operators().items():
         if family in _OWN_ATTENTION:
             table[packet] = raw(_of_attention(torch_attention.own(packet), kind))
+        elif family in _OWN_PRODUCTS:
+            table[packet] = raw(_PRODUCTS["linear"])
         elif family in _OWN_LIGHT:
             table[packet] = raw(flop_registry[packet] if kind == "all" else lambda *_, **__: 0)
     return table
@@ -254,7 +257,7 @@ def _bias(name: str, args: Sequence[Any], out: Any) -> int:
     """The additions of a bias that rides on a product, or of its gradient."""
     if name in ("addmm", "baddbmm", "addmv", "addbmm", "_addmm_activation"):
         return int(out.numel())
-    if name in ("linear", "convolution", "_convolution") and len(args) > 2 and args[2] is not None:
+    if name in ("linear", "product", "convolution", "_convolution") and len(args) > 2 and args[2] is not None:
         return int(out.numel())
     if name == "convolution_backward" and args[-1][2]:
         return int(args[0].numel())

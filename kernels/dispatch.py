@@ -28,7 +28,7 @@ BACKENDS: Final[dict[str, tuple[str, ...]]] = {
     "bias_gelu": ("cpu", "cuda", "triton"),
     "qk_norm_rope": ("cpu", "cuda", "triton"),
     "attention": ("cpu", "cuda", "triton", "sdpa", "flash_attn", "xformers"),
-    "linear": ("onednn",),
+    "linear": ("cpu", "onednn"),
 }
 _FAMILY: Final = {
     "layernorm_modulate": "adaln",
@@ -37,6 +37,7 @@ _FAMILY: Final = {
     "bias_gelu": "gelu",
     "qk_norm_rope": "rotary",
     "attention": "attn",
+    "linear": "matmul",
 }
 LIBRARIES: Final = ("sdpa", "flash_attn", "xformers", "onednn")  # of others: nothing of ours to prove
 _KNOWN: Final = ("cpu", "triton", "cuda", *LIBRARIES)
@@ -125,9 +126,10 @@ def _auto(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 def _order(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
     if op == "linear":
-        from ditscale.kernels.matmul import onednn
+        from ditscale.kernels.matmul import native, onednn
 
-        return BACKENDS[op] if dtype == torch.float32 and onednn.preferred(device_type) else ()
+        fastest = "onednn" if onednn.preferred(device_type) else "cpu" if native.preferred(device_type) else None
+        return (fastest,) if fastest is not None and dtype == torch.float32 else ()
     if op != "attention":
         return BACKENDS[op]
     from ditscale.kernels.attn import choice
@@ -135,15 +137,25 @@ def _order(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
     return choice.order(device_type)
 
 
+def dtypes_of(op: str, backend: str) -> tuple[torch.dtype, ...] | None:
+    """What a backend takes; None where that is another library's matter."""
+    if backend == "reference":
+        return None
+    if op == "linear":
+        return (torch.float32,)
+    return None if backend in LIBRARIES else KERNEL_DTYPES
+
+
 def _named(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     if backend not in ("reference", *_KNOWN):
         known = ", ".join(("auto", "reference", *BACKENDS[op]))
         raise InputError(f"backend: expected one of {known}, got {backend!r}")
     reason = unavailable_reason(op, backend, device_type)
-    if reason is None and backend not in ("reference", *LIBRARIES) and dtype not in KERNEL_DTYPES:
-        reason = f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if reason is None and backend == "onednn" and dtype != torch.float32:
-        reason = f"it takes float32, not {str(dtype).removeprefix('torch.')}"
+    dtypes = dtypes_of(op, backend)
+    if reason is None and dtypes is not None and dtype not in dtypes:
+        first, *others = (str(t).removeprefix("torch.") for t in (dtype, *dtypes))
+        known = " and ".join(part for part in (", ".join(others[:-1]), others[-1]) if part)
+        reason = f"it takes {known}, not {first}"
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot run {op} here: {reason}")
     return backend

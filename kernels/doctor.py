@@ -72,7 +72,7 @@ def report(*, check: bool = False) -> dict[str, Any]:
             reason = dispatch.unavailable_reason(op, backend, device)
             rows[backend] = {"available": reason is None, "reason": reason}
             if check and reason is None and backend not in dispatch.LIBRARIES:
-                for dtype in dispatch.KERNEL_DTYPES:
+                for dtype in dispatch.dtypes_of(op, backend) or ():
                     wrong = selfcheck.check(op, backend, dtype, device, again=True)
                     checks.append(
                         {

@@ -79,6 +79,8 @@ def _inputs(op: str, case: _Case, dtype: torch.dtype, device: str) -> Tensors:
         return (rows[0], rows[1], mods[2], mods[0], mods[1])
     if op == "bias_gelu":
         return (rows[0], mods[0][0])
+    if op == "linear":
+        return (rows[0], _numbers((40, D), 3, device).to(dtype), _numbers((40,), 4, device).to(dtype))
     q, k, v = (
         _numbers((B, T, 3, 2, D), 1, device).to(dtype).permute(2, 0, 3, 1, 4)
     )  # two heads; parts of one projection

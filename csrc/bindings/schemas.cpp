@@ -44,6 +44,8 @@ STABLE_TORCH_LIBRARY(ditscale, m) {
   m.def(
       "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor stats, Tensor? key_bias, Tensor? lengths, "
       "Tensor? cu, int max_seqlen, float scale, bool bias_grad) -> (Tensor dqkv, Tensor dkey_bias)");
+  // x [M, K], weight [N, K], bias [N]: x weight^T + bias; `always` by ours, however small (but for vectors).
+  m.def("product(Tensor x, Tensor weight, Tensor? bias, bool always) -> Tensor");
   // Queries or keys: x [B, H, T, K]; weight [K]; cos, sin [T, K / 2] or [B, T, K / 2]; norm 0 none, 1 rms, 2 layer.
   m.def(
       "qk_norm_rope_fwd(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, float eps, int norm, bool interleaved) -> Tensor");

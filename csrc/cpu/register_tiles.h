@@ -73,6 +73,8 @@ struct Tile {
   template <int AR>
   DS_INLINE void add_product(const float* a, int64_t am, int64_t ar, const float* b, int64_t br, int64_t R) {
     if (AR) ar = AR;
+    // A multiply-add starts every half cycle; of short loops the branch and the counters would take their places.
+#pragma GCC unroll 4
     for (int64_t r = 0; r < R; ++r) {
       V x[N];
       each<N>([&](auto n) { x[n] = get_at<V>(b + n * lanes_of<V>); });

@@ -40,7 +40,7 @@ struct f16 {
 };
 
 DS_INLINE vf splat(float a) {
-  return vf{} + a;
+  return a - vf{};  // the compiler knows that this is a; of vf{} + a it does not, for a may be -0
 }
 
 // a where mask is all ones, else b.

@@ -12,8 +12,8 @@ import platform
 import torch
 from torch import Tensor
 
-from ditscale.kernels.matmul import cost
-from ditscale.kernels.register import Operator, define
+from ditscale.kernels.matmul import shapes
+from ditscale.kernels.register import define
 
 # With fewer multiply-adds than this a layer and its gradients cost less by MKL, which PyTorch calls with less ado.
 SMALLEST = 6 << 20
@@ -40,8 +40,13 @@ def preferred(device_type: str) -> bool:
         missing(device_type) is None
         and torch.backends.mkl.is_available()
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        and "GenuineIntel" not in _vendor()
+        and not made_by_intel()
     )
+
+
+def made_by_intel() -> bool:
+    """Whether the processor is Intel's, as MKL is."""
+    return "GenuineIntel" in _vendor()
 
 
 def _vendor() -> str:
@@ -50,20 +55,6 @@ def _vendor() -> str:
             return next((line for line in file if line.startswith("vendor_id")), "")
     except OSError:
         return platform.processor()  # on Windows it ends with the vendor
-
-
-def fake_product(x: Tensor, weight: Tensor, bias: Tensor | None, always: bool) -> Tensor:
-    """Shape of ``product``."""
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-OPERATORS = {
-    "product": Operator(
-        "(Tensor x, Tensor weight, Tensor? bias, bool always) -> Tensor",
-        fake_product,
-        lambda x, weight, *_, **__: cost.linear_flops_forward(x[0], x[1], weight[0]),
-    )
-}
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, always: bool) -> Tensor:
@@ -94,4 +85,4 @@ def _dense(weight: Tensor) -> Tensor:
 
 
 if missing("cpu") is None:
-    define("ditscale_onednn", OPERATORS, {"product": product}, "CPU")
+    define("ditscale_onednn", shapes.OPERATORS, {"product": product}, "CPU")

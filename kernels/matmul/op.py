@@ -11,6 +11,7 @@ from ditscale.errors import InputError
 from ditscale.kernels import dispatch
 from ditscale.kernels.autograd import differentiable, eager_apply, wants_graph
 from ditscale.kernels.dispatch import operators
+from ditscale.kernels.matmul import native as _native  # noqa: F401 (loads and describes ditscale::product)
 from ditscale.kernels.matmul import onednn
 from ditscale.kernels.matmul.reference import linear_ref
 
@@ -53,7 +54,7 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    backend: Literal["auto", "reference", "onednn"] = "auto",
+    backend: Literal["auto", "reference", "cpu", "onednn"] = "auto",
 ) -> Tensor:
     """``x W^T + bias``, as ``torch.nn.functional.linear``, by the fastest float32 products there are on this processor.
 
@@ -61,8 +62,9 @@ def linear(
         x: [..., K] of one dimension or more; any strides.
         weight: [N, K], the dtype of x; any strides.
         bias: [N], the dtype of x. Default: None.
-        backend: "auto", "reference" (PyTorch's own products: MKL on a CPU, cuBLAS on a GPU) or "onednn" (float32 on a CPU).
-            Default: "auto": "onednn" for float32 on processors whose AVX-512 MKL makes no use of (AMD's), else "reference".
+        backend: "auto", "reference" (PyTorch's own products: MKL on a CPU, cuBLAS on a GPU), "cpu" (ours) or "onednn" (both
+            float32 on a CPU). Default: "auto": for float32 on processors that are not Intel's "onednn" with AVX-512, of which
+            MKL makes no use there, "cpu" with AVX2; else "reference".
 
     Returns:
         [..., N], the dtype of x (under autocast the dtype that PyTorch's own linear layer has).

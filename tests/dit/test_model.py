@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from typing import Any
 
@@ -13,28 +14,26 @@ from model_variants import TINY, VARIANTS, config_of, inputs_of, randomised
 from restated_dit import Restated
 from torch.utils.flop_counter import FlopCounterMode
 
-from ditscale.dit import DiT, DiTConfig
+from ditscale.dit import DiT, DiTConfig, embed, joint, layers, moe
 from ditscale.dit.flops import condition_tokens, count
 from ditscale.dit.routing import kept_tokens
 from ditscale.errors import InputError
-from ditscale.kernels import dispatch
-from ditscale.kernels.matmul import onednn
+from ditscale.kernels import dispatch, linear
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
-@pytest.fixture(params=["pytorch", "onednn"])
+@pytest.fixture(params=["pytorch", "onednn", "cpu"])
 def products(request, monkeypatch):
-    """Who makes the products of linear layers: PyTorch of such small ones, or oneDNN, as of large ones on some processors."""
-    if request.param == "onednn":
-        if onednn.missing("cpu"):
-            pytest.skip(str(onednn.missing("cpu")))
-        monkeypatch.setattr(onednn, "preferred", lambda device_type: device_type == "cpu")
-        monkeypatch.setattr(onednn, "SMALLEST", 1)
-        monkeypatch.setattr(onednn, "SMALLEST_OF_TRANSPOSED", 1)
-        for cache in ("_chosen", "_quick"):
-            monkeypatch.setattr(dispatch, cache, {})
-    return request.param
+    """Who makes the products of linear layers: PyTorch of such small ones; others, as of large ones on some processors."""
+    name = request.param
+    if name != "pytorch":
+        reason = dispatch.unavailable_reason("linear", name, "cpu")
+        if reason:
+            pytest.skip(reason)
+        for module in (embed, joint, layers, moe):
+            monkeypatch.setattr(module, "linear", functools.partial(linear, backend=name))
+    return name
 
 
 def test_who_makes_the_products(products):
@@ -43,8 +42,11 @@ def test_who_makes_the_products(products):
     with FlopCounterMode(display=False) as counter:
         model(*inputs).sum().backward()
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
-    ours, plain = counts.get("ditscale_onednn.product", 0), counts.get("aten.addmm", 0) + counts.get("aten.mm", 0)
-    assert (ours > 0, plain > 0) == ((True, False) if products == "onednn" else (False, True)), counts
+    own = {"onednn": "ditscale_onednn.product", "cpu": "ditscale.product"}
+    made = [name for name, operator in own.items() if counts.get(operator, 0)]
+    if counts.get("aten.addmm", 0) + counts.get("aten.mm", 0):
+        made.append("pytorch")
+    assert made == [products], counts
 
 
 @every_variant

@@ -16,18 +16,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import block, plain_block
 
-from ditscale.kernels import linear
-from ditscale.kernels.matmul import onednn
+from ditscale.kernels import dispatch, linear
 
 SAMPLES, TOKENS, WIDTH, PROCESSES = 4, 9, 16, 2
 
 
 class Linear(torch.nn.Linear):
-    """By oneDNN where it serves, however small: in float32."""
+    """By our own products where they serve, however small: in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        serves = x.dtype == torch.float32 and onednn.missing("cpu") is None
-        return linear(x, self.weight, self.bias, backend="onednn" if serves else "auto")
+        serves = x.dtype == torch.float32 and dispatch.unavailable_reason("linear", "cpu", "cpu") is None
+        return linear(x, self.weight, self.bias, backend="cpu" if serves else "auto")
 
 
 class Block(torch.nn.Module):

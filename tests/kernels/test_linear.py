@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,10 +17,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import dispatch, linear
-from ditscale.kernels.matmul import cost, onednn
+from ditscale.kernels.matmul import cost, native, onednn
 
-MISSING = onednn.missing("cpu")
-needs_onednn = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+# Backends other than PyTorch's own products: the modules that say where they are preferred.
+MODULES = {"cpu": native, "onednn": onednn}
+
+
+def or_skip(backend):
+    reason = dispatch.unavailable_reason("linear", backend, "cpu")
+    if reason:
+        pytest.skip(reason)
+    return backend
+
+
+@pytest.fixture(params=MODULES)
+def ours(request):
+    """A backend other than PyTorch's own."""
+    return or_skip(request.param)
+
+
+def product_of(backend):
+    return {"cpu": torch.ops.ditscale, "onednn": torch.ops.ditscale_onednn}[backend].product
+
 
 # (rows, K, N) and why it is here.
 SHAPES = {
@@ -29,6 +50,7 @@ SHAPES = {
     "long-sums": (40, 1152, 96),
     "many-rows": (1500, 24, 32),  # the weight's gradient is a sum of pieces
     "fast": (512, 256, 64),  # above onednn.SMALLEST
+    "edges": (301, 390, 51),  # tiles that are cut off at both sides, two pieces of a sum, two blocks of rows
 }
 
 
@@ -51,11 +73,11 @@ def by(backend):
     return lambda *leaves: linear(*leaves, backend=backend)
 
 
-@needs_onednn
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("backend", ["onednn", "auto", "reference"])
+@pytest.mark.parametrize("backend", [*MODULES, "auto", "reference"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_values_and_gradients(shape, backend, biased):
+    or_skip(backend) if backend in MODULES else None
     rows, K, N = shape
     results = []
     for draw in range(4):
@@ -68,10 +90,9 @@ def test_values_and_gradients(shape, backend, biased):
         judge_draws(name, [(got[name], want[name], plain[name], 0.0) for got, want, plain in results])
 
 
-@needs_onednn
-def test_a_single_vector():
+def test_a_single_vector(ours):
     x, weight, bias = torch.randn(72, requires_grad=True), torch.randn(5, 72), torch.randn(5)
-    y = linear(x, weight, bias, backend="onednn")
+    y = linear(x, weight, bias, backend=ours)
     torch.testing.assert_close(y, F.linear(x, weight, bias))
     (dx,) = torch.autograd.grad(y.sum(), x)  # from an expanded gradient
     torch.testing.assert_close(dx, weight.sum(0))
@@ -95,9 +116,8 @@ def strided(rng, rows, columns):
     return torch.randn(rows * columns + 1)[1:].view(rows, columns)  # not on a vector's boundary
 
 
-@needs_onednn
 @pytest.mark.parametrize("seed", range(60))
-def test_random_strides(seed):
+def test_random_strides(seed, ours):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     rows, K, N = (rng.choice([1, 2, 3, 7, 16, 33, 64, 100]) for _ in range(3))
@@ -107,15 +127,15 @@ def test_random_strides(seed):
     x, weight, dy = strided(rng, rows, K) * size, strided(rng, N, K), strided(rng, rows, N)
     bias = torch.randn(2 * N)[::2] if rng.random() < 0.7 else None
     want = exact(*(wide(t) for t in (x, weight, bias, dy)))
-    got, plain = (run(f, x, weight, bias, dy) for f in (by("onednn"), F.linear))
+    got, plain = (run(f, x, weight, bias, dy) for f in (by(ours), F.linear))
     for name in want:
         assert got[name].is_contiguous()
         judge_draws(name, [(got[name], want[name], plain[name], 0.0)])
 
 
-@needs_onednn
 def test_strides_for_which_onednn_has_no_fast_code_are_copied(monkeypatch):
     """Its reference code takes a thousand times as long."""
+    or_skip("onednn")
     given = []
     fast = torch.ops.mkldnn._linear_pointwise
 
@@ -137,68 +157,78 @@ def test_strides_for_which_onednn_has_no_fast_code_are_copied(monkeypatch):
     assert all(w.is_contiguous() or w.t().is_contiguous() for w in given)
 
 
-@needs_onednn
-def test_nan_stays_in_its_row():
+def test_nan_stays_in_its_row(ours):
     x, weight = torch.randn(9, 40), torch.randn(16, 40)
     x[4, 7] = float("nan")
-    y = linear(x, weight, backend="onednn")
+    y = linear(x, weight, backend=ours)
     assert torch.equal(y.isnan().all(1), y.isnan().any(1))
     assert y.isnan().any(1).nonzero().tolist() == [[4]]
 
 
-@needs_onednn
 @pytest.mark.parametrize("shape", [(0, 8, 4), (3, 0, 4), (3, 8, 0)])
-def test_empty(shape):
+def test_empty(shape, ours):
     rows, K, N = shape
     leaves = [t.requires_grad_() for t in (torch.zeros(rows, K), torch.zeros(N, K), torch.ones(N))]
-    y = linear(*leaves, backend="onednn")
+    y = linear(*leaves, backend=ours)
     assert torch.equal(y, F.linear(*leaves))
     for got, want in zip(*(torch.autograd.grad(f.sum(), leaves) for f in (y, F.linear(*leaves))), strict=True):
         assert torch.equal(got, want)
 
 
-@needs_onednn
-def test_frozen_parts_have_no_gradient():
+def test_frozen_parts_have_no_gradient(ours):
     x, weight, bias = torch.randn(600, 96), torch.randn(128, 96, requires_grad=True), torch.randn(128)
-    y = linear(x, weight, bias, backend="onednn")
+    y = linear(x, weight, bias, backend=ours)
     y.backward(torch.ones_like(y))
     torch.testing.assert_close(weight.grad, x.sum(0).expand(128, 96), atol=1e-3, rtol=1e-4)
     assert x.grad is None
-    assert not linear(x, weight.detach(), bias, backend="onednn").requires_grad
+    assert not linear(x, weight.detach(), bias, backend=ours).requires_grad
 
 
-def resolved(monkeypatch, *, vendor, capability):
+def resolved(monkeypatch, *, vendor, capability, isa):
     monkeypatch.setattr(onednn, "_vendor", lambda: f"vendor_id\t: {vendor}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(native, "cpu_isa", lambda: isa)
     monkeypatch.setattr(dispatch, "_chosen", {})
-    onednn.preferred.cache_clear()
+    for module in MODULES.values():
+        module.preferred.cache_clear()
     try:
         return [dispatch.resolve("linear", "auto", "cpu", dtype) for dtype in (torch.float32, torch.bfloat16)]
     finally:
-        onednn.preferred.cache_clear()
+        for module in MODULES.values():
+            module.preferred.cache_clear()
 
 
-@needs_onednn
-def test_auto_takes_onednn_where_mkl_makes_no_use_of_avx512(monkeypatch):
-    assert resolved(monkeypatch, vendor="AuthenticAMD", capability="AVX512") == ["onednn", "reference"]
-    assert resolved(monkeypatch, vendor="AuthenticAMD", capability="AVX2") == ["reference", "reference"]
-    assert resolved(monkeypatch, vendor="GenuineIntel", capability="AVX512") == ["reference", "reference"]
+@pytest.mark.parametrize(
+    ("vendor", "capability", "isa", "taken"),
+    [
+        ("AuthenticAMD", "AVX512", "avx512", "onednn"),  # MKL makes no use of its AVX-512
+        ("AuthenticAMD", "AVX2", "avx2", "cpu"),
+        ("AuthenticAMD", "DEFAULT", "portable", "reference"),
+        ("GenuineIntel", "AVX512", "avx512", "reference"),
+        ("GenuineIntel", "AVX2", "avx2", "reference"),
+    ],
+)
+def test_auto_takes_what_is_fastest_on_a_processor(monkeypatch, vendor, capability, isa, taken):
+    or_skip(taken)
+    chosen = resolved(monkeypatch, vendor=vendor, capability=capability, isa=isa)
+    assert chosen == [taken, "reference"]  # of half precision PyTorch's own
 
 
 @pytest.fixture
-def everywhere(monkeypatch):
-    """``auto`` takes oneDNN, whatever the processor."""
-    monkeypatch.setattr(onednn, "preferred", lambda device_type: device_type == "cpu")
+def everywhere(monkeypatch, ours):
+    """``auto`` takes this backend, whatever the processor."""
+    for name, module in MODULES.items():
+        monkeypatch.setattr(module, "preferred", lambda device_type, name=name: name == ours and device_type == "cpu")
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(dispatch, "_quick", {})
+    return ours
 
 
 def layer(rows=1100):
     return torch.randn(rows, 96, requires_grad=True), torch.randn(80, 96, requires_grad=True), torch.randn(80)
 
 
-@needs_onednn
 def test_auto_leaves_small_layers_to_pytorch(everywhere):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -206,20 +236,19 @@ def test_auto_leaves_small_layers_to_pytorch(everywhere):
             return function(*args, **(kwargs or {}))
 
     x, weight, bias = layer()
-    for rows, ours in ((600, 0), (1100, 1)):
+    for rows, times in ((600, 0), (1100, 1)):
         called = []
         with Watch():
             linear(x[:rows], weight, bias)
-        assert called.count("ditscale_onednn.product.default") == ours
+        assert called.count(str(product_of(everywhere).default)) == times
 
 
-@needs_onednn
-def test_opcheck():
+def test_opcheck(ours):
     for x, weight, bias in ((torch.randn(9, 5), torch.randn(7, 5), torch.randn(7)), (*layer()[:2], None)):
-        torch.library.opcheck(torch.ops.ditscale_onednn.product.default, (x.detach(), weight.detach(), bias, True))
+        for always in (True, False):
+            torch.library.opcheck(product_of(ours).default, (x.detach(), weight.detach(), bias, always))
 
 
-@needs_onednn
 def test_compiles_whole_with_a_batch_of_any_size(everywhere):
     x, weight, bias = layer()
     compiled = torch.compile(linear, fullgraph=True)
@@ -232,7 +261,6 @@ def test_compiles_whole_with_a_batch_of_any_size(everywhere):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-2)
 
 
-@needs_onednn
 def test_autocast_is_pytorchs(everywhere):
     x, weight, bias = layer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -242,7 +270,6 @@ def test_autocast_is_pytorchs(everywhere):
         assert linear(x.bfloat16(), weight, bias).dtype == torch.bfloat16  # what the layer before gives
 
 
-@needs_onednn
 def test_transforms_and_second_derivatives(everywhere):
     x, weight, bias = layer()
     tangent = torch.randn_like(x)
@@ -258,7 +285,6 @@ def test_transforms_and_second_derivatives(everywhere):
     assert second[0].abs().max() > 0
 
 
-@needs_onednn
 def test_checkpointing_changes_no_bit(everywhere):
     grads = []
     for again in (False, True):
@@ -273,7 +299,6 @@ def test_checkpointing_changes_no_bit(everywhere):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@needs_onednn
 def test_flops_are_those_of_cost(everywhere):
     x, weight, bias = layer()
     with FlopCounterMode(display=False) as counter:
@@ -286,7 +311,6 @@ def test_flops_are_those_of_cost(everywhere):
     assert cost.linear_bytes_backward(2, 3, 5, 4) == 4 * (10 + 6 + 15 + 6 + 15 + 5)
 
 
-@needs_onednn
 def test_subclasses_of_tensors_are_pytorchs(everywhere):
     class Marked(torch.Tensor):
         pass
@@ -295,13 +319,68 @@ def test_subclasses_of_tensors_are_pytorchs(everywhere):
     assert type(linear(x, weight.detach().as_subclass(Marked), bias)) is Marked
 
 
-@needs_onednn
 def test_float64_and_half_precision_are_pytorchs(everywhere):
     for dtype in (torch.float64, torch.bfloat16):
         x, weight, bias = (t.detach().to(dtype) for t in layer())
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
         with pytest.raises(BackendUnavailable, match=f"takes float32, not {str(dtype)[6:]}"):
-            linear(x, weight, bias, backend="onednn")
+            linear(x, weight, bias, backend=everywhere)
+
+
+@pytest.mark.native
+class TestOwnProducts:
+    """What is said of ``ditscale::product`` beyond its values."""
+
+    @pytest.mark.parametrize("sides", [(700, 500, 130), (5, 800, 900), (130, 3, 2000)], ids=["rows", "columns", "flat"])
+    def test_any_number_of_threads_gives_the_same_bits(self, native, sides):
+        rows, K, N = sides
+        x, weight, bias = torch.randn(rows, K), torch.randn(K, N).t(), torch.randn(N)
+        before = torch.get_num_threads()
+        found = []
+        try:
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                found.append(product_of("cpu")(x, weight, bias, True))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(found[0], other) for other in found[1:])
+
+    def test_more_columns_than_are_packed_at_a_time(self, native):
+        x, weight, bias = torch.randn(7, 4099), torch.randn(2100, 4099), torch.randn(2100)  # 8.6 of 8.4 million numbers
+        y = product_of("cpu")(x, weight, bias, True)
+        torch.testing.assert_close(
+            y.double(), F.linear(x.double(), weight.double(), bias.double()), rtol=1e-4, atol=2e-3
+        )
+
+    @pytest.mark.parametrize("sides", [(40, 600, 600), (600, 600, 20), (130, 200, 200)], ids=["flat", "thin", "small"])
+    def test_what_is_not_worth_packing_is_pytorchs(self, native, sides):
+        rows, K, N = sides
+        x, weight, bias = torch.randn(rows, K), torch.randn(N, K), torch.randn(N)
+        assert torch.equal(product_of("cpu")(x, weight, bias, False), F.linear(x, weight, bias))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"x": torch.zeros(8)}, "x, weight: expected"),
+            ({"weight": torch.zeros(4, 7)}, "x, weight: expected"),
+            ({"x": torch.zeros(3, 8).double()}, "x: expected float32"),
+            ({"weight": torch.zeros(4, 8).bfloat16()}, "weight: expected float32"),
+            ({"bias": torch.zeros(1, 4)}, r"bias: expected \[N\]"),
+            ({"bias": torch.zeros(4).double()}, "bias: expected float32"),
+        ],
+    )
+    def test_direct_calls_are_looked_at(self, native, change, message):
+        given = {"x": torch.zeros(3, 8), "weight": torch.zeros(4, 8), "bias": torch.zeros(4)} | change
+        with pytest.raises(RuntimeError, match=message):
+            product_of("cpu")(*given.values(), True)
+
+    def test_lesser_instruction_sets(self, lesser_isa):
+        which = "cpu and values_and_gradients or any_number_of_threads"
+        command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", __file__]
+        env = {**os.environ, "DITSCALE_CPU_ISA": lesser_isa}
+        done = subprocess.run([*command, "-k", which], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert "skipped" not in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -315,7 +394,7 @@ def test_float64_and_half_precision_are_pytorchs(everywhere):
         ({"weight": torch.zeros(4, 8).double()}, "weight: expected torch.float32 on cpu as x, got torch.float64"),
         ({"bias": torch.zeros(3)}, r"bias: expected \[4\], got \[3\]"),
         ({"bias": torch.zeros(4).bfloat16()}, "bias: expected torch.float32"),
-        ({"backend": "mkl"}, "backend: expected one of auto, reference, onednn, got 'mkl'"),
+        ({"backend": "mkl"}, "backend: expected one of auto, reference, cpu, onednn, got 'mkl'"),
     ],
 )
 def test_mistakes_are_named(change, message):

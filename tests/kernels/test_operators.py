@@ -29,6 +29,8 @@ def modules(name: str) -> list[ModuleType]:
 
 DECLARED = {name: operator for shapes in modules("shapes") for name, operator in shapes.OPERATORS.items()}
 
+CPU_ONLY = {"product"}
+
 
 def registered(namespace: str) -> dict[str, torch._C.FunctionSchema]:
     """Every operator of a namespace that torch knows, whoever defined it."""
@@ -54,6 +56,8 @@ def namespace(request):
 def test_python_declares_what_every_library_declares(namespace):
     found = registered(namespace)
     for name, operator in DECLARED.items():
+        if name in CPU_ONLY and namespace != "ditscale":
+            continue
         declared = torch._C.parse_schema(f"{namespace}::{name}{operator.schema}")
         assert str(found[name]) == str(declared), name
 
@@ -64,7 +68,7 @@ def test_every_operator_has_a_fake_with_its_arguments(native, space):
         pytest.importorskip("triton")
         modules("triton_kernels")
     found = registered(space)
-    assert set(found) == set(DECLARED)
+    assert set(found) == set(DECLARED) - (CPU_ONLY if space == "ditscale_triton" else set())
     for name, schema in found.items():
         assert torch._library.simple_registry.singleton.find(f"{space}::{name}").fake_impl.kernel is not None, name
         parameters = inspect.signature(DECLARED[name].fake).parameters

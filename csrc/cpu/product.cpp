@@ -1,0 +1,139 @@
+// Products of float32 matrices on the CPU, for linear layers: the split over blocks and threads; packing and arithmetic are in
+// product_tiles.inl.
+#include "../common/tensors.h"
+#include "adaln_rows.h"
+#include "product_tiles.h"
+#include "scratch.h"
+
+#include <array>
+
+namespace ditscale::cpu {
+namespace {
+
+const ProductKernels& product_kernels() {
+  static const ProductKernels& chosen = []() -> const ProductKernels& {
+#if defined(__x86_64__)
+    if (std::strcmp(adaln_table().isa, "avx512") == 0) return product_avx512;
+    if (std::strcmp(adaln_table().isa, "avx2") == 0) return product_avx2;
+#endif
+    return product_portable;
+  }();
+  return chosen;
+}
+
+thread_local Scratch scratch_of_thread;
+
+// A sum over more numbers is one of several: a panel then fits the first cache, and no rounding is carried through thousands of
+// additions. Rows of a block: 288 KiB of strips, of the 512 and more that a second cache has.
+constexpr int64_t DEPTH = 384, BLOCK = 192;
+constexpr int64_t PACKED = 8 << 20;  // numbers of the right operand that are packed at a time: 32 MiB
+
+// With fewer multiply-adds than this, or rows and columns of the result, packing costs more than it gives: the product is
+// PyTorch's.
+constexpr int64_t SMALLEST = 6 << 20, FEWEST_ROWS = 128, FEWEST_COLUMNS = 32;
+
+int64_t parts_of(int64_t n, int64_t longest) {
+  return (n + longest - 1) / longest;
+}
+
+// [begin, end) of n, the i-th of `parts` of nearly one size.
+struct Range {
+  int64_t begin, end;
+};
+Range part_of(int64_t n, int64_t i, int64_t parts) {
+  return {n * i / parts, n * (i + 1) / parts};
+}
+
+// out [M, N] = left [M, K] right [K, N] + bias. The order of every sum follows from K alone, so results have the same bits for any
+// number of threads.
+void multiply(Operand left, int64_t M, Operand right, int64_t N, int64_t K, const float* bias, const Tensor& like, float* out) {
+  const ProductKernels& k = product_kernels();
+  const int64_t sums = parts_of(K, DEPTH), depth = parts_of(parts_of(K, sums), 8) * 8;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wide = PACKED / K / k.columns > 0 ? PACKED / K / k.columns * k.columns : k.columns;
+  const Tensor packed = allocate({K, parts_of(N < wide ? N : wide, k.columns) * k.columns}, aoti_torch_dtype_float32(), like);
+  float* const panels = static_cast<float*>(packed.mutable_data_ptr());
+  for (int64_t column = 0; column < N; column += wide) {
+    const int64_t columns = N - column < wide ? N - column : wide, across = parts_of(columns, k.columns);
+    const int64_t stride = across * k.columns;  // panels of one depth lie together, those of the next behind them
+    // Eight panels a task, which share the lines that they are read from.
+    const int64_t groups = parts_of(across, 8);
+    torch::stable::parallel_for(0, sums * groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task / groups * depth, deep = K - first < depth ? K - first : depth;
+        const int64_t from = task % groups * 8 * k.columns, to = from + 8 * k.columns < columns ? from + 8 * k.columns : columns;
+        const Operand part{right.data + (column + from) * right.lane + first * right.step, right.lane, right.step};
+        k.pack_right(part, to - from, deep, panels + first * stride + from * deep);
+      }
+    });
+    // Threads share the rows; where there are few, the columns too.
+    const int64_t down = parts_of(M, k.rows);
+    const int64_t row_parts = threads < parts_of(down, 4) ? threads : parts_of(down, 4);
+    const int64_t column_parts = threads / row_parts < across ? threads / row_parts : across;
+    torch::stable::parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const Range rows = part_of(down, task / column_parts, row_parts), panes = part_of(across, task % column_parts, column_parts);
+        const int64_t first_column = panes.begin * k.columns;
+        const int64_t width = (panes.end * k.columns < columns ? panes.end * k.columns : columns) - first_column;
+        const int64_t blocks = parts_of((rows.end - rows.begin) * k.rows, BLOCK);
+        float* strips = scratch_of_thread.get((BLOCK + k.rows) * depth);
+        for (int64_t first = 0; first < K; first += depth) {
+          const int64_t deep = K - first < depth ? K - first : depth;
+          const bool last = first + deep == K;
+          for (int64_t i = 0; i < blocks; ++i) {
+            const Range strip = part_of(rows.end - rows.begin, i, blocks);
+            const int64_t row = (rows.begin + strip.begin) * k.rows, end_row = (rows.begin + strip.end) * k.rows;
+            const int64_t height = (end_row < M ? end_row : M) - row;
+            k.pack_left({left.data + row * left.lane + first * left.step, left.lane, left.step}, height, deep, strips);
+            k.multiply(
+                strips, height, panels + first * stride + first_column * deep, width, deep,
+                bias != nullptr && last ? bias + column + first_column : nullptr, first == 0,
+                out + row * N + column + first_column, N);
+          }
+        }
+      }
+    });
+  }
+}
+
+Tensor by_torch(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  DS_SHIM_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+const float* floats_of(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected float32");
+  check_device(t, x, name);
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// x [M, K], weight [N, K] of any strides, bias [N]: x weight^T + bias, a new [M, N].
+Tensor product(Tensor x, Tensor weight, std::optional<Tensor> bias, bool always) {
+  STD_TORCH_CHECK(
+      x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x, weight: expected [M, K] and [N, K]");
+  const int64_t M = x.size(0), N = weight.size(0), K = x.size(1);
+  const float *left = floats_of(x, x, "x"), *right = floats_of(weight, x, "weight"), *added = nullptr;
+  std::optional<Tensor> dense;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, "bias: expected [N]");
+    dense = inner_dense(*bias);
+    added = floats_of(*dense, x, "bias");
+  }
+  const bool small = M * N * K < SMALLEST || M < FEWEST_ROWS || N < FEWEST_COLUMNS;
+  // A vector's products are PyTorch's in any case: it adds them up in several lanes, with a third of the error.
+  if (M < 2 || N < 2 || K == 0 || (small && !always)) return by_torch(x, weight, bias);
+  Tensor out = allocate({M, N}, aoti_torch_dtype_float32(), x);
+  multiply(
+      {left, x.stride(0), x.stride(1)}, M, {right, weight.stride(0), weight.stride(1)}, N, K, added, x,
+      static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+}  // namespace
+}  // namespace ditscale::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(ditscale, CPU, m) {
+  m.impl("product", TORCH_BOX(&ditscale::cpu::product));
+}

@@ -1,0 +1,5 @@
+#include "product_tiles.inl"
+
+namespace ditscale::cpu {
+extern const ProductKernels product_avx2 = product_kernels();
+}

@@ -1,0 +1,5 @@
+#include "product_tiles.inl"
+
+namespace ditscale::cpu {
+extern const ProductKernels product_avx512 = product_kernels();
+}

@@ -1,0 +1,5 @@
+#include "product_tiles.inl"
+
+namespace ditscale::cpu {
+extern const ProductKernels product_portable = product_kernels();
+}

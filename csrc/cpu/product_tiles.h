@@ -1,0 +1,34 @@
+// Products of float32 matrices, as plain functions of each instruction set: how operands are packed and blocks multiplied.
+#pragma once
+
+#include <cstdint>
+
+namespace ditscale::cpu {
+
+// One operand: `lanes` of its rows (left) or columns (right), which become the rows or columns of the result, and `depth`
+// numbers of each, along which products are summed. Steps in numbers, of any size.
+struct Operand {
+  const float* data;
+  int64_t lane, step;  // from one lane to the next, from one number of a lane to the next
+};
+
+struct ProductKernels {
+  // A register tile: rows and columns of the result. Packed, `rows` lanes of the left operand lie side by side, a strip
+  // [depth][rows], and `columns` of the right one, a panel [depth][columns]; lanes that are missing in the last are zeros.
+  int64_t rows, columns;
+  void (*pack_left)(Operand from, int64_t lanes, int64_t depth, float* strips);
+  void (*pack_right)(Operand from, int64_t lanes, int64_t depth, float* panels);
+  // out[row * step + column] = (first ? 0 : out) + left . right + (bias, if any): [rows, columns] of the result from strips and
+  // panels.
+  void (*multiply)(
+      const float* strips, int64_t rows, const float* panels, int64_t columns, int64_t depth, const float* bias, bool first,
+      float* out, int64_t step);
+};
+
+extern const ProductKernels product_portable;
+#if defined(__x86_64__)
+extern const ProductKernels product_avx2;
+extern const ProductKernels product_avx512;
+#endif
+
+}  // namespace ditscale::cpu

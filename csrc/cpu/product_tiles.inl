@@ -1,0 +1,142 @@
+// Packing and multiplying in register tiles.
+//
+// A tile reads a strip and a panel line by line and keeps its sums in registers; a panel stays in the first cache while all
+// strips of a block, which stay in the second, pass by it. What a tile will need next is asked for while it runs: the lines of
+// the result that it adds to, and its share of the next panel.
+#include "product_tiles.h"
+#include "register_tiles.h"
+
+namespace ditscale::cpu {
+namespace {
+
+constexpr int COLUMNS = TILE_VECTORS * W, ROWS = tile_rows(TILE_VECTORS);
+constexpr int TOGETHER = 4;  // numbers of a lane, and lanes, that are turned at a time
+
+DS_INLINE void turn(v4 (&r)[TOGETHER]) {
+  const v4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+  const v4 c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  r[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  r[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  r[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  r[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// Lanes side by side in memory: whole lines of several packs at a time.
+template <int L>
+DS_INLINE int64_t pack_rows(Operand from, int64_t packs, int64_t depth, float* to) {
+  constexpr int G = L < 16 ? 8 : 4;
+  constexpr int64_t AHEAD = 8;
+  int64_t done = 0;
+  for (; done + G <= packs; done += G) {
+    const float* row = from.data + done * L;
+    float* out = to + done * L * depth;
+    for (int64_t k = 0; k < depth; ++k, row += from.step, out += L) {
+      for (int i = 0; i < G * L; i += 16) __builtin_prefetch(row + AHEAD * from.step + i);
+      each<G>([&](auto g) { __builtin_memcpy(out + g * L * depth, row + g * L, L * sizeof(float)); });
+    }
+  }
+  return done;
+}
+
+// A lane's numbers side by side in memory: squares of them are turned.
+template <int L>
+DS_INLINE void pack_turned(Operand from, int64_t depth, float* to) {
+  int64_t k = 0;
+  for (; k + TOGETHER <= depth; k += TOGETHER) {
+    each<L / TOGETHER>([&](auto part) {
+      constexpr int first = part * TOGETHER;
+      v4 r[TOGETHER];
+      each<TOGETHER>([&](auto i) { r[i] = get_at<v4>(from.data + (first + i) * from.lane + k); });
+      turn(r);
+      each<TOGETHER>([&](auto i) { put_at(to + (k + i) * L + first, r[i]); });
+    });
+    each<L % TOGETHER>([&](auto i) {
+      constexpr int lane = L / TOGETHER * TOGETHER + i;
+      each<TOGETHER>([&](auto j) { to[(k + j) * L + lane] = from.data[lane * from.lane + k + j]; });
+    });
+  }
+  for (; k < depth; ++k) {
+    for (int i = 0; i < L; ++i) to[k * L + i] = from.data[i * from.lane + k];
+  }
+}
+
+template <int L>
+void pack(Operand from, int64_t lanes, int64_t depth, float* to) {
+  int64_t done = from.lane == 1 ? pack_rows<L>(from, lanes / L, depth, to) : 0;
+  for (; done * L < lanes; ++done) {
+    const Operand rest{from.data + done * L * from.lane, from.lane, from.step};
+    const int64_t here = lanes - done * L < L ? lanes - done * L : L;
+    float* out = to + done * L * depth;
+    if (here == L && rest.step == 1) {
+      pack_turned<L>(rest, depth, out);
+      continue;
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t i = 0; i < L; ++i) out[k * L + i] = i < here ? rest.data[i * rest.lane + k * rest.step] : 0.f;
+    }
+  }
+}
+
+// A whole tile, added to what is there unless it is the first.
+DS_INLINE void add_tile(
+    const float* strip, const float* panel, int64_t depth, const float* bias, bool first, float* out, int64_t step) {
+  each<ROWS>([&](auto m) {
+    each<(COLUMNS + 15) / 16>([&](auto i) { __builtin_prefetch(out + m * step + 16 * i, 1); });
+  });
+  Tile<vf, ROWS, TILE_VECTORS> tile;
+  tile.template add_product<ROWS>(strip, 1, ROWS, panel, COLUMNS, depth);
+  if (!first) {
+    each<ROWS>([&](auto m) {
+      each<TILE_VECTORS>([&](auto n) { tile.at[m][n] += get_at<vf>(out + m * step + n * W); });
+    });
+  }
+  if (bias != nullptr) {
+    each<TILE_VECTORS>([&](auto n) {
+      const vf b = get_at<vf>(bias + n * W);
+      each<ROWS>([&](auto m) { tile.at[m][n] += b; });
+    });
+  }
+  each<ROWS>([&](auto m) { each<TILE_VECTORS>([&](auto n) { put_at(out + m * step + n * W, tile.at[m][n]); }); });
+}
+
+// The last rows or columns: a whole tile, of which a part is kept.
+DS_CALLED void add_part(
+    const float* strip, int64_t rows, const float* panel, int64_t columns, int64_t depth, const float* bias, bool first,
+    float* out, int64_t step) {
+  float whole[ROWS * COLUMNS];
+  add_tile(strip, panel, depth, nullptr, true, whole, COLUMNS);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < columns; ++n) {
+      float* to = out + m * step + n;
+      const float sum = whole[m * COLUMNS + n] + (first ? 0.f : *to);
+      *to = bias != nullptr ? sum + bias[n] : sum;
+    }
+  }
+}
+
+void multiply(
+    const float* strips, int64_t rows, const float* panels, int64_t columns, int64_t depth, const float* bias, bool first,
+    float* out, int64_t step) {
+  const int64_t count = (rows + ROWS - 1) / ROWS, lines = (depth * COLUMNS / 16 + count - 1) / count;
+  for (int64_t n = 0; n < columns; n += COLUMNS) {
+    const float* panel = panels + n * depth;
+    const float* next = panel + COLUMNS * depth;  // behind the last panel nothing is read, only asked for
+    const float* b = bias == nullptr ? nullptr : bias + n;
+    for (int64_t m = 0; m < rows; m += ROWS) {
+      for (int64_t i = 0; i < lines; ++i, next += 16) __builtin_prefetch(next, 0, 2);
+      if (rows - m >= ROWS && columns - n >= COLUMNS) {
+        add_tile(strips + m * depth, panel, depth, b, first, out + m * step + n, step);
+      } else {
+        const int64_t height = rows - m < ROWS ? rows - m : ROWS, width = columns - n < COLUMNS ? columns - n : COLUMNS;
+        add_part(strips + m * depth, height, panel, width, depth, b, first, out + m * step + n, step);
+      }
+    }
+  }
+}
+
+constexpr ProductKernels product_kernels() {
+  return {ROWS, COLUMNS, pack<ROWS>, pack<COLUMNS>, multiply};
+}
+
+}  // namespace
+}  // namespace ditscale::cpu

@@ -1,0 +1,22 @@
+"""``product``, the operator of linear layers, as torch must know it: ``ditscale::product``, ``ditscale_onednn::product``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ditscale.kernels.matmul import cost
+from ditscale.kernels.register import Operator
+
+
+def fake_product(x: Tensor, weight: Tensor, bias: Tensor | None, always: bool) -> Tensor:
+    """Shape of ``product``."""
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+OPERATORS = {
+    "product": Operator(
+        "(Tensor x, Tensor weight, Tensor? bias, bool always) -> Tensor",
+        fake_product,
+        lambda x, weight, *_, **__: cost.linear_flops_forward(x[0], x[1], weight[0]),
+    )
+}
