@@ -12,13 +12,24 @@ namespace {
 constexpr int COLUMNS = TILE_VECTORS * W, ROWS = tile_rows(TILE_VECTORS);
 constexpr int TOGETHER = 4;  // numbers of a lane, and lanes, that are turned at a time
 
+// Four rows of four become four columns. (A compiler's own shuffles have one name in Clang and another in GCC before 12.)
 DS_INLINE void turn(v4 (&r)[TOGETHER]) {
-  const v4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-  const v4 c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-  r[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-  r[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  r[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-  r[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+#if defined(__AVX2__)
+  __m128 a = (__m128)r[0], b = (__m128)r[1], c = (__m128)r[2], d = (__m128)r[3];
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  r[0] = (v4)a;
+  r[1] = (v4)b;
+  r[2] = (v4)c;
+  r[3] = (v4)d;
+#else
+  for (int i = 0; i < TOGETHER; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float other = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = other;
+    }
+  }
+#endif
 }
 
 // Lanes side by side in memory: whole lines of several packs at a time.
