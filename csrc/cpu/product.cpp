@@ -26,7 +26,7 @@ thread_local Scratch scratch_of_thread;
 // A sum over more numbers is one of several: a panel then fits the first cache, and no rounding is carried through thousands of
 // additions. Rows of a block: 288 KiB of strips, of the 512 and more that a second cache has.
 constexpr int64_t DEPTH = 384, BLOCK = 192;
-constexpr int64_t PACKED = 8 << 20;  // numbers of the right operand that are packed at a time: 32 MiB
+constexpr int64_t PACKED = 8 << 20;  // numbers of the right operand that are packed at a time (32 MiB), or as many as a depth has
 
 // With fewer multiply-adds than this, or rows and columns of the result, packing costs more than it gives: the product is
 // PyTorch's.
@@ -48,47 +48,46 @@ Range part_of(int64_t n, int64_t i, int64_t parts) {
 // number of threads.
 void multiply(Operand left, int64_t M, Operand right, int64_t N, int64_t K, const float* bias, const Tensor& like, float* out) {
   const ProductKernels& k = product_kernels();
-  const int64_t sums = parts_of(K, DEPTH), depth = parts_of(parts_of(K, sums), 8) * 8;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wide = PACKED / K / k.columns > 0 ? PACKED / K / k.columns * k.columns : k.columns;
-  const Tensor packed = allocate({K, parts_of(N < wide ? N : wide, k.columns) * k.columns}, aoti_torch_dtype_float32(), like);
+  const int64_t depth = parts_of(parts_of(K, parts_of(K, DEPTH)), 8) * 8, sums = parts_of(K, depth);
+  const int64_t down = parts_of(M, k.rows), across = parts_of(N, k.columns), stride = across * k.columns;
+  const int64_t together = PACKED / (stride * depth) > 1 ? PACKED / (stride * depth) : 1;
+  const Tensor packed =
+      allocate({(sums < together ? sums : together) * depth, stride}, aoti_torch_dtype_float32(), like);
   float* const panels = static_cast<float*>(packed.mutable_data_ptr());
-  for (int64_t column = 0; column < N; column += wide) {
-    const int64_t columns = N - column < wide ? N - column : wide, across = parts_of(columns, k.columns);
-    const int64_t stride = across * k.columns;  // panels of one depth lie together, those of the next behind them
-    // Eight panels a task, which share the lines that they are read from.
-    const int64_t groups = parts_of(across, 8);
-    torch::stable::parallel_for(0, sums * groups, 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = torch::stable::get_num_threads();
+  // Threads share the rows; where there are few, the columns too.
+  const int64_t row_parts = threads < parts_of(down, 4) ? threads : parts_of(down, 4);
+  const int64_t column_parts = threads / row_parts < across ? threads / row_parts : across;
+  const int64_t groups = parts_of(across, 8);  // of panels, which share the lines that they are read from
+  for (int64_t from = 0; from < sums; from += together) {
+    const int64_t to = from + together < sums ? from + together : sums;
+    const auto deep = [&](int64_t sum) { return K - sum * depth < depth ? K - sum * depth : depth; };
+    const auto panels_of = [&](int64_t sum) { return panels + (sum - from) * depth * stride; };
+    torch::stable::parallel_for(0, (to - from) * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task / groups * depth, deep = K - first < depth ? K - first : depth;
-        const int64_t from = task % groups * 8 * k.columns, to = from + 8 * k.columns < columns ? from + 8 * k.columns : columns;
-        const Operand part{right.data + (column + from) * right.lane + first * right.step, right.lane, right.step};
-        k.pack_right(part, to - from, deep, panels + first * stride + from * deep);
+        const int64_t sum = from + task / groups, column = task % groups * 8 * k.columns;
+        const int64_t columns = N - column < 8 * k.columns ? N - column : 8 * k.columns;
+        const Operand part{right.data + column * right.lane + sum * depth * right.step, right.lane, right.step};
+        k.pack_right(part, columns, deep(sum), panels_of(sum) + column * deep(sum));
       }
     });
-    // Threads share the rows; where there are few, the columns too.
-    const int64_t down = parts_of(M, k.rows);
-    const int64_t row_parts = threads < parts_of(down, 4) ? threads : parts_of(down, 4);
-    const int64_t column_parts = threads / row_parts < across ? threads / row_parts : across;
     torch::stable::parallel_for(0, row_parts * column_parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const Range rows = part_of(down, task / column_parts, row_parts), panes = part_of(across, task % column_parts, column_parts);
-        const int64_t first_column = panes.begin * k.columns;
-        const int64_t width = (panes.end * k.columns < columns ? panes.end * k.columns : columns) - first_column;
+        const Range rows = part_of(down, task / column_parts, row_parts);
+        const Range columns = part_of(across, task % column_parts, column_parts);
+        const int64_t column = columns.begin * k.columns;
+        const int64_t width = (columns.end * k.columns < N ? columns.end * k.columns : N) - column;
         const int64_t blocks = parts_of((rows.end - rows.begin) * k.rows, BLOCK);
         float* strips = scratch_of_thread.get((BLOCK + k.rows) * depth);
-        for (int64_t first = 0; first < K; first += depth) {
-          const int64_t deep = K - first < depth ? K - first : depth;
-          const bool last = first + deep == K;
+        for (int64_t sum = from; sum < to; ++sum) {
           for (int64_t i = 0; i < blocks; ++i) {
-            const Range strip = part_of(rows.end - rows.begin, i, blocks);
-            const int64_t row = (rows.begin + strip.begin) * k.rows, end_row = (rows.begin + strip.end) * k.rows;
+            const Range block = part_of(rows.end - rows.begin, i, blocks);
+            const int64_t row = (rows.begin + block.begin) * k.rows, end_row = (rows.begin + block.end) * k.rows;
             const int64_t height = (end_row < M ? end_row : M) - row;
-            k.pack_left({left.data + row * left.lane + first * left.step, left.lane, left.step}, height, deep, strips);
+            k.pack_left({left.data + row * left.lane + sum * depth * left.step, left.lane, left.step}, height, deep(sum), strips);
             k.multiply(
-                strips, height, panels + first * stride + first_column * deep, width, deep,
-                bias != nullptr && last ? bias + column + first_column : nullptr, first == 0,
-                out + row * N + column + first_column, N);
+                strips, height, panels_of(sum) + column * deep(sum), width, deep(sum),
+                bias != nullptr && sum + 1 == sums ? bias + column : nullptr, sum == 0, out + row * N + column, N);
           }
         }
       }

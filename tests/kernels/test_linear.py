@@ -345,12 +345,12 @@ class TestOwnProducts:
             torch.set_num_threads(before)
         assert all(torch.equal(found[0], other) for other in found[1:])
 
-    def test_more_columns_than_are_packed_at_a_time(self, native):
-        x, weight, bias = torch.randn(7, 4099), torch.randn(2100, 4099), torch.randn(2100)  # 8.6 of 8.4 million numbers
-        y = product_of("cpu")(x, weight, bias, True)
-        torch.testing.assert_close(
-            y.double(), F.linear(x.double(), weight.double(), bias.double()), rtol=1e-4, atol=2e-3
-        )
+    @pytest.mark.parametrize("sides", [(7, 4099, 2100), (130, 21001, 40)], ids=["8.6 of 8.4 million", "many sums"])
+    def test_more_than_is_packed_at_a_time(self, native, sides):
+        rows, K, N = sides
+        x, weight, bias = torch.randn(rows, K), torch.randn(N, K), torch.randn(N)
+        y, want = product_of("cpu")(x, weight, bias, True), F.linear(x.double(), weight.double(), bias.double())
+        torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=5e-3)
 
     @pytest.mark.parametrize("sides", [(40, 600, 600), (600, 600, 20), (130, 200, 200)], ids=["flat", "thin", "small"])
     def test_what_is_not_worth_packing_is_pytorchs(self, native, sides):
