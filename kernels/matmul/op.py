@@ -81,7 +81,7 @@ def linear(
     """
     _check(x, weight, bias)
     always = backend != "auto"
-    if not (always or torch.compiler.is_compiling()) and x.numel() * weight.shape[0] < onednn.SMALLEST:
+    if not always and _is_small(x, weight):
         return linear_ref(x, weight, bias)
     chosen = dispatch.quick("linear", backend, x) or dispatch.choose("linear", backend, x)
     own = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight))
@@ -93,6 +93,19 @@ def linear(
         return _forward(chosen, always, x, weight, bias)
     apply = Linear.apply if isinstance(chosen, str) else _linear_eager
     return apply(chosen, always, x, weight, bias)
+
+
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether others than PyTorch have no use. While compiling: where that is known for every size that the graph serves, and its
+    own layer is then what the compiler works on."""
+    small = x.numel() * weight.shape[0] < onednn.SMALLEST
+    if not torch.compiler.is_compiling():
+        return small
+    from torch.fx.experimental.symbolic_shapes import (
+        statically_known_true,
+    )  # it takes a second that eager users need not pay
+
+    return statically_known_true(small)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

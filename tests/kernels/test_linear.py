@@ -261,6 +261,22 @@ def test_compiles_whole_with_a_batch_of_any_size(everywhere):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-2)
 
 
+@pytest.mark.parametrize(("rows", "dynamic", "times"), [(600, False, 0), (1100, False, 1), (600, True, 1)])
+def test_small_layers_of_one_size_compile_as_pytorchs(everywhere, rows, dynamic, times):
+    """The compiler fuses what stands around them; a graph of any size has the operator, which looks at the size itself."""
+
+    def keep(graph, inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    found = []
+    x, weight, bias = (t.detach() for t in layer(rows))
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, dynamic=dynamic, backend=keep)
+    assert torch.equal(compiled(x, weight, bias), linear(x, weight, bias))
+    assert found.count(str(product_of(everywhere)).removeprefix("torch.ops.")) == times
+
+
 def test_autocast_is_pytorchs(everywhere):
     x, weight, bias = layer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
