@@ -71,9 +71,8 @@ def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> 
             found.append(_ceiling("matmul", "", n, 2 * n**3, timing, dtype))
             fastest = dispatch.resolve("linear", "auto", device, torch.float32)
             if dtype == "float32" and fastest != "reference":
-                timing = measure({"matmul": linear_call(n, fastest)}, sets=1, device=device, protocol=protocol)[
-                    "matmul"
-                ]
+                calls = {"matmul": linear_call(n, fastest)}
+                timing = measure(calls, sets=1, device=device, protocol=protocol)["matmul"]
                 found.append(_ceiling("matmul", fastest, n, 2 * n**3, timing, dtype))
     return found
 

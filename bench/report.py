@@ -32,10 +32,8 @@ _OP = {
     "training_step": "training step",
 }
 _NO_RIVALS = ("copy", "layer_norm")  # they do less
-_MAKERS = {
-    "/onednn": " by oneDNN",
-    "/cpu": " by ours",
-}  # of products that are not PyTorch's, by the end of a case's name
+# Who made products that are not PyTorch's, by the end of a case's name.
+_MAKERS = {"/onednn": " by oneDNN", "/cpu": " by ours"}
 Table = tuple[list[str], list[list[str]]]
 
 

@@ -153,9 +153,9 @@ def _named(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     reason = unavailable_reason(op, backend, device_type)
     dtypes = dtypes_of(op, backend)
     if reason is None and dtypes is not None and dtype not in dtypes:
-        first, *others = (str(t).removeprefix("torch.") for t in (dtype, *dtypes))
-        known = " and ".join(part for part in (", ".join(others[:-1]), others[-1]) if part)
-        reason = f"it takes {known}, not {first}"
+        came, *names = (str(t).removeprefix("torch.") for t in (dtype, *dtypes))
+        taken = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        reason = f"it takes {taken}, not {came}"
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot run {op} here: {reason}")
     return backend

@@ -71,7 +71,7 @@ def linear(
 
     Raises:
         InputError: shapes, dtypes or devices that do not belong together.
-        BackendUnavailable: "onednn" was named and cannot run here (says why).
+        BackendUnavailable: "cpu" or "onednn" was named and cannot run here (says why).
 
     Numerics: float32 sums of at most 384 terms, added up; dbias is PyTorch's sum. Kept for backward: x and W.
     While it runs, "cpu" keeps a packed copy of the weight (for dW: of x), of at most 32 MiB or 384 terms of every sum at a time.
@@ -101,9 +101,8 @@ def _is_small(x: Tensor, weight: Tensor) -> bool:
     small = x.numel() * weight.shape[0] < onednn.SMALLEST
     if not torch.compiler.is_compiling():
         return small
-    from torch.fx.experimental.symbolic_shapes import (
-        statically_known_true,
-    )  # it takes a second that eager users need not pay
+    # Here, for it takes a second that eager users need not pay.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(small)
 

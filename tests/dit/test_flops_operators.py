@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         **dict.fromkeys(("shift", "scale", "gate"), (B, D)),
         "stats": (2, B, T),
     },
-    "product": {"x": (B * T, D), "weight": (N, D)},
+    "product": {"x": (B * T, D), "weight": (N, D), "bias": (N,)},
     "bias_gelu": {"x": (B * T, N), "dy": (B * T, N), "bias": (N,)},
     "qk_norm_rope": {"x": (B, H, T, K), "dout": (B, H, T, K), "weight": (K,), "cos": (T, K // 2), "sin": (T, K // 2)},
     "attention": {
@@ -54,7 +54,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 SIZES = {"attention": (B, H, T, S, K), "attention_qkv": (B, H, T, T, K)}
 # Per family: what an operator costs under `all`, by the formulas of its cost.py.
 EVERYTHING: dict[str, Callable[[str], int]] = {
-    "product": lambda way: matmul.linear_flops_forward(B * T, D, N),
+    "product": lambda way: matmul.linear_flops_forward(B * T, D, N) + B * T * N,  # its bias is added
     "bias_gelu": lambda way: getattr(gelu, f"bias_gelu_flops_{way}")(B * T, N),
     "qk_norm_rope": lambda way: getattr(rotary, f"norm_rope_flops_{way}")(B, H, T, K, "rms", True, True),
     **{
@@ -129,7 +129,7 @@ def test_own_operators_cost_what_their_cost_py_says(name: str) -> None:
         sizes = SIZES.get(family)
         products = 0 if sizes is None else getattr(attn, f"attention_flops_{way}")(*sizes)
         if family == "product":
-            products = EVERYTHING[family](way)
+            products = matmul.linear_flops_forward(B * T, D, N)
         spent = products
         if sizes is not None and way == "backward":
             spent = attn.attention_flops_backward_hardware(*sizes)
