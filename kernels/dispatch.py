@@ -126,10 +126,10 @@ def _auto(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 def _order(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
     if op == "linear":
-        from ditscale.kernels.matmul import native, onednn
+        from ditscale.kernels.matmul.choice import fastest
 
-        fastest = "onednn" if onednn.preferred(device_type) else "cpu" if native.preferred(device_type) else None
-        return (fastest,) if fastest is not None and dtype == torch.float32 else ()
+        products = fastest(device_type) if dtype == torch.float32 else None
+        return () if products is None else (products,)
     if op != "attention":
         return BACKENDS[op]
     from ditscale.kernels.attn import choice

@@ -1,6 +1,7 @@
 // The adaLN family on the CPU: the split over threads and the sums over chunks; the arithmetic is in adaln_rows.inl.
 #include "../common/adaln_bindings.h"
 #include "adaln_rows.h"
+#include "isa.h"
 #include "past_caches.h"
 #include "scratch.h"
 
@@ -36,7 +37,7 @@ bool streams(int64_t tensors, const Shape& s, Storage storage, std::initializer_
 }
 
 const AdalnKernels& kernels_for(Storage storage) {
-  return adaln_table().by_storage[static_cast<int>(storage)];
+  return DS_BY_ISA(adaln).by_storage[static_cast<int>(storage)];
 }
 
 // Rows that one thread should at least get, so that small calls do not pay for waking the others.
@@ -144,8 +145,4 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(ditscale, CPU, m) {
   ditscale::Adaln<ditscale::cpu::Cpu>::register_in(m);
-}
-
-extern "C" __attribute__((visibility("default"))) const char* ditscale_cpu_isa() {
-  return ditscale::cpu::adaln_table().isa;
 }

@@ -1,5 +1,5 @@
 #include "adaln_rows.inl"
 
 namespace ditscale::cpu {
-extern const AdalnTable adaln_avx2 = {{kernels<float>(), kernels<bf16>(), kernels<f16>()}, "avx2"};
+extern const AdalnTable adaln_avx2 = {{kernels<float>(), kernels<bf16>(), kernels<f16>()}};
 }

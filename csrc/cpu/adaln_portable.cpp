@@ -1,5 +1,5 @@
 #include "adaln_rows.inl"
 
 namespace ditscale::cpu {
-extern const AdalnTable adaln_portable = {{kernels<float>(), kernels<bf16>(), kernels<f16>()}, "portable"};
+extern const AdalnTable adaln_portable = {{kernels<float>(), kernels<bf16>(), kernels<f16>()}};
 }

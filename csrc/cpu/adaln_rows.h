@@ -23,7 +23,6 @@ struct AdalnKernels {
 // By Storage of x: float32, bfloat16, float16.
 struct AdalnTable {
   AdalnKernels by_storage[3];
-  const char* isa;
 };
 
 extern const AdalnTable adaln_portable;
@@ -31,8 +30,5 @@ extern const AdalnTable adaln_portable;
 extern const AdalnTable adaln_avx2;
 extern const AdalnTable adaln_avx512;
 #endif
-
-// The best this processor has, chosen once. DITSCALE_CPU_ISA=portable|avx2|avx512 asks for less.
-const AdalnTable& adaln_table();
 
 }  // namespace ditscale::cpu

@@ -1,21 +1,10 @@
 // Attention on the CPU: checks, allocation and the split over threads; the arithmetic is in attention_blocks.inl.
 #include "attention_blocks.h"
-#include "adaln_rows.h"
+#include "isa.h"
 #include "scratch.h"
 
 namespace ditscale::cpu {
 namespace {
-
-const AttentionTable& attention_table() {
-  static const AttentionTable& chosen = []() -> const AttentionTable& {
-#if defined(__x86_64__)
-    if (std::strcmp(adaln_table().isa, "avx512") == 0) return attention_avx512;
-    if (std::strcmp(adaln_table().isa, "avx2") == 0) return attention_avx2;
-#endif
-    return attention_portable;
-  }();
-  return chosen;
-}
 
 thread_local Scratch scratch_of_thread;
 
@@ -162,7 +151,7 @@ void zero_rows(const HeadView& view, int64_t b, int64_t heads, int64_t begin, in
 
 // Fills what a.out sees; returns the statistics.
 Tensor run_forward(AttentionArgs& a, const Tensor& like, bool save_stats) {
-  const AttentionKernels& kernels = attention_table().by_storage[static_cast<int>(storage_of(like, "q"))];
+  const AttentionKernels& kernels = DS_BY_ISA(attention).by_storage[static_cast<int>(storage_of(like, "q"))];
   Tensor stats = save_stats ? allocate({2, a.B, a.H, a.T}, aoti_torch_dtype_float32(), like)
                             : allocate({0}, aoti_torch_dtype_float32(), like);
   if (save_stats) point_stats(a, stats);
@@ -191,7 +180,7 @@ Tensor run_forward(AttentionArgs& a, const Tensor& like, bool save_stats) {
 // from the number of threads.
 Tensor run_backward(AttentionArgs& a, const Tensor& stats, const Tensor& like, bool bias_grad) {
   const Storage storage = storage_of(like, "q");
-  const AttentionKernels& kernels = attention_table().by_storage[static_cast<int>(storage)];
+  const AttentionKernels& kernels = DS_BY_ISA(attention).by_storage[static_cast<int>(storage)];
   point_stats(a, stats);
   const int64_t heads = a.sequences * a.H_kv, width = kernels.row_width(a.K), sums = a.most_keys * width;
   const int64_t group = a.H_kv > 0 ? a.H / a.H_kv : 0, items = group * ((a.most_queries + QUERIES - 1) / QUERIES);

@@ -1,7 +1,7 @@
 // Products of float32 matrices on the CPU, for linear layers: the split over blocks and threads; packing and arithmetic are in
 // product_tiles.inl.
 #include "../common/tensors.h"
-#include "adaln_rows.h"
+#include "isa.h"
 #include "product_tiles.h"
 #include "scratch.h"
 
@@ -10,22 +10,12 @@
 namespace ditscale::cpu {
 namespace {
 
-const ProductKernels& product_kernels() {
-  static const ProductKernels& chosen = []() -> const ProductKernels& {
-#if defined(__x86_64__)
-    if (std::strcmp(adaln_table().isa, "avx512") == 0) return product_avx512;
-    if (std::strcmp(adaln_table().isa, "avx2") == 0) return product_avx2;
-#endif
-    return product_portable;
-  }();
-  return chosen;
-}
-
 thread_local Scratch scratch_of_thread;
 
 // A sum over more numbers is one of several: a panel then fits the first cache, and no rounding is carried through thousands of
 // additions. Rows of a block: 288 KiB of strips, of the 512 and more that a second cache has.
 constexpr int64_t DEPTH = 384, BLOCK = 192;
+constexpr int64_t PACKED_COLUMNS = 128;
 constexpr int64_t PACKED = 8 << 20;  // numbers of the right operand that are packed at a time (32 MiB), or as many as a depth has
 
 // With fewer multiply-adds than this, or rows and columns of the result, packing costs more than it gives: the product is
@@ -47,7 +37,7 @@ Range part_of(int64_t n, int64_t i, int64_t parts) {
 // out [M, N] = left [M, K] right [K, N] + bias. The order of every sum follows from K alone, so results have the same bits for any
 // number of threads.
 void multiply(Operand left, int64_t M, Operand right, int64_t N, int64_t K, const float* bias, const Tensor& like, float* out) {
-  const ProductKernels& k = product_kernels();
+  const ProductKernels& k = DS_BY_ISA(product);
   const int64_t depth = parts_of(parts_of(K, parts_of(K, DEPTH)), 8) * 8, sums = parts_of(K, depth);
   const int64_t down = parts_of(M, k.rows), across = parts_of(N, k.columns), stride = across * k.columns;
   const int64_t together = PACKED / (stride * depth) > 1 ? PACKED / (stride * depth) : 1;
@@ -58,15 +48,16 @@ void multiply(Operand left, int64_t M, Operand right, int64_t N, int64_t K, cons
   // Threads share the rows; where there are few, the columns too.
   const int64_t row_parts = threads < parts_of(down, 4) ? threads : parts_of(down, 4);
   const int64_t column_parts = threads / row_parts < across ? threads / row_parts : across;
-  const int64_t groups = parts_of(across, 8);  // of panels, which share the lines that they are read from
+  // Panels that are packed together share the lines that they are read from.
+  const int64_t group = k.columns < PACKED_COLUMNS ? PACKED_COLUMNS / k.columns : 1, groups = parts_of(across, group);
   for (int64_t from = 0; from < sums; from += together) {
     const int64_t to = from + together < sums ? from + together : sums;
     const auto deep = [&](int64_t sum) { return K - sum * depth < depth ? K - sum * depth : depth; };
     const auto panels_of = [&](int64_t sum) { return panels + (sum - from) * depth * stride; };
     torch::stable::parallel_for(0, (to - from) * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t sum = from + task / groups, column = task % groups * 8 * k.columns;
-        const int64_t columns = N - column < 8 * k.columns ? N - column : 8 * k.columns;
+        const int64_t sum = from + task / groups, column = task % groups * group * k.columns;
+        const int64_t columns = N - column < group * k.columns ? N - column : group * k.columns;
         const Operand part{right.data + column * right.lane + sum * depth * right.step, right.lane, right.step};
         k.pack_right(part, columns, deep(sum), panels_of(sum) + column * deep(sum));
       }

@@ -32,12 +32,10 @@ DS_INLINE void turn(v4 (&r)[TOGETHER]) {
 #endif
 }
 
-// Lanes side by side in memory: whole lines of several packs at a time.
-template <int L>
-DS_INLINE int64_t pack_rows(Operand from, int64_t packs, int64_t depth, float* to) {
-  constexpr int G = L < 16 ? 8 : 4;
+// Lanes side by side in memory: whole lines of G packs at a time, from the pack `done` on; returns the first that is left.
+template <int L, int G>
+DS_INLINE int64_t pack_rows(Operand from, int64_t done, int64_t packs, int64_t depth, float* to) {
   constexpr int64_t AHEAD = 8;
-  int64_t done = 0;
   for (; done + G <= packs; done += G) {
     const float* row = from.data + done * L;
     float* out = to + done * L * depth;
@@ -73,7 +71,11 @@ DS_INLINE void pack_turned(Operand from, int64_t depth, float* to) {
 
 template <int L>
 void pack(Operand from, int64_t lanes, int64_t depth, float* to) {
-  int64_t done = from.lane == 1 ? pack_rows<L>(from, lanes / L, depth, to) : 0;
+  int64_t done = 0;
+  if (from.lane == 1) {
+    done = pack_rows<L, (L < 16 ? 8 : L < 64 ? 4 : 2)>(from, done, lanes / L, depth, to);
+    done = pack_rows<L, 1>(from, done, lanes / L, depth, to);
+  }
   for (; done * L < lanes; ++done) {
     const Operand rest{from.data + done * L * from.lane, from.lane, from.step};
     const int64_t here = lanes - done * L < L ? lanes - done * L : L;
@@ -83,65 +85,82 @@ void pack(Operand from, int64_t lanes, int64_t depth, float* to) {
       continue;
     }
     for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t i = 0; i < L; ++i) out[k * L + i] = i < here ? rest.data[i * rest.lane + k * rest.step] : 0.f;
+      for (int64_t i = 0; i < here; ++i) out[k * L + i] = rest.data[i * rest.lane + k * rest.step];
+      for (int64_t i = here; i < L; ++i) out[k * L + i] = 0.f;
     }
   }
 }
 
-// A whole tile, added to what is there unless it is the first.
+// A whole tile of V vectors, added to what is there unless it is the first.
+template <int V>
 DS_INLINE void add_tile(
     const float* strip, const float* panel, int64_t depth, const float* bias, bool first, float* out, int64_t step) {
   each<ROWS>([&](auto m) {
-    each<(COLUMNS + 15) / 16>([&](auto i) { __builtin_prefetch(out + m * step + 16 * i, 1); });
+    each<(V * W + 15) / 16>([&](auto i) { __builtin_prefetch(out + m * step + 16 * i, 1); });
   });
-  Tile<vf, ROWS, TILE_VECTORS> tile;
+  Tile<vf, ROWS, V> tile;
   tile.template add_product<ROWS>(strip, 1, ROWS, panel, COLUMNS, depth);
   if (!first) {
-    each<ROWS>([&](auto m) {
-      each<TILE_VECTORS>([&](auto n) { tile.at[m][n] += get_at<vf>(out + m * step + n * W); });
-    });
+    each<ROWS>([&](auto m) { each<V>([&](auto n) { tile.at[m][n] += get_at<vf>(out + m * step + n * W); }); });
   }
   if (bias != nullptr) {
-    each<TILE_VECTORS>([&](auto n) {
+    each<V>([&](auto n) {
       const vf b = get_at<vf>(bias + n * W);
       each<ROWS>([&](auto m) { tile.at[m][n] += b; });
     });
   }
-  each<ROWS>([&](auto m) { each<TILE_VECTORS>([&](auto n) { put_at(out + m * step + n * W, tile.at[m][n]); }); });
+  each<ROWS>([&](auto m) { each<V>([&](auto n) { put_at(out + m * step + n * W, tile.at[m][n]); }); });
 }
 
 // The last rows or columns: a whole tile, of which a part is kept.
+template <int V>
 DS_CALLED void add_part(
     const float* strip, int64_t rows, const float* panel, int64_t columns, int64_t depth, const float* bias, bool first,
     float* out, int64_t step) {
-  float whole[ROWS * COLUMNS];
-  add_tile(strip, panel, depth, nullptr, true, whole, COLUMNS);
+  float whole[ROWS * V * W];
+  add_tile<V>(strip, panel, depth, nullptr, true, whole, V * W);
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < columns; ++n) {
       float* to = out + m * step + n;
-      const float sum = whole[m * COLUMNS + n] + (first ? 0.f : *to);
+      const float sum = whole[m * V * W + n] + (first ? 0.f : *to);
       *to = bias != nullptr ? sum + bias[n] : sum;
     }
   }
 }
 
+// All strips by one panel, of which V vectors hold the columns: the last panel may have lanes that are missing.
+template <int V>
+DS_CALLED void multiply_panel(
+    const float* strips, int64_t rows, const float* panel, int64_t columns, int64_t depth, const float* bias, bool first,
+    float* out, int64_t step) {
+  const int64_t count = (rows + ROWS - 1) / ROWS, lines = (depth * COLUMNS / 16 + count - 1) / count;
+  const float* next = panel + COLUMNS * depth;  // behind the last panel nothing is read, only asked for
+  for (int64_t m = 0; m < rows; m += ROWS) {
+    for (int64_t i = 0; i < lines; ++i, next += 16) __builtin_prefetch(next, 0, 2);
+    if (rows - m >= ROWS && columns == V * W) {
+      add_tile<V>(strips + m * depth, panel, depth, bias, first, out + m * step, step);
+    } else {
+      const int64_t height = rows - m < ROWS ? rows - m : ROWS;
+      add_part<V>(strips + m * depth, height, panel, columns, depth, bias, first, out + m * step, step);
+    }
+  }
+}
+
+template <int V = TILE_VECTORS>
+DS_INLINE auto panel_of(int64_t columns) {
+  if constexpr (V > 1) {
+    if (columns <= (V - 1) * W) return panel_of<V - 1>(columns);
+  }
+  return &multiply_panel<V>;
+}
+
 void multiply(
     const float* strips, int64_t rows, const float* panels, int64_t columns, int64_t depth, const float* bias, bool first,
     float* out, int64_t step) {
-  const int64_t count = (rows + ROWS - 1) / ROWS, lines = (depth * COLUMNS / 16 + count - 1) / count;
   for (int64_t n = 0; n < columns; n += COLUMNS) {
-    const float* panel = panels + n * depth;
-    const float* next = panel + COLUMNS * depth;  // behind the last panel nothing is read, only asked for
-    const float* b = bias == nullptr ? nullptr : bias + n;
-    for (int64_t m = 0; m < rows; m += ROWS) {
-      for (int64_t i = 0; i < lines; ++i, next += 16) __builtin_prefetch(next, 0, 2);
-      if (rows - m >= ROWS && columns - n >= COLUMNS) {
-        add_tile(strips + m * depth, panel, depth, b, first, out + m * step + n, step);
-      } else {
-        const int64_t height = rows - m < ROWS ? rows - m : ROWS, width = columns - n < COLUMNS ? columns - n : COLUMNS;
-        add_part(strips + m * depth, height, panel, width, depth, b, first, out + m * step + n, step);
-      }
-    }
+    const int64_t width = columns - n < COLUMNS ? columns - n : COLUMNS;
+    panel_of(width)(
+        strips, rows, panels + n * depth, width, depth, bias == nullptr ? nullptr : bias + n, first, out + n, step);
   }
 }
 

@@ -1,23 +1,12 @@
 // Normalisation of queries or keys and their rotation on the CPU: the split over threads.
 #include "../common/rotary_bindings.h"
-#include "adaln_rows.h"
+#include "isa.h"
 #include "past_caches.h"
 #include "rotary_rows.h"
 #include "scratch.h"
 
 namespace ditscale::cpu {
 namespace {
-
-const RotaryTable& rotary_table() {
-  static const RotaryTable& chosen = []() -> const RotaryTable& {
-#if defined(__x86_64__)
-    if (std::strcmp(adaln_table().isa, "avx512") == 0) return rotary_avx512;
-    if (std::strcmp(adaln_table().isa, "avx2") == 0) return rotary_avx2;
-#endif
-    return rotary_portable;
-  }();
-  return chosen;
-}
 
 thread_local Scratch scratch_of_thread;
 
@@ -30,7 +19,7 @@ int64_t grain(const RotaryArgs& a) {
 }
 
 const RotaryKernels& kernels_of(Storage storage) {
-  return rotary_table().by_storage[static_cast<int>(storage)];
+  return DS_BY_ISA(rotary).by_storage[static_cast<int>(storage)];
 }
 
 // `tensors` of the shape of x are read and written. In place every line is in the cache already.

@@ -7,7 +7,6 @@ makes 217 GFLOP/s, oneDNN 392 (docs/kernels.md).
 from __future__ import annotations
 
 import functools
-import platform
 
 import torch
 from torch import Tensor
@@ -31,30 +30,6 @@ def missing(device_type: str) -> str | None:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "this PyTorch is built without oneDNN"
     return None
-
-
-@functools.cache
-def preferred(device_type: str) -> bool:
-    """Whether oneDNN's products are faster than PyTorch's own: where there is AVX-512 that MKL makes no use of."""
-    return (
-        missing(device_type) is None
-        and torch.backends.mkl.is_available()
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        and not made_by_intel()
-    )
-
-
-def made_by_intel() -> bool:
-    """Whether the processor is Intel's, as MKL is."""
-    return "GenuineIntel" in _vendor()
-
-
-def _vendor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((line for line in file if line.startswith("vendor_id")), "")
-    except OSError:
-        return platform.processor()  # on Windows it ends with the vendor
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, always: bool) -> Tensor:

@@ -63,8 +63,8 @@ def linear(
         weight: [N, K], the dtype of x; any strides.
         bias: [N], the dtype of x. Default: None.
         backend: "auto", "reference" (PyTorch's own products: MKL on a CPU, cuBLAS on a GPU), "cpu" (ours) or "onednn" (both
-            float32 on a CPU). Default: "auto": for float32 on processors that are not Intel's "onednn" with AVX-512, of which
-            MKL makes no use there, "cpu" with AVX2; else "reference".
+            float32 on a CPU). Default: "auto": for float32 on processors that are not Intel's "cpu" with AVX2, "onednn" with
+            AVX-512 that is faster than AVX2 (Zen 5), of which MKL makes no use there; else "reference".
 
     Returns:
         [..., N], the dtype of x (under autocast the dtype that PyTorch's own linear layer has).

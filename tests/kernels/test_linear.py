@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import dispatch, linear
-from ditscale.kernels.matmul import cost, native, onednn
+from ditscale.kernels.matmul import choice, cost, onednn
 
-# Backends other than PyTorch's own products: the modules that say where they are preferred.
-MODULES = {"cpu": native, "onednn": onednn}
+# Backends other than PyTorch's own products.
+OURS = ("cpu", "onednn")
 
 
 def or_skip(backend):
@@ -30,7 +30,7 @@ def or_skip(backend):
     return backend
 
 
-@pytest.fixture(params=MODULES)
+@pytest.fixture(params=OURS)
 def ours(request):
     """A backend other than PyTorch's own."""
     return or_skip(request.param)
@@ -74,10 +74,10 @@ def by(backend):
 
 
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("backend", [*MODULES, "auto", "reference"])
+@pytest.mark.parametrize("backend", [*OURS, "auto", "reference"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_values_and_gradients(shape, backend, biased):
-    if backend in MODULES:
+    if backend in OURS:
         or_skip(backend)
     rows, K, N = shape
     results = []
@@ -186,28 +186,34 @@ def test_frozen_parts_have_no_gradient(ours):
 
 
 def resolved(monkeypatch, *, vendor, capability, isa):
-    monkeypatch.setattr(onednn, "_vendor", lambda: f"vendor_id\t: {vendor}")
+    monkeypatch.setattr(choice, "_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(native, "cpu_isa", lambda: isa)
+    monkeypatch.setattr(choice, "cpu_isa", lambda: isa)
     monkeypatch.setattr(dispatch, "_chosen", {})
-    for module in MODULES.values():
-        module.preferred.cache_clear()
+    choice.fastest.cache_clear()
     try:
         return [dispatch.resolve("linear", "auto", "cpu", dtype) for dtype in (torch.float32, torch.bfloat16)]
     finally:
-        for module in MODULES.values():
-            module.preferred.cache_clear()
+        choice.fastest.cache_clear()
+
+
+AMD = "vendor_id\t: AuthenticAMD\ncpu family\t: {}\n"
+INTEL = "vendor_id\t: GenuineIntel\ncpu family\t: 6\n"
 
 
 @pytest.mark.parametrize(
     ("vendor", "capability", "isa", "taken"),
     [
-        ("AuthenticAMD", "AVX512", "avx512", "onednn"),  # MKL makes no use of its AVX-512
-        ("AuthenticAMD", "AVX2", "avx2", "cpu"),
-        ("AuthenticAMD", "DEFAULT", "portable", "reference"),
-        ("GenuineIntel", "AVX512", "avx512", "reference"),
-        ("GenuineIntel", "AVX2", "avx2", "reference"),
+        (AMD.format(26), "AVX512", "avx512", "onednn"),  # MKL makes no use of its AVX-512
+        (AMD.format(25), "AVX512", "avx512", "cpu"),  # which is no faster there than AVX2
+        ("AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD", "AVX512", "avx512", "cpu"),
+        (AMD.format(25), "AVX2", "avx2", "cpu"),
+        (AMD.format(23), "AVX2", "avx2", "cpu"),
+        (AMD.format(23), "DEFAULT", "portable", "reference"),
+        (AMD.format(25), "AVX2", None, "reference"),  # no library
+        (INTEL, "AVX512", "avx512", "reference"),
+        (INTEL, "AVX2", "avx2", "reference"),
     ],
 )
 def test_auto_takes_what_is_fastest_on_a_processor(monkeypatch, vendor, capability, isa, taken):
@@ -219,8 +225,7 @@ def test_auto_takes_what_is_fastest_on_a_processor(monkeypatch, vendor, capabili
 @pytest.fixture
 def everywhere(monkeypatch, ours):
     """``auto`` takes this backend, whatever the processor."""
-    for name, module in MODULES.items():
-        monkeypatch.setattr(module, "preferred", lambda device_type, name=name: name == ours and device_type == "cpu")
+    monkeypatch.setattr(choice, "fastest", lambda device_type: ours if device_type == "cpu" else None)
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(dispatch, "_quick", {})
     return ours
