@@ -62,6 +62,8 @@ class Session:
             MachineTooNoisy: and noise was not allowed.
         """
         keep_memory(override=True)  # one protocol for all rows
+        if self.device == "cpu" and not self.tiny:
+            devices.touch_memory()
         spread = calibrate(self.device, self.protocol)
         self.common = {
             "schema": SCHEMA,

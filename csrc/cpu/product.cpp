@@ -10,12 +10,12 @@
 namespace ditscale::cpu {
 namespace {
 
-thread_local Scratch scratch_of_thread;
+thread_local Scratch scratch_of_thread, packed_of_thread;
 
 // A sum over more numbers is one of several: a panel then fits the first cache, and no rounding is carried through thousands of
 // additions. Rows of a block: 288 KiB of strips, of the 512 and more that a second cache has.
 constexpr int64_t DEPTH = 384, BLOCK = 192;
-constexpr int64_t PACKED_COLUMNS = 128;
+constexpr int64_t PACKED_COLUMNS = 64;
 constexpr int64_t PACKED = 8 << 20;  // numbers of the right operand that are packed at a time (32 MiB), or as many as a depth has
 
 // With fewer multiply-adds than this, or rows and columns of the result, packing costs more than it gives: the product is
@@ -41,9 +41,7 @@ void multiply(Operand left, int64_t M, Operand right, int64_t N, int64_t K, cons
   const int64_t depth = parts_of(parts_of(K, parts_of(K, DEPTH)), 8) * 8, sums = parts_of(K, depth);
   const int64_t down = parts_of(M, k.rows), across = parts_of(N, k.columns), stride = across * k.columns;
   const int64_t together = PACKED / (stride * depth) > 1 ? PACKED / (stride * depth) : 1;
-  const Tensor packed =
-      allocate({(sums < together ? sums : together) * depth, stride}, aoti_torch_dtype_float32(), like);
-  float* const panels = static_cast<float*>(packed.mutable_data_ptr());
+  float* const panels = packed_of_thread.get((sums < together ? sums : together) * depth * stride);
   const int64_t threads = torch::stable::get_num_threads();
   // Threads share the rows; where there are few, the columns too.
   const int64_t row_parts = threads < parts_of(down, 4) ? threads : parts_of(down, 4);

@@ -47,23 +47,56 @@ DS_INLINE int64_t pack_rows(Operand from, int64_t done, int64_t packs, int64_t d
   return done;
 }
 
-// A lane's numbers side by side in memory: squares of them are turned.
+// The same numbers of four lanes, or of two, from here on.
+DS_INLINE void pack_square(const float* from, int64_t lane, float* to, int L) {
+  v4 r[TOGETHER];
+  each<TOGETHER>([&](auto i) { r[i] = get_at<v4>(from + i * lane); });
+  turn(r);
+  each<TOGETHER>([&](auto i) { put_at(to + i * L, r[i]); });
+}
+DS_INLINE void pack_pair(const float* from, int64_t lane, float* to, int L) {
+#if defined(__AVX2__)
+  const __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + lane);
+  const __m128 low = _mm_unpacklo_ps(a, b), high = _mm_unpackhi_ps(a, b);
+  _mm_storel_pi((__m64*)to, low);
+  _mm_storeh_pi((__m64*)(to + L), low);
+  _mm_storel_pi((__m64*)(to + 2 * L), high);
+  _mm_storeh_pi((__m64*)(to + 3 * L), high);
+#else
+  for (int i = 0; i < TOGETHER; ++i) {
+    to[i * L] = from[i];
+    to[i * L + 1] = from[lane + i];
+  }
+#endif
+}
+
+// A lane's numbers side by side in memory: a whole line of each lane before the next, for lanes are often so far apart that lines
+// of all of them do not fit the first cache together.
 template <int L>
 DS_INLINE void pack_turned(Operand from, int64_t depth, float* to) {
+  static_assert(L % 2 == 0);
+  constexpr int LINE = 16, AHEAD = 32;
   int64_t k = 0;
-  for (; k + TOGETHER <= depth; k += TOGETHER) {
-    each<L / TOGETHER>([&](auto part) {
-      constexpr int first = part * TOGETHER;
-      v4 r[TOGETHER];
-      each<TOGETHER>([&](auto i) { r[i] = get_at<v4>(from.data + (first + i) * from.lane + k); });
-      turn(r);
-      each<TOGETHER>([&](auto i) { put_at(to + (k + i) * L + first, r[i]); });
-    });
-    each<L % TOGETHER>([&](auto i) {
-      constexpr int lane = L / TOGETHER * TOGETHER + i;
-      each<TOGETHER>([&](auto j) { to[(k + j) * L + lane] = from.data[lane * from.lane + k + j]; });
-    });
-  }
+  const auto squares = [&](auto numbers) {
+    for (int first = 0; first + TOGETHER <= L; first += TOGETHER) {
+      const float* row = from.data + first * from.lane + k;
+      if (numbers == LINE) each<TOGETHER>([&](auto i) { __builtin_prefetch(row + i * from.lane + AHEAD); });
+      each<numbers / TOGETHER>([&](auto q) {
+        pack_square(row + q * TOGETHER, from.lane, to + (k + q * TOGETHER) * L + first, L);
+      });
+    }
+    if constexpr (L % TOGETHER != 0) {
+      constexpr int first = L / TOGETHER * TOGETHER;
+      const float* row = from.data + first * from.lane + k;
+      if (numbers == LINE) each<2>([&](auto i) { __builtin_prefetch(row + i * from.lane + AHEAD); });
+      each<numbers / TOGETHER>([&](auto q) {
+        pack_pair(row + q * TOGETHER, from.lane, to + (k + q * TOGETHER) * L + first, L);
+      });
+    }
+    k += numbers;
+  };
+  while (k + LINE <= depth) squares(count_t<LINE>{});
+  while (k + TOGETHER <= depth) squares(count_t<TOGETHER>{});
   for (; k < depth; ++k) {
     for (int i = 0; i < L; ++i) to[k * L + i] = from.data[i * from.lane + k];
   }
@@ -73,7 +106,7 @@ template <int L>
 void pack(Operand from, int64_t lanes, int64_t depth, float* to) {
   int64_t done = 0;
   if (from.lane == 1) {
-    done = pack_rows<L, (L < 16 ? 8 : L < 64 ? 4 : 2)>(from, done, lanes / L, depth, to);
+    done = pack_rows<L, (L < 16 ? 16 : L < 64 ? 4 : 2)>(from, done, lanes / L, depth, to);
     done = pack_rows<L, 1>(from, done, lanes / L, depth, to);
   }
   for (; done * L < lanes; ++done) {

@@ -74,7 +74,8 @@ def linear(
         BackendUnavailable: "cpu" or "onednn" was named and cannot run here (says why).
 
     Numerics: float32 sums of at most 384 terms, added up; dbias is PyTorch's sum. Kept for backward: x and W.
-    While it runs, "cpu" keeps a packed copy of the weight (for dW: of x), of at most 32 MiB or 384 terms of every sum at a time.
+    "cpu" makes a packed copy of the weight (for dW: of x), of at most 32 MiB or 384 terms of every sum at a time, in memory that
+    the calling thread keeps for the next call.
     PyTorch's own products serve under autocast, in ``torch.func`` transforms, for subclasses of tensors such as DTensor, and in
     backward passes that are differentiated again.
     Cost: ``ditscale.kernels.matmul.cost``.
