@@ -12,8 +12,8 @@ namespace {
 
 thread_local Scratch scratch_of_thread, packed_of_thread;
 
-// A sum over more numbers is one of several: a panel then fits the first cache, and no rounding is carried through thousands of
-// additions. Rows of a block: 288 KiB of strips, of the 512 and more that a second cache has.
+// A sum over more numbers is one of several: a panel then fits the first cache (16 columns) or the second (64), and no rounding is
+// carried through thousands of additions. Rows of a block: 288 KiB of strips, of the 512 and more that a second cache has.
 constexpr int64_t DEPTH = 384, BLOCK = 192;
 constexpr int64_t PACKED_COLUMNS = 64;
 constexpr int64_t PACKED = 8 << 20;  // numbers of the right operand that are packed at a time (32 MiB), or as many as a depth has
@@ -21,6 +21,10 @@ constexpr int64_t PACKED = 8 << 20;  // numbers of the right operand that are pa
 // With fewer multiply-adds than this, or rows and columns of the result, packing costs more than it gives: the product is
 // PyTorch's.
 constexpr int64_t SMALLEST = 6 << 20, FEWEST_ROWS = 128, FEWEST_COLUMNS = 32;
+
+// So many rows at most, by a matrix of so many numbers at least, which is then only read once, or results of so many numbers that
+// are sums of so few, which are only written: there PyTorch's products are held up by memory more than need be.
+constexpr int64_t FEW = 48, LARGE = 1 << 17, NUMBERS_A_THREAD = 1 << 15;
 
 int64_t parts_of(int64_t n, int64_t longest) {
   return (n + longest - 1) / longest;
@@ -84,6 +88,23 @@ void multiply(Operand left, int64_t M, Operand right, int64_t N, int64_t K, cons
   }
 }
 
+bool by_dots(Operand x, Operand w) {
+  return x.step == 1 && w.step == 1;
+}
+
+// The same of few rows, where the numbers of rows and columns lie side by side, or the columns do.
+void multiply_few(Operand x, int64_t M, Operand w, int64_t N, int64_t K, const float* bias, float* out) {
+  const ProductKernels& k = DS_BY_ISA(product);
+  const bool dots = by_dots(x, w);
+  const int64_t group = k.columns < 64 ? 64 : k.columns;  // of columns: whole lines, so that threads share none
+  const int64_t least = NUMBERS_A_THREAD / (group * K) + 1;
+  torch::stable::parallel_for(0, parts_of(N, group), least, [&](int64_t begin, int64_t end) {
+    const int64_t n = begin * group, columns = (end * group < N ? end * group : N) - n;
+    const float* b = bias == nullptr ? nullptr : bias + n;
+    (dots ? k.few_by_dots : k.few_by_lines)(x, M, {w.data + n * w.lane, w.lane, w.step}, columns, K, b, out + n, N);
+  });
+}
+
 Tensor by_torch(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
@@ -109,13 +130,19 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> bias, bool always)
     dense = inner_dense(*bias);
     added = floats_of(*dense, x, "bias");
   }
-  const bool small = M * N * K < SMALLEST || M < FEWEST_ROWS || N < FEWEST_COLUMNS;
+  const Operand rows{left, x.stride(0), x.stride(1)}, columns{right, weight.stride(0), weight.stride(1)};
+  const bool few = M <= FEW && N * K >= LARGE && (by_dots(rows, columns) || columns.lane == 1);
+  const bool shallow = K <= FEW && M * N >= LARGE;
+  const bool small = !few && ((M * N * K < SMALLEST && !shallow) || M < FEWEST_ROWS || N < FEWEST_COLUMNS);
   // A vector's products are PyTorch's in any case: it adds them up in several lanes, with a third of the error.
   if (M < 2 || N < 2 || K == 0 || (small && !always)) return by_torch(x, weight, bias);
   Tensor out = allocate({M, N}, aoti_torch_dtype_float32(), x);
-  multiply(
-      {left, x.stride(0), x.stride(1)}, M, {right, weight.stride(0), weight.stride(1)}, N, K, added, x,
-      static_cast<float*>(out.mutable_data_ptr()));
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  if (few) {
+    multiply_few(rows, M, columns, N, K, added, to);
+  } else {
+    multiply(rows, M, columns, N, K, added, x, to);
+  }
   return out;
 }
 

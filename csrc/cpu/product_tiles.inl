@@ -197,8 +197,113 @@ void multiply(
   }
 }
 
+// Few rows, whose time is that of reading the right operand: once, from where it lies. While some of it is worked on, what lies
+// ahead is asked for.
+constexpr int FEW_ROWS = 4;       // that are worked on together
+constexpr int FEW_COLUMNS = 4;    // of a group of dot products
+constexpr int64_t DOT = 384 * W;  // numbers of a sum, which is one of W until its end
+
+// M x N dot products: rows of the left operand and columns of the right one, each in one piece.
+template <int M, int N>
+DS_INLINE void dots(
+    const float* x, int64_t x_lane, const float* w, int64_t w_lane, int64_t depth, const float* bias, float* out, int64_t step) {
+  constexpr int64_t NEAR = 4096, AHEAD = 512;
+  const int64_t ahead = N * w_lane < NEAR ? N * w_lane : AHEAD;  // the next group, or the same columns further on
+  float total[M][N] = {};
+  for (int64_t from = 0; from < depth; from += DOT) {
+    const int64_t to = depth - from < DOT ? depth : from + DOT;
+    vf sums[M][N] = {};
+    int64_t k = from;
+    for (; k + W <= to; k += W) {
+      vf right[N];
+      each<N>([&](auto n) {
+        __builtin_prefetch(w + n * w_lane + k + ahead);
+        right[n] = get_at<vf>(w + n * w_lane + k);
+      });
+      each<M>([&](auto m) {
+        const vf left = get_at<vf>(x + m * x_lane + k);
+        each<N>([&](auto n) { sums[m][n] += left * right[n]; });
+      });
+    }
+    each<M>([&](auto m) {
+      each<N>([&](auto n) {
+        float rest = sum(sums[m][n]);
+        for (int64_t i = k; i < to; ++i) rest += x[m * x_lane + i] * w[n * w_lane + i];
+        total[m][n] += rest;
+      });
+    });
+  }
+  each<M>([&](auto m) { each<N>([&](auto n) { out[m * step + n] = total[m][n] + (bias != nullptr ? bias[n] : 0.f); }); });
+}
+
+// M rows by V vectors of columns that lie side by side.
+template <int M, int V>
+DS_INLINE void lines(Operand x, const float* w, int64_t w_step, int64_t depth, bool first, float* out, int64_t step) {
+  constexpr int64_t AHEAD = 32;
+  vf sums[M][V] = {};
+  for (int64_t k = 0; k < depth; ++k, w += w_step) {
+    vf right[V];
+    each<(V * W + 15) / 16>([&](auto i) { __builtin_prefetch(w + AHEAD * w_step + 16 * i); });
+    each<V>([&](auto v) { right[v] = get_at<vf>(w + v * W); });
+    each<M>([&](auto m) {
+      const float left = x.data[m * x.lane + k * x.step];
+      each<V>([&](auto v) { sums[m][v] += right[v] * left; });
+    });
+  }
+  each<M>([&](auto m) {
+    each<V>([&](auto v) {
+      float* to = out + m * step + v * W;
+      put_at(to, first ? sums[m][v] : get_at<vf>(to) + sums[m][v]);
+    });
+  });
+}
+
+// body(count_t<M>, first row) for all rows, M at a time and the rest one by one.
+template <int M, class F>
+DS_INLINE void for_few(int64_t rows, const F& body) {
+  int64_t m = 0;
+  for (; m + M <= rows; m += M) body(count_t<M>{}, m);
+  for (; m < rows; ++m) body(count_t<1>{}, m);
+}
+
+void few_by_dots(Operand x, int64_t rows, Operand w, int64_t columns, int64_t depth, const float* bias, float* out, int64_t step) {
+  for_few<FEW_COLUMNS>(columns, [&](auto N, int64_t n) {
+    for_few<(W < 16 ? 2 : FEW_ROWS)>(rows, [&](auto M, int64_t m) {
+      const float* b = bias == nullptr ? nullptr : bias + n;
+      dots<M, N>(x.data + m * x.lane, x.lane, w.data + n * w.lane, w.lane, depth, b, out + m * step + n, step);
+    });
+  });
+}
+
+void few_by_lines(Operand x, int64_t rows, Operand w, int64_t columns, int64_t depth, const float* bias, float* out, int64_t step) {
+  constexpr int64_t PIECE = 128;  // numbers of a sum: what groups of rows share then stays in the first cache
+  for (int64_t k = 0; k < depth; k += PIECE) {
+    const int64_t piece = depth - k < PIECE ? depth - k : PIECE;
+    int64_t n = 0;
+    const auto panel = [&](auto V) {
+      for_few<FEW_ROWS>(rows, [&](auto M, int64_t m) {
+        const Operand from{x.data + m * x.lane + k * x.step, x.lane, x.step};
+        lines<M, V>(from, w.data + n + k * w.step, w.step, piece, k == 0, out + m * step + n, step);
+      });
+      n += V * W;
+    };
+    while (n + COLUMNS <= columns) panel(count_t<TILE_VECTORS>{});
+    while (n + W <= columns) panel(count_t<1>{});
+    for (; n < columns; ++n) {
+      for (int64_t m = 0; m < rows; ++m) {
+        float total = 0.f;
+        for (int64_t i = k; i < k + piece; ++i) total += x.data[m * x.lane + i * x.step] * w.data[n + i * w.step];
+        out[m * step + n] = k == 0 ? total : out[m * step + n] + total;
+      }
+    }
+  }
+  for (int64_t m = 0; bias != nullptr && m < rows; ++m) {
+    for (int64_t n = 0; n < columns; ++n) out[m * step + n] += bias[n];
+  }
+}
+
 constexpr ProductKernels product_kernels() {
-  return {ROWS, COLUMNS, pack<ROWS>, pack<COLUMNS>, multiply};
+  return {ROWS, COLUMNS, pack<ROWS>, pack<COLUMNS>, multiply, few_by_dots, few_by_lines};
 }
 
 }  // namespace

@@ -11,11 +11,10 @@ import functools
 import torch
 from torch import Tensor
 
+from ditscale.kernels.library import missing_reason
 from ditscale.kernels.matmul import shapes
 from ditscale.kernels.register import define
 
-# With fewer multiply-adds than this a layer and its gradients cost less by MKL, which PyTorch calls with less ado.
-SMALLEST = 6 << 20
 # So do products of two transposed operands, which oneDNN copies first, where the result (a weight's gradient) is small.
 SMALLEST_OF_TRANSPOSED = 1 << 15
 # The longer a sum, the further oneDNN's error is from MKL's: at 1,536 terms twice it (r.m.s.), in pieces of 384 1.4 times.
@@ -35,13 +34,16 @@ def missing(device_type: str) -> str | None:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, always: bool) -> Tensor:
     """``x weight^T + bias`` of float32 matrices [M, K] and [N, K], as a new [M, N].
 
-    ``always`` by oneDNN, however small, or by MKL where that is faster.
+    ``always`` by oneDNN, however small, or by MKL or our own library where that is faster.
     """
     rows, inner = x.shape
     outputs = weight.shape[0]
-    small = rows * inner * outputs < SMALLEST or (
+    small = rows * inner * outputs < shapes.SMALLEST or (
         x.stride(1) != 1 and weight.stride(1) != 1 and rows * outputs < SMALLEST_OF_TRANSPOSED
     )
+    if small and not always and missing_reason("cpu") is None:
+        own: Tensor = torch.ops.ditscale.product(x, weight, bias, False)  # ours or MKL's
+        return own
     if (small and not always) or rows * inner * outputs == 0:
         return torch.nn.functional.linear(x, weight, bias)
     bias = bias.contiguous() if bias is not None else None  # PyTorch's call takes every bias for dense

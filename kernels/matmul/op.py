@@ -12,7 +12,7 @@ from ditscale.kernels import dispatch
 from ditscale.kernels.autograd import differentiable, eager_apply, wants_graph
 from ditscale.kernels.dispatch import operators
 from ditscale.kernels.matmul import native as _native  # noqa: F401 (loads and describes ditscale::product)
-from ditscale.kernels.matmul import onednn
+from ditscale.kernels.matmul import shapes
 from ditscale.kernels.matmul.reference import linear_ref
 
 
@@ -99,7 +99,9 @@ def linear(
 def _is_small(x: Tensor, weight: Tensor) -> bool:
     """Whether others than PyTorch have no use. While compiling: where that is known for every size that the graph serves, and its
     own layer is then what the compiler works on."""
-    small = x.numel() * weight.shape[0] < onednn.SMALLEST
+    if weight.numel() >= shapes.LARGE_WEIGHT:
+        return False
+    small = x.numel() * weight.shape[0] < shapes.SMALLEST
     if not torch.compiler.is_compiling():
         return small
     # Here, for it takes a second that eager users need not pay.

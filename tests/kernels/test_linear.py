@@ -49,7 +49,9 @@ SHAPES = {
     "sums-of-385": (33, 385, 20),  # two pieces, the second of one
     "long-sums": (40, 1152, 96),
     "many-rows": (1500, 24, 32),  # the weight's gradient is a sum of pieces
-    "fast": (512, 256, 64),  # above onednn.SMALLEST
+    "fast": (512, 256, 64),  # above shapes.SMALLEST
+    "few-rows": (5, 387, 371),  # of a large weight: neither side a whole number of vectors
+    "few-long-sums": (48, 1664, 80),
     "edges": (301, 390, 51),  # tiles that are cut off at both sides, two pieces of a sum, two blocks of rows
 }
 
@@ -242,10 +244,12 @@ def test_auto_leaves_small_layers_to_pytorch(everywhere):
             return function(*args, **(kwargs or {}))
 
     x, weight, bias = layer()
-    for rows, times in ((600, 0), (1100, 1)):
+    calls = [((x[:600], weight, bias), 0), ((x, weight, bias), 1)]
+    calls.append(((torch.randn(2, 400), torch.randn(400, 400), None), 1))  # its time is that of reading the weight
+    for arguments, times in calls:
         called = []
         with Watch():
-            linear(x[:rows], weight, bias)
+            linear(*arguments)
         assert called.count(str(product_of(everywhere).default)) == times
 
 
@@ -353,10 +357,16 @@ def test_float64_and_half_precision_are_pytorchs(everywhere):
 class TestOwnProducts:
     """What is said of ``ditscale::product`` beyond its values."""
 
-    @pytest.mark.parametrize("sides", [(700, 500, 130), (5, 800, 900), (130, 3, 2000)], ids=["rows", "columns", "flat"])
-    def test_any_number_of_threads_gives_the_same_bits(self, native, sides):
+    @pytest.mark.parametrize("turned", [False, True], ids=["dense", "turned"])
+    @pytest.mark.parametrize(
+        "sides",
+        [(700, 500, 130), (60, 800, 900), (130, 3, 2000), (5, 800, 900)],
+        ids=["rows", "columns", "flat", "few"],
+    )
+    def test_any_number_of_threads_gives_the_same_bits(self, native, sides, turned):
         rows, K, N = sides
-        x, weight, bias = torch.randn(rows, K), torch.randn(K, N).t(), torch.randn(N)
+        x, weight, bias = torch.randn(rows, K), torch.randn(N, K), torch.randn(N)
+        weight = weight.t().contiguous().t() if turned else weight
         before = torch.get_num_threads()
         found = []
         try:
@@ -367,18 +377,33 @@ class TestOwnProducts:
             torch.set_num_threads(before)
         assert all(torch.equal(found[0], other) for other in found[1:])
 
-    @pytest.mark.parametrize("sides", [(7, 4099, 2100), (130, 21001, 40)], ids=["8.6 of 8.4 million", "many sums"])
+    @pytest.mark.parametrize("sides", [(50, 4099, 2100), (130, 21001, 40)], ids=["8.6 of 8.4 million", "many sums"])
     def test_more_than_is_packed_at_a_time(self, native, sides):
         rows, K, N = sides
         x, weight, bias = torch.randn(rows, K), torch.randn(N, K), torch.randn(N)
         y, want = product_of("cpu")(x, weight, bias, True), F.linear(x.double(), weight.double(), bias.double())
         torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=5e-3)
 
-    @pytest.mark.parametrize("sides", [(40, 600, 600), (600, 600, 20), (130, 200, 200)], ids=["flat", "thin", "small"])
-    def test_what_is_not_worth_packing_is_pytorchs(self, native, sides):
+    @pytest.mark.parametrize(
+        ("sides", "ours"),
+        {
+            "flat": ((60, 600, 600), False),
+            "thin": ((600, 600, 20), False),
+            "small": ((130, 200, 200), False),
+            "few rows": ((48, 400, 400), True),
+            "49 rows": ((49, 400, 300), False),
+            "few rows, a small weight": ((9, 300, 400), False),
+            "short sums": ((400, 48, 400), True),
+            "sums of 49": ((400, 49, 300), False),
+        }.values(),
+    )
+    def test_what_is_not_worth_it_is_pytorchs(self, native, sides, ours):
         rows, K, N = sides
         x, weight, bias = torch.randn(rows, K), torch.randn(N, K), torch.randn(N)
-        assert torch.equal(product_of("cpu")(x, weight, bias, False), F.linear(x, weight, bias))
+        for always in (False, True):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                product_of("cpu")(x, weight, bias, always)
+            assert any(event.name == "aten::linear" for event in seen.events()) != (ours or always)
 
     @pytest.mark.parametrize(
         ("change", "message"),
