@@ -267,6 +267,9 @@ def _cpu() -> dict[str, list[Case]]:
             block_case(16, 64, 256, 8, label="width 256"),
             at("linear", "forward", 8, 256, "S"),
             at("linear", "forward_backward", 8, 256, "S"),
+            # Few rows by a large weight, as modulation is made.
+            at("linear", "forward", 4, 1, "XL"),
+            at("linear", "forward_backward", 4, 1, "XL"),
         ],
         "step": [
             step_case(16, 64, 256, 8, 6, label="width 256, depth 6"),

@@ -12,6 +12,7 @@ from ditscale.kernels import dispatch
 from ditscale.kernels.autograd import differentiable, eager_apply, wants_graph
 from ditscale.kernels.dispatch import operators
 from ditscale.kernels.matmul import native as _native  # noqa: F401 (loads and describes ditscale::product)
+from ditscale.kernels.matmul import onednn as _onednn  # noqa: F401 (defines ditscale_onednn::product)
 from ditscale.kernels.matmul import shapes
 from ditscale.kernels.matmul.reference import linear_ref
 
@@ -64,7 +65,7 @@ def linear(
         bias: [N], the dtype of x. Default: None.
         backend: "auto", "reference" (PyTorch's own products: MKL on a CPU, cuBLAS on a GPU), "cpu" (ours) or "onednn" (both
             float32 on a CPU). Default: "auto": for float32 on processors that are not Intel's "cpu" with AVX2, "onednn" with
-            AVX-512 that is faster than AVX2 (Zen 5), of which MKL makes no use there; else "reference".
+            AVX-512 that is faster than AVX2 (Zen 5), of which MKL makes no use there; else "reference", and for small layers.
 
     Returns:
         [..., N], the dtype of x (under autocast the dtype that PyTorch's own linear layer has).
@@ -74,6 +75,7 @@ def linear(
         BackendUnavailable: "cpu" or "onednn" was named and cannot run here (says why).
 
     Numerics: float32 sums of at most 384 terms, added up; dbias is PyTorch's sum. Kept for backward: x and W.
+    Small: fewer than 6 Mi multiply-adds by a weight of fewer than 128 Ki numbers.
     "cpu" makes a packed copy of the weight (for dW: of x), of at most 32 MiB or 384 terms of every sum at a time, in memory that
     the calling thread keeps for the next call.
     PyTorch's own products serve under autocast, in ``torch.func`` transforms, for subclasses of tensors such as DTensor, and in
