@@ -15,15 +15,16 @@ thread_local Scratch scratch_of_thread, packed_of_thread;
 // A sum over more numbers is one of several: a panel then fits the first cache (16 columns) or the second (64), and no rounding is
 // carried through thousands of additions. Rows of a block: 288 KiB of strips, of the 512 and more that a second cache has.
 constexpr int64_t DEPTH = 384, BLOCK = 192;
-constexpr int64_t PACKED_COLUMNS = 64;
-constexpr int64_t PACKED = 8 << 20;  // numbers of the right operand that are packed at a time (32 MiB), or as many as a depth has
+// Of the right operand so many numbers are packed at a time (32 MiB), or as many as a depth has; by one thread so many columns,
+// which share the lines that they are read from.
+constexpr int64_t PACKED = 8 << 20, PACKED_COLUMNS = 64;
 
 // With fewer multiply-adds than this, or rows and columns of the result, packing costs more than it gives: the product is
 // PyTorch's.
 constexpr int64_t SMALLEST = 6 << 20, FEWEST_ROWS = 128, FEWEST_COLUMNS = 32;
 
-// So many rows at most, by a matrix of so many numbers at least, which is then only read once, or results of so many numbers that
-// are sums of so few, which are only written: there PyTorch's products are held up by memory more than need be.
+// Few rows by a large right operand take as long as reading it, and a large result of short sums as long as writing it: of these
+// PyTorch's products take longer, however few multiply-adds they are.
 constexpr int64_t FEW = 48, LARGE = 1 << 17, NUMBERS_A_THREAD = 1 << 15;
 
 int64_t parts_of(int64_t n, int64_t longest) {
@@ -40,7 +41,7 @@ Range part_of(int64_t n, int64_t i, int64_t parts) {
 
 // out [M, N] = left [M, K] right [K, N] + bias. The order of every sum follows from K alone, so results have the same bits for any
 // number of threads.
-void multiply(Operand left, int64_t M, Operand right, int64_t N, int64_t K, const float* bias, const Tensor& like, float* out) {
+void multiply(Operand left, int64_t M, Operand right, int64_t N, int64_t K, const float* bias, float* out) {
   const ProductKernels& k = DS_BY_ISA(product);
   const int64_t depth = parts_of(parts_of(K, parts_of(K, DEPTH)), 8) * 8, sums = parts_of(K, depth);
   const int64_t down = parts_of(M, k.rows), across = parts_of(N, k.columns), stride = across * k.columns;
@@ -50,8 +51,7 @@ void multiply(Operand left, int64_t M, Operand right, int64_t N, int64_t K, cons
   // Threads share the rows; where there are few, the columns too.
   const int64_t row_parts = threads < parts_of(down, 4) ? threads : parts_of(down, 4);
   const int64_t column_parts = threads / row_parts < across ? threads / row_parts : across;
-  // Panels that are packed together share the lines that they are read from.
-  const int64_t group = k.columns < PACKED_COLUMNS ? PACKED_COLUMNS / k.columns : 1, groups = parts_of(across, group);
+  const int64_t group = parts_of(PACKED_COLUMNS, k.columns), groups = parts_of(across, group);  // of panels
   for (int64_t from = 0; from < sums; from += together) {
     const int64_t to = from + together < sums ? from + together : sums;
     const auto deep = [&](int64_t sum) { return K - sum * depth < depth ? K - sum * depth : depth; };
@@ -92,12 +92,11 @@ bool by_dots(Operand x, Operand w) {
   return x.step == 1 && w.step == 1;
 }
 
-// The same of few rows, where the numbers of rows and columns lie side by side, or the columns do.
+// The same of few rows, where numbers of each of them and of each column lie side by side, or the columns do.
 void multiply_few(Operand x, int64_t M, Operand w, int64_t N, int64_t K, const float* bias, float* out) {
   const ProductKernels& k = DS_BY_ISA(product);
   const bool dots = by_dots(x, w);
-  const int64_t group = k.columns < 64 ? 64 : k.columns;  // of columns: whole lines, so that threads share none
-  const int64_t least = NUMBERS_A_THREAD / (group * K) + 1;
+  const int64_t group = 64, least = NUMBERS_A_THREAD / (group * K) + 1;  // of columns: whole lines, and whole panels
   torch::stable::parallel_for(0, parts_of(N, group), least, [&](int64_t begin, int64_t end) {
     const int64_t n = begin * group, columns = (end * group < N ? end * group : N) - n;
     const float* b = bias == nullptr ? nullptr : bias + n;
@@ -132,16 +131,16 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> bias, bool always)
   }
   const Operand rows{left, x.stride(0), x.stride(1)}, columns{right, weight.stride(0), weight.stride(1)};
   const bool few = M <= FEW && N * K >= LARGE && (by_dots(rows, columns) || columns.lane == 1);
-  const bool shallow = K <= FEW && M * N >= LARGE;
+  const bool shallow = K > 1 && K <= FEW && M * N >= LARGE;
   const bool small = !few && ((M * N * K < SMALLEST && !shallow) || M < FEWEST_ROWS || N < FEWEST_COLUMNS);
-  // A vector's products are PyTorch's in any case: it adds them up in several lanes, with a third of the error.
-  if (M < 2 || N < 2 || K == 0 || (small && !always)) return by_torch(x, weight, bias);
+  // Other products of a vector are PyTorch's in any case: it adds them up in several lanes, with a third of the error.
+  if ((M < 2 && !few) || N < 2 || K == 0 || (small && !always)) return by_torch(x, weight, bias);
   Tensor out = allocate({M, N}, aoti_torch_dtype_float32(), x);
   float* to = static_cast<float*>(out.mutable_data_ptr());
   if (few) {
     multiply_few(rows, M, columns, N, K, added, to);
   } else {
-    multiply(rows, M, columns, N, K, added, x, to);
+    multiply(rows, M, columns, N, K, added, to);
   }
   return out;
 }

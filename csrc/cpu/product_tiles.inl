@@ -47,7 +47,7 @@ DS_INLINE int64_t pack_rows(Operand from, int64_t done, int64_t packs, int64_t d
   return done;
 }
 
-// The same numbers of four lanes, or of two, from here on.
+// Four numbers of each of four lanes, or of two.
 DS_INLINE void pack_square(const float* from, int64_t lane, float* to, int L) {
   v4 r[TOGETHER];
   each<TOGETHER>([&](auto i) { r[i] = get_at<v4>(from + i * lane); });
