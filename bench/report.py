@@ -260,7 +260,9 @@ def between(text: str, name: str) -> str:
 
 
 def _ms(row: Row | None) -> str:
-    return "" if row is None else f"{row['time_ms']:.3g}"
+    if row is None:
+        return ""
+    return f"{row['time_ms']:.3g}" if row["time_ms"] < 999.5 else f"{row['time_ms']:,.0f}"  # and no exponent
 
 
 def _times(value: float | None) -> str:

@@ -57,6 +57,10 @@ def test_readme_block_has_the_ratios_of_the_rows_and_says_that_no_gpu_was_measur
     assert NOT_MEASURED not in readme_block(WIN + case_rows({"eager": 1.0, "ours-cuda": 0.5}, device="cuda"))
 
 
+def test_long_times_have_no_exponent() -> None:
+    assert "| 1,250 | 999 | 100 |" in readme_block(case_rows({"eager": 1250.0, "compile": 999.4, "ours-cpu": 100.0}))
+
+
 def test_without_rows_nothing_is_claimed() -> None:
     assert "CPU speed is not yet measured" in readme_block([])
     unmeasured = [r | {"status": "wrong", "reason": "dx is off"} for r in WIN]
