@@ -39,6 +39,8 @@ _LONG: Final[tuple[Shape, ...]] = ((1, 200, 72), (1, 256, 64))
 _OTHER_HEADS: Final[tuple[Shape, ...]] = ((1, 200, 80), (1, 200, 96), (1, 200, 128))
 # Half a head of 64 is vectors of eight halves, of 72 such of four: kernels of their own.
 _TURNED: Final[tuple[Shape, ...]] = ((1, 9, 64),)
+# Rows by a large weight, four at a time and one by one.
+_FEW: Final[tuple[Shape, ...]] = ((1, 7, 4096),)
 _NORMS: Final = ("layernorm_modulate", "gate_residual_layernorm_modulate")
 _MODULATED: Final = (*_NORMS, "gate_residual")
 
@@ -164,6 +166,7 @@ def _cases(op: str, backend: str) -> list[_Case]:
         shapes += _LONG if backend == "triton" else _LONG + _OTHER_HEADS
     else:
         shapes += _TURNED if op == "qk_norm_rope" else _WIDE
+        shapes += _FEW if op == "linear" else ()
     cases = [_Case(shape) for shape in shapes]
     if op in _MODULATED:
         cases += [*(_Case(shape, "per_token") for shape in _SHAPES), _Case(_SHAPES[0], "shared")]

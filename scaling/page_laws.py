@@ -142,11 +142,13 @@ def ask_section(view: StudyView) -> str:
     listed = "".join(
         f'<div><dt>{escape(words)}</dt><dd id="{key}"><span></span><small></small></dd></div>' for key, words in answers
     )
-    band = "" if data["band"] else " No interval of the loss was saved with this law."
+    bands = {"loss": ("the loss", "band"), "params": ("the size", "params_band"), "data": (f"the {unit}", "data_band")}
+    without = [words for law, (words, band) in bands.items() if data[law] and not data[band]]
+    none = f" There is no interval of {' or '.join(without)}." if without else ""
     return (
         '<section id="ask"><h2>Ask the law</h2>'
         "<p>Move the budget. The page answers with the size to train, the images to show it, and the loss "
-        f"to expect, each with its 95 % interval.{band}</p>"
+        f"to expect, each with its 95 % interval.{none}</p>"
         '<div class="card ask"><div><label for="budget">Training budget</label><div class="budget"><output '
         f'id="budget-out" for="budget"></output></div><input type="range" id="budget" min="{low:.6f}" '
         f'max="{high:.6f}" step="any" value="{start:.6f}"><div class="marks">{buttons}</div><dl '

@@ -31,7 +31,7 @@ class Band:
 
 @dataclass(frozen=True)
 class LawView:
-    """``floor + coefficient * C ** exponent``, its parameters' 95 % intervals, and its saved band if any."""
+    """``floor + coefficient * C ** exponent``, its parameters' 95 % intervals and its saved band where there are any."""
 
     coefficient: float
     exponent: float
@@ -247,9 +247,13 @@ def _law(raw: dict[str, Any] | None) -> LawView | None:
     view = None
     if band:
         view = Band(*(np.asarray(band[k], dtype=float) for k in ("budget", "value", "low", "high")))
-        if len({len(column) for column in (view.budget, view.value, view.low, view.high)}) > 1 or len(view.budget) < 2:
+        if len({len(column) for column in (view.budget, view.value, view.low, view.high)}) > 1:
             raise ValueError("band: columns of different lengths")
-    intervals = {k: [float(v[0]), float(v[1])] for k, v in (raw.get("intervals") or {}).items()}
+        if len(view.budget) < 2:  # a law through as many points as it has parameters has no interval anywhere
+            view = None
+    # Nor do its parameters then: an end that is not finite is null in the file.
+    known = {k: v for k, v in (raw.get("intervals") or {}).items() if v[0] is not None and v[1] is not None}
+    intervals = {k: [float(v[0]), float(v[1])] for k, v in known.items()}
     return LawView(float(raw["coefficient"]), float(raw["exponent"]), float(raw.get("floor") or 0.0), intervals, view)
 
 

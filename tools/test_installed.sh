@@ -20,7 +20,7 @@ python -c 'import ditscale, pathlib, sys; assert pathlib.Path(ditscale.__file__)
 python -c 'import ditscale, sys; assert not {"torch", "triton"} & set(sys.modules)'
 ditscale doctor --json >doctor.json
 test "$(ditscale flops DiT-XL/2 --json | python -c 'import json, sys; print(json.load(sys.stdin)["train_flops"])')" = 711718502400
-ditscale demo --quick --out demo >/dev/null 2>&1
+ditscale demo --quick --out demo >demo.txt 2>&1 || { cat demo.txt; exit 1; }
 test -s demo/report.html
 ! ditscale flops DiT-XXXL/3 2>error.txt
 test "$(wc -l <error.txt)" = 1

@@ -296,7 +296,19 @@ def test_laws_with_missing_parts_still_make_a_page(study: Path) -> None:
     loss = {"coefficient": laws["loss"]["coefficient"], "exponent": laws["loss"]["exponent"]}
     (study / "laws.json").write_text(json.dumps({"loss": loss}))
     text = _text(study)
-    assert "No interval of the loss was saved" in text and "Ask the law" in text
+    assert "There is no interval of the loss." in text and "Ask the law" in text
+
+
+def test_laws_through_as_many_points_as_parameters_have_no_intervals(study: Path) -> None:
+    # Two budgets with a minimum are enough for a law and for no interval of it: its ends are null, its band is empty.
+    laws = json.loads((study / "laws.json").read_text())
+    for name in ("N_opt", "D_opt"):
+        laws[name]["intervals"] = {"coefficient": [0.0, None], "exponent": [None, None]}
+        laws[name]["band"] = {key: [] for key in laws[name]["band"]}
+    (study / "laws.json").write_text(json.dumps(laws))
+    text = _text(study)
+    assert "There is no interval of the size or the images." in text
+    assert text.count("not given") == 2
 
 
 # Figures
