@@ -14,7 +14,7 @@ thread_local Scratch scratch_of_thread, packed_of_thread;
 
 // A sum over more numbers is one of several: a panel then fits the first cache (16 columns) or the second (64), and no rounding is
 // carried through thousands of additions. Rows of a block: 288 KiB of strips, of the 512 and more that a second cache has.
-constexpr int64_t DEPTH = 384, BLOCK = 192;
+constexpr int64_t DEPTH = 384, SHORT_DEPTH = 64, BLOCK = 192;
 // Of the right operand so many numbers are packed at a time (32 MiB), or as many as a depth has; by one thread so many columns,
 // which share the lines that they are read from.
 constexpr int64_t PACKED = 8 << 20, PACKED_COLUMNS = 64;
@@ -39,11 +39,13 @@ Range part_of(int64_t n, int64_t i, int64_t parts) {
   return {n * i / parts, n * (i + 1) / parts};
 }
 
-// out [M, N] = left [M, K] right [K, N] + bias. The order of every sum follows from K alone, so results have the same bits for any
-// number of threads.
+// out [M, N] = left [M, K] right [K, N] + bias. The order of every sum follows from the shape alone, so results have the same bits
+// for any number of threads.
 void multiply(Operand left, int64_t M, Operand right, int64_t N, int64_t K, const float* bias, float* out) {
   const ProductKernels& k = DS_BY_ISA(product);
-  const int64_t depth = parts_of(parts_of(K, parts_of(K, DEPTH)), 8) * 8, sums = parts_of(K, depth);
+  // Of few rows or columns, which come here only by name, PyTorch's sums are made in lanes: shorter ones keep up with their error.
+  const int64_t longest = M <= FEW || N < FEWEST_COLUMNS ? SHORT_DEPTH : DEPTH;
+  const int64_t depth = parts_of(parts_of(K, parts_of(K, longest)), 8) * 8, sums = parts_of(K, depth);
   const int64_t down = parts_of(M, k.rows), across = parts_of(N, k.columns), stride = across * k.columns;
   const int64_t together = PACKED / (stride * depth) > 1 ? PACKED / (stride * depth) : 1;
   float* const panels = packed_of_thread.get((sums < together ? sums : together) * depth * stride);

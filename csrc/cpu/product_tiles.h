@@ -23,8 +23,8 @@ struct ProductKernels {
   void (*multiply)(
       const float* strips, int64_t rows, const float* panels, int64_t columns, int64_t depth, const float* bias, bool first,
       float* out, int64_t step);
-  // out = x . w + (bias, if any) of few rows, nothing packed: where the numbers of a row of x and of a column of w lie side by side,
-  // and where the columns of w do.
+  // out = x . w + (bias, if any) of few rows, nothing packed: where numbers of a row of x and of a column of w lie side by side, and
+  // where the columns of w do.
   void (*few_by_dots)(
       Operand x, int64_t rows, Operand w, int64_t columns, int64_t depth, const float* bias, float* out, int64_t step);
   void (*few_by_lines)(
