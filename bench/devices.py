@@ -207,15 +207,23 @@ def pin(threads: int | None) -> int:
 
 
 def touch_memory() -> None:
-    """Write 4 GiB of the heap once, or a sixth of the machine's memory if that is less, so that cases meet no new memory.
+    """Write 4 GiB of the heap once, or a sixth of the memory that there is if that is less, so that cases meet no new memory.
 
     A virtual machine may have to ask its host for every page that it touches first: on one, new memory was written at 0.5 GB/s,
     old at 26. What is freed stays with the process where ``keep_memory`` has been called.
     """
     import torch
 
+    torch.empty(min(4 << 30, _memory() // 6), dtype=torch.uint8).fill_(0)
+
+
+def _memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """The machine's memory in bytes, or a container's limit if that is less."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    torch.empty(min(4 << 30, whole // 6), dtype=torch.uint8).fill_(0)
+    try:
+        return min(whole, int(limit.read_text()))
+    except (OSError, ValueError):  # no such limit, or "max"
+        return whole
 
 
 def _affinity() -> list[int]:

@@ -20,21 +20,21 @@ def fastest(device_type: str) -> Literal["cpu", "onednn"] | None:
     Intel's processors have Intel's MKL, which PyTorch asks. On others MKL names no instructions beyond AVX2 (MKL_VERBOSE=1):
     oneDNN's AVX-512 is faster where vectors of 512 bits are as quick as shorter ones, and where they are not, ours.
     """
-    if device_type != "cpu" or not torch.backends.mkl.is_available() or "GenuineIntel" in _vendor():
+    vendor = _vendor()
+    if device_type != "cpu" or not torch.backends.mkl.is_available() or "GenuineIntel" in vendor:
         return None
-    widest = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not _halves_long_vectors()
+    widest = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not _halves_long_vectors(vendor)
     if widest and onednn.missing(device_type) is None:
         return "onednn"
     return "cpu" if cpu_isa() in ("avx2", "avx512") else None
 
 
-def _halves_long_vectors() -> bool:
+def _halves_long_vectors(vendor: str) -> bool:
     """Whether the processor is a Zen 4, which computes vectors of 512 bits half by half (Zens before it have none)."""
-    family = re.search(r"[Ff]amily\s*:?\s*(\d+)", _vendor())
-    return "AuthenticAMD" in _vendor() and family is not None and int(family[1]) == 25
+    family = re.search(r"[Ff]amily\s*:?\s*(\d+)", vendor)
+    return "AuthenticAMD" in vendor and family is not None and int(family[1]) == 25
 
 
-@functools.cache
 def _vendor() -> str:
     """Who made the processor, and its family."""
     try:

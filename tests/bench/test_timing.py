@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from ditscale.bench import interference, timing
+from ditscale.bench import devices, interference, timing
 from ditscale.bench.timing import (
     TINY,
     MachineTooNoisy,
@@ -167,3 +168,11 @@ def test_waiting_for_a_core_is_seen() -> None:
                 other.wait()
 
     assert wait_of(3) > 0.2
+
+
+def test_memory_is_a_containers_where_it_has_less(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    whole = devices._memory(limit)  # no such file
+    for text, want in (("1000000\n", 1_000_000), ("max\n", whole), (f"{2 * whole}\n", whole)):
+        limit.write_text(text)
+        assert devices._memory(limit) == want

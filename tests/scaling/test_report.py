@@ -17,11 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ditscale.errors import InputError
+from ditscale.scaling import outlook, study_view
 from ditscale.scaling.figure_style import INK, ramp
 from ditscale.scaling.figures import draw_figures
+from ditscale.scaling.jsonable import dumps
+from ditscale.scaling.power import fit_power
 from ditscale.scaling.report import build_page, write_report
 from ditscale.scaling.study_view import read_study
 
@@ -309,6 +313,12 @@ def test_laws_through_as_many_points_as_parameters_have_no_intervals(study: Path
     text = _text(study)
     assert "There is no interval of the size or the images." in text
     assert text.count("not given") == 2
+
+
+def test_a_law_through_two_points_is_written_and_read_without_intervals() -> None:
+    law = fit_power([1e9, 1e10], [1e4, 3e4])
+    view = study_view._law(json.loads(dumps(outlook._law(law, np.geomspace(1e9, 1e11, 8)))))
+    assert view is not None and view.band is None and "exponent" not in view.intervals
 
 
 # Figures
