@@ -159,8 +159,8 @@ DS_INLINE void forward_rows(
           const int64_t d = d0 + u * W;
           vf value = v.get(from + d, n);
           if constexpr (BRANCH) {
-            value = as_stored(value + v.get(gate + d, n) * v.get(branch + d, n), from);
-            v.template put<false>(x_new + d, value, n);
+            // What is normalised is what is stored, and what the backward pass reads again.
+            value = v.put_back(x_new + d, value + v.get(gate + d, n) * v.get(branch + d, n), n);
           }
           if constexpr (COPY) v.template put<false>(to + d, value, n);
         }
@@ -227,15 +227,15 @@ void forward_stream(const ForwardArgs& a, int64_t begin, int64_t end, float* scr
     const T *x = row_of<T>(a.x, b, t), *branch = BRANCH ? row_of<T>(a.branch, b, t) : nullptr;
     const float* gate = BRANCH ? gates(b, t) : nullptr;
     float* copy = scratch + (3 + (r & 1)) * D;
-    const auto value = [&](int64_t d) {
+    const auto summed = [&](int64_t d) {
       vf v = load(x + d);
-      if constexpr (BRANCH) v = as_stored(v + load(gate + d) * load(branch + d), x);
+      if constexpr (BRANCH) v += load(gate + d) * load(branch + d);
       return v;
     };
     float about = 0.f;
     if (!a.rms && reads) {  // mean_of_head
       vf head{};
-      for (int64_t d = 0; d < 16; d += W) head += value(d);
+      for (int64_t d = 0; d < 16; d += W) head += value_of(bits_of(summed(d), x), x);
       about = sum(head) / 16.f;
     }
     const vf m = splat(about);
@@ -251,8 +251,12 @@ void forward_stream(const ForwardArgs& a, int64_t begin, int64_t end, float* scr
             prefetch(x + d);
             if constexpr (BRANCH) prefetch(branch + d);
           }
-          const vf v = value(d);
-          if constexpr (BRANCH) stream(x_new + d, v);
+          vf v = summed(d);
+          if constexpr (BRANCH) {
+            const auto bits = bits_of(v, x);
+            stream_bits(x_new + d, bits);
+            v = value_of(bits, x);
+          }
           if constexpr (COPY) store(copy + d, v);
           rest[lane] += v - m;
           acc[lane] += (v - m) * (v - m);

@@ -15,9 +15,8 @@ thread_local Scratch scratch_of_thread, packed_of_thread;
 // A sum over more numbers is one of several: a panel then fits the first cache (16 columns) or the second (64), and no rounding is
 // carried through thousands of additions. Rows of a block: 288 KiB of strips, of the 512 and more that a second cache has.
 constexpr int64_t DEPTH = 384, SHORT_DEPTH = 64, BLOCK = 192;
-// Of the right operand so many numbers are packed at a time (32 MiB), or as many as a depth has; by one thread so many columns,
-// which share the lines that they are read from.
-constexpr int64_t PACKED = 8 << 20, PACKED_COLUMNS = 64;
+// Of the right operand so many numbers are packed at a time (32 MiB), or as many as a depth has.
+constexpr int64_t PACKED = 8 << 20;
 
 // With fewer multiply-adds than this, or rows and columns of the result, packing costs more than it gives: the product is
 // PyTorch's.

@@ -12,6 +12,9 @@ struct Operand {
   int64_t lane, step;  // from one lane to the next, from one number of a lane to the next
 };
 
+// Columns that one thread packs at a time: they share the lines that they are read from.
+constexpr int64_t PACKED_COLUMNS = 64;
+
 struct ProductKernels {
   // A register tile: rows and columns of the result. Packed, `rows` lanes of the left operand lie side by side, a strip
   // [depth][rows], and `columns` of the right one, a panel [depth][columns]; lanes that are missing in the last are zeros.

@@ -106,7 +106,7 @@ template <int L>
 void pack(Operand from, int64_t lanes, int64_t depth, float* to) {
   int64_t done = 0;
   if (from.lane == 1) {
-    done = pack_rows<L, (L < 16 ? 16 : L < 64 ? 4 : 2)>(from, done, lanes / L, depth, to);
+    done = pack_rows<L, L == ROWS ? 16 : PACKED_COLUMNS / L>(from, done, lanes / L, depth, to);
     done = pack_rows<L, 1>(from, done, lanes / L, depth, to);
   }
   for (; done * L < lanes; ++done) {

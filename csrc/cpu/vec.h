@@ -101,12 +101,11 @@ DS_INLINE vf bf16_to_float(vh h) {
   return (vf)(widen_words(h) << 16);
 }
 
-// Round to nearest, ties to even; NaN stays NaN (the rounding carry could make it an infinity).
+// Round to nearest, ties to even; any NaN is PyTorch's (the rounding carry could make it an infinity).
 DS_INLINE vh float_to_bf16(vf a) {
   const vu u = (vu)a;
   const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-  const vu quiet = (u >> 16) | 0x40u;
-  return narrow_words(a != a ? quiet : rounded);
+  return narrow_words(a != a ? vu{} + 0x7FC0u : rounded);
 }
 
 #if defined(__AVX512F__)
@@ -147,23 +146,42 @@ DS_INLINE vh float_to_f16(vf a) {
 }
 #endif
 
+// A number as memory holds it, and back.
+DS_INLINE vf bits_of(vf a, const float*) {
+  return a;
+}
+DS_INLINE vh bits_of(vf a, const bf16*) {
+  return float_to_bf16(a);
+}
+DS_INLINE vh bits_of(vf a, const f16*) {
+  return float_to_f16(a);
+}
+DS_INLINE vf value_of(vf bits, const float*) {
+  return bits;
+}
+DS_INLINE vf value_of(vh bits, const bf16*) {
+  return bf16_to_float(bits);
+}
+DS_INLINE vf value_of(vh bits, const f16*) {
+  return f16_to_float(bits);
+}
+DS_INLINE void store_bits(void* p, vf bits) {
+  *(vf_at*)p = bits;
+}
+DS_INLINE void store_bits(void* p, vh bits) {
+  *(vh_at*)p = bits;
+}
+
 DS_INLINE vf load(const float* p) {
   return *(const vf_at*)p;
 }
-DS_INLINE vf load(const bf16* p) {
-  return bf16_to_float(*(const vh_at*)p);
+template <class T>
+DS_INLINE vf load(const T* p) {
+  return value_of(*(const vh_at*)p, p);
 }
-DS_INLINE vf load(const f16* p) {
-  return f16_to_float(*(const vh_at*)p);
-}
-DS_INLINE void store(float* p, vf a) {
-  *(vf_at*)p = a;
-}
-DS_INLINE void store(bf16* p, vf a) {
-  *(vh_at*)p = float_to_bf16(a);
-}
-DS_INLINE void store(f16* p, vf a) {
-  *(vh_at*)p = float_to_f16(a);
+template <class T>
+DS_INLINE void store(T* p, vf a) {
+  store_bits(p, bits_of(a, p));
 }
 
 // Vectors of a cache line.
@@ -173,34 +191,36 @@ constexpr int LINE = 64 / (int)sizeof(T) / W;
 // Stores that go past the caches, so that a line is not read before it is overwritten: to addresses that are multiples of the
 // vector, the whole of a line one after another, and `end_stream` before another thread may read.
 #if defined(__AVX512F__)
-DS_INLINE void stream(float* p, vf a) {
-  _mm512_stream_ps(p, (__m512)a);
+DS_INLINE void stream_bits(void* p, vf bits) {
+  _mm512_stream_ps((float*)p, (__m512)bits);
 }
-DS_INLINE void stream_words(void* p, vh h) {
-  _mm256_stream_si256((__m256i*)p, (__m256i)h);
+DS_INLINE void stream_bits(void* p, vh bits) {
+  _mm256_stream_si256((__m256i*)p, (__m256i)bits);
 }
 DS_INLINE void end_stream() {
   _mm_sfence();
 }
 #elif defined(__AVX2__)
-DS_INLINE void stream(float* p, vf a) {
-  _mm256_stream_ps(p, (__m256)a);
+DS_INLINE void stream_bits(void* p, vf bits) {
+  _mm256_stream_ps((float*)p, (__m256)bits);
 }
-DS_INLINE void stream_words(void* p, vh h) {
-  _mm_stream_si128((__m128i*)p, (__m128i)h);
+DS_INLINE void stream_bits(void* p, vh bits) {
+  _mm_stream_si128((__m128i*)p, (__m128i)bits);
 }
 DS_INLINE void end_stream() {
   _mm_sfence();
 }
 #else
-DS_INLINE void stream(float* p, vf a) {
-  store(p, a);
-}
-DS_INLINE void stream_words(void* p, vh h) {
-  *(vh_at*)p = h;
+template <class BITS>
+DS_INLINE void stream_bits(void* p, BITS bits) {
+  store_bits(p, bits);
 }
 DS_INLINE void end_stream() {}
 #endif
+template <class T>
+DS_INLINE void stream(T* p, vf a) {
+  stream_bits(p, bits_of(a, p));
+}
 // Bytes of which there is a multiple of 16, to an address that is a multiple of the largest of 16, 32 and 64 that divides them.
 DS_INLINE void stream_bytes(void* to, const void* from, int64_t bytes) {
 #if defined(__AVX2__)
@@ -220,12 +240,6 @@ DS_INLINE void stream_bytes(void* to, const void* from, int64_t bytes) {
 #else
   __builtin_memcpy(to, from, (unsigned long)bytes);
 #endif
-}
-DS_INLINE void stream(bf16* p, vf a) {
-  stream_words(p, float_to_bf16(a));
-}
-DS_INLINE void stream(f16* p, vf a) {
-  stream_words(p, float_to_f16(a));
 }
 
 // The last n < W numbers of a row; the lanes beyond hold `fill`.
@@ -326,17 +340,6 @@ DS_INLINE float sum(vf a) {
 }
 #endif
 
-// The value as the storage will hold it: what is normalised is what is stored, and what the backward pass reads again.
-DS_INLINE vf as_stored(vf a, const float*) {
-  return a;
-}
-DS_INLINE vf as_stored(vf a, const bf16*) {
-  return bf16_to_float(float_to_bf16(a));
-}
-DS_INLINE vf as_stored(vf a, const f16*) {
-  return f16_to_float(float_to_f16(a));
-}
-
 template <bool B>
 struct whole_t {
   static constexpr bool value = B;
@@ -367,6 +370,17 @@ struct vectors_t {
     } else {
       cpu::put<whole>(p, a, n);
     }
+  }
+  // Stores a; returns it as a load from there will.
+  template <class T>
+  static DS_INLINE vf put_back(T* p, vf a, int64_t n) {
+    const auto bits = bits_of(a, p);
+    if constexpr (whole) {
+      store_bits(p, bits);
+    } else {
+      store_part(p, a, n);
+    }
+    return value_of(bits, p);
   }
 };
 
