@@ -126,7 +126,7 @@ class DiTBlock(nn.Module):
         x_BTD, y_BTD = self.norm2(x_BTD, pending, shift, scale)
         if not isinstance(self.mlp, Mixture):
             return x_BTD, Pending(self.mlp(y_BTD), gate, balance)
-        y_BTD, more = self.mlp(y_BTD)
+        y_BTD, more = self.mlp(y_BTD, around.lengths)
         return x_BTD, Pending(y_BTD, gate, more if balance is None else balance + more)
 
     def attend(self, layer: Attention, along: str, y_BTD: Tensor, around: Around) -> Tensor:

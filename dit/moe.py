@@ -52,7 +52,8 @@ class Mixture(nn.Module):
     (Switch, arXiv:2101.03961; DiT-MoE, arXiv:2407.11633). With a capacity an expert has R = ceil(capacity N k / E) rows;
     first choices come before second ones, then tokens in their order, and what finds no room is left out of the sum. The
     balance loss is ``E sum_e f_e p_e``, f_e the share of tokens' choices that went to expert e and p_e its mean probability:
-    1 where all are used alike, E where one does everything (arXiv:2101.03961, equation 4).
+    1 where all are used alike, E where one does everything (arXiv:2101.03961, equation 4). Padding behind a caption is routed
+    last, into what room is left, and counts in no balance loss.
 
     N counts the tokens of one call, so a batch that is split has other balance losses, whose mean is not the whole's, and
     with a capacity, in evaluation too, what a sample gets depends on the samples beside it (under guidance its own
@@ -69,18 +70,25 @@ class Mixture(nn.Module):
         if config.shared_experts:
             self.shared = Mlp(d, config.shared_experts * f, d, swiglu=swiglu)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """([B, T, D], the balance loss)."""
+    def forward(self, x_BTD: Tensor, lengths_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """([B, T, D], the balance loss); a sample's tokens behind its first ``lengths`` are padding."""
         x_ND = x_BTD.flatten(0, 1)
         scores_NE = self.router(x_ND)
         p_NE = (scores_NE if scores_NE.dtype == torch.float64 else scores_NE.float()).softmax(-1)
         gate_Nk, expert_Nk = p_NE.topk(self.chosen, dim=-1)
         used = (expert_Nk.unsqueeze(-1) == torch.arange(self.count, device=x_BTD.device)).sum((0, 1))
-        balance = self.count * (used / expert_Nk.numel() * p_NE.mean(0)).sum()
+        padding_N = None
+        if lengths_B is None:
+            balance = self.count * (used / expert_Nk.numel() * p_NE.mean(0)).sum()
+        else:
+            padding_N = (torch.arange(x_BTD.shape[1], device=x_BTD.device) >= lengths_B[:, None]).flatten()
+            balance = self._balance(p_NE, expert_Nk, ~padding_N)
         # First choices of all tokens, then second ones: row c * N + n is the c-th choice of token n.
         expert = expert_Nk.t().flatten()
         rows = x_ND.repeat(self.chosen, 1)
-        order = expert.argsort(stable=True)
+        # Of an expert's rows padding comes last, so that it takes no room from a token.
+        key = expert if padding_N is None else 2 * expert + padding_N.repeat(self.chosen)
+        order = key.argsort(stable=True)
         if self.capacity is None:
             y = self._exactly(rows, order, used)
         else:
@@ -89,6 +97,13 @@ class Mixture(nn.Module):
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view(x_BTD.shape), balance
+
+    def _balance(self, p_NE: Tensor, expert_Nk: Tensor, counts_N: Tensor) -> Tensor:
+        """The balance loss of the tokens that count; numbers stay on their device."""
+        total = counts_N.sum()
+        chosen = expert_Nk.unsqueeze(-1) == torch.arange(self.count, device=p_NE.device)
+        share_E = (chosen & counts_N.view(-1, 1, 1)).sum((0, 1)) / (total * self.chosen)
+        return self.count * (share_E * (p_NE * counts_N.unsqueeze(-1)).sum(0) / total).sum()
 
     def _exactly(self, rows: Tensor, order: Tensor, used: Tensor) -> Tensor:
         """Every row to its expert, as many as there are."""

@@ -94,6 +94,29 @@ def test_the_balance_loss_of_a_batch_is_not_the_mean_of_its_parts():
 
 
 @pytest.mark.parametrize("capacity", [None, 0.7])
+def test_padding_takes_no_room_and_no_part_in_the_balance_loss(capacity):
+    layer, lengths = mixture(expert_capacity=capacity), torch.tensor([4, 9, 2])
+    x, other = torch.randn(2, 3, 9, 24)
+    counts = torch.arange(9) < lengths[:, None]
+    other[counts] = x[counts]
+    (y, balance), (y_other, balance_other) = layer(x, lengths), layer(other, lengths)
+    assert torch.allclose(y[counts], y_other[counts], atol=1e-6) and torch.equal(balance, balance_other)
+    # The loss is that of the tokens alone; and where nothing is padding, nothing changes.
+    assert float(balance.detach()) == pytest.approx(float(layer(x[counts][None])[1].detach()), rel=1e-5)
+    assert torch.allclose(layer(x, torch.full((3,), 9))[0], layer(x)[0], atol=1e-6)
+
+
+def test_the_model_tells_its_mixtures_what_is_padding():
+    config = config_of("mixture in context", condition="caption", vocabulary_size=11, caption_tokens=4)
+    model, longer = randomised(config), randomised(config.replace(caption_tokens=9))
+    longer.load_state_dict(model.state_dict())
+    (x, t, _), y = inputs_of(config), torch.tensor([[3, 5, 0, 0], [0, 0, 0, 0], [1, 2, 3, 4]])
+    model(x, t, y)
+    longer(x, t, torch.nn.functional.pad(y, (0, 5)))
+    assert float(model.balance_loss.detach()) == pytest.approx(float(longer.balance_loss.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("capacity", [None, 0.7])
 def test_two_runs_are_equal_to_the_bit(capacity):
     layer, x = mixture(expert_capacity=capacity, mlp="swiglu"), torch.randn(4, 33, 24, requires_grad=True)
 
