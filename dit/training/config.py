@@ -169,7 +169,7 @@ class TrainConfig:
             asked = f"{self.images} images" if self.images is not None else f"{self.flops:.4g} FLOPs"
             raise InputError(
                 f"{'images' if self.images is not None else 'flops'}: expected enough for one batch of {self.batch} "
-                f"({self.batch * self.flops_per_image:.4g} FLOPs), got {asked}"
+                f"({count(self.model, batch=self.batch).train:.4g} FLOPs), got {asked}"
             )
         _ = self.schedule  # checks the decay's shape
 
@@ -181,8 +181,10 @@ class TrainConfig:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        images = self.images if self.images is not None else (self.flops or 0) // self.flops_per_image
-        return images // self.batch
+        if self.images is not None:
+            return self.images // self.batch
+        # Of a whole batch, as the meter counts it: the rows of an expert's capacity are rounded up once a batch.
+        return (self.flops or 0) // count(self.model, batch=self.batch).train
 
     @property
     def flow(self) -> Objective:

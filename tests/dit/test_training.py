@@ -55,6 +55,15 @@ def test_a_flop_budget_buys_whole_batches(tmp_path):
         tiny(images=None, flops=3 * per_image)
 
 
+def test_a_flop_budget_is_what_a_mixture_with_room_for_few_spends(tmp_path):
+    """Its experts' rows are rounded up once a batch, so a batch costs less than its images one by one."""
+    model = tiny().model.replace(patch=8, experts=8, experts_per_token=1, expert_capacity=0.1)
+    batch = count(model, batch=4).train
+    assert batch < 4 * count(model).train
+    config = tiny(model=model, images=None, flops=3 * batch)
+    assert train(config, tmp_path / "run")["flops"] == 3 * batch and config.steps == 3
+
+
 def test_stopping_and_going_on_changes_no_bit(tmp_path):
     config = tiny()
     whole = train(config, tmp_path / "whole")
