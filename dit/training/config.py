@@ -117,6 +117,8 @@ class TrainConfig:
                 if not is_number(value) or not 0 <= value <= most:
                     raise InputError(f"{field}: expected a number above 0, up to {most:.3g}, got {value!r}")
                 object.__setattr__(self, field, int(value))  # a TOML file's 1e17 is a float
+        if not (self.objective is None or isinstance(self.objective, Objective)):
+            raise InputError(f"objective: expected an objective such as DDPM(), or None, got {self.objective!r}")
         if self.objective is not None and self.prediction != "velocity":
             raise InputError(f"prediction: expected it in the objective, which is given, got {self.prediction!r}")
         self.flow.check_model(self.model)

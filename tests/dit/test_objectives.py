@@ -215,6 +215,7 @@ def test_a_run_is_named_after_its_objective():
         (lambda: RectifiedFlow(time_std=0.0), "time_std"),
         (lambda: TrainConfig(model=MODEL, images=64, objective=DDPM(learn_sigma=False)), "learn_sigma"),
         (lambda: TrainConfig(model=MODEL, images=64, objective=EDM(), prediction="clean"), "prediction"),
+        (lambda: TrainConfig(model=MODEL, images=64, objective="ddpm"), "objective: expected an objective such as"),
     ],
 )
 def test_bad_values_are_named(make, named):
