@@ -18,6 +18,7 @@ from ditscale.errors import InputError
 Split = Literal["all", "train", "validation"]
 # Shards whose samples are mixed with each other at a time: enough for variety, few enough to read them in long stretches.
 MIXED_SHARDS = 8
+_MOST_CLASSES = 1_000_000
 
 
 class EpochOrder:
@@ -175,6 +176,18 @@ class FiniteImages:
     def __getstate__(self) -> dict[str, Any]:
         # Workers begin with an empty cache: sending it would take longer than reading it again.
         return {**self.__dict__, "_kept": {}}
+
+
+def numbered_classes(labels: Sequence[int], place: str) -> list[str]:
+    """The names of classes that only have numbers.
+
+    Raises InputError, which begins with `place`, for a number that can be no class's: each would get a name, and its row in a
+    model.
+    """
+    most = max(labels, default=-1)
+    if most >= _MOST_CLASSES:
+        raise InputError(f"{place}: expected classes numbered from 0, below {_MOST_CLASSES:,}, got {most}")
+    return [str(label) for label in range(most + 1)]
 
 
 def folder_name(path: str | os.PathLike[str]) -> str:

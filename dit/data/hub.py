@@ -6,13 +6,14 @@ import functools
 import hashlib
 import os
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditscale.dit.data.finite import FiniteImages, Split, folder_name
+from ditscale.dit.data.finite import FiniteImages, Split, folder_name, numbered_classes
 from ditscale.dit.data.folder import fitted
 from ditscale.dit.data.words import Vocabulary
 from ditscale.errors import InputError
@@ -62,18 +63,16 @@ class HubImages(FiniteImages):
         captions_of_all = [caption for part in parts.values() for caption in _captions(part)]
         if vocabulary is None:
             vocabulary = Vocabulary.from_captions(captions_of_all, most=words)
-        first = next(iter(parts.values()))
-        label = next((name for name in _LABELS if name in first.features), None)
-        labels = [int(v) for part in chosen.values() for v in part[label]] if label else None
+        # Of every part, so that the splits agree on the classes, and none needs the columns of another.
+        labels = {name: _labels(self.path, part) for name, part in parts.items()}
         self._rows = [(name, row) for name, part in chosen.items() for row in range(len(part))]
         self._parts = chosen
-        self._image = _image_column(self.path, first)
-        names = getattr(first.features[label], "names", None) if label else None
+        self._images = {name: _image_column(self.path, part) for name, part in chosen.items()}
         super().__init__(
             keys=[f"{name}/{row}" for name, row in self._rows],
             captions=[caption for part in chosen.values() for caption in _captions(part)],
-            labels=labels or [-1] * len(self._rows),
-            classes=names or [str(i) for i in range(max(labels, default=-1) + 1)] if labels else (),
+            labels=[label for name in chosen for label in labels[name]],
+            classes=_classes(self.path, parts, [label for part in labels.values() for label in part]),
             order_key=f"hub images {seed}",
             shape=(3, size, size if width is None else width),
             split="all" if apart else split,
@@ -100,7 +99,7 @@ class HubImages(FiniteImages):
     def _read(self, sample: int) -> NDArray[np.uint8]:
         name, row = self._rows[self.chosen[sample]]
         try:
-            return fitted(self._parts[name][row][self._image], self.shape[1:])
+            return fitted(self._parts[name][row][self._images[name]], self.shape[1:])
         except (OSError, ValueError, SyntaxError, AttributeError, struct.error) as error:
             # struct.error: datasets turns images upright as PIL does, which fails at some EXIF.
             raise InputError(f"{self.path}: expected an image in row {row} of {name}, got {error}") from error
@@ -116,9 +115,36 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
     try:
         found = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, IndexError) as error:  # IndexError: of no rows
         raise InputError(f"{path}: expected a data set that save_to_disk wrote, got {error}") from error
     return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+
+
+def _labels(path: Path, part: Any) -> list[int]:
+    """The class of every row of a part, -1 where there is none."""
+    column = next((name for name in _LABELS if name in part.features), None)
+    if column is None:
+        return [-1] * len(part)
+    labels = []
+    for label in part[column]:
+        try:
+            labels.append(-1 if label is None else int(label))
+            if isinstance(label, float) and labels[-1] != label:
+                raise ValueError("a fraction")
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{path}: expected classes or whole numbers in column {column}, got {label!r}") from error
+    return labels
+
+
+def _classes(path: Path, parts: Mapping[str, Any], labels: Sequence[int]) -> Sequence[str]:
+    """Names of the classes, as the first part tells them that names any, or else their numbers."""
+    columns = (part.features[name] for part in parts.values() for name in _LABELS if name in part.features)
+    names = next((found for column in columns if (found := getattr(column, "names", None))), None)
+    if names is None:
+        return numbered_classes(labels, str(path))
+    if max(labels, default=-1) >= len(names):
+        raise InputError(f"{path}: expected labels below {len(names)}, the classes named, got {max(labels)}")
+    return list(names)
 
 
 def _captions(part: Any) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditscale.dit.data.finite import FiniteImages, Split, folder_name
+from ditscale.dit.data.finite import FiniteImages, Split, folder_name, numbered_classes
 from ditscale.dit.data.stream import ImageBatch
 from ditscale.dit.data.words import Vocabulary
 from ditscale.dit.files import write_atomically, write_json
@@ -52,8 +52,13 @@ class _Shard:
             if unknown:
                 raise ValueError(f"numbers of type {sorted(unknown)[0]}")
             counts = {name: e["shape"][0] for name, e in self.tensors.items()}
-            if "latents" not in counts or len(set(counts.values())) != 1:
+            if "latents" not in counts or len(set(counts.values())) != 1 or not counts["latents"]:
                 raise ValueError(f"tensors with so many rows: {counts}")
+            shapes = {name: e["shape"][1:] for name, e in self.tensors.items()}
+            latent = shapes["latents"]
+            # What is read by rows only would fail at one of them, in a step.
+            if len(latent) < 3 or any(shapes.get(name, latent) != latent for name in _FLIPPED) or shapes.get("labels"):
+                raise ValueError(f"rows of shapes {shapes}")
         except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: expected a shard of latents, got {error}") from error
         self.count: int = counts["latents"]
@@ -128,7 +133,7 @@ class LatentShards(FiniteImages):
         labels = [-1] * len(self._rows)
         if "labels" in tensors:
             labels = [int(label) for shard in self._shards for label in shard.column("labels")]
-        classes = self.description["classes"] or [str(i) for i in range(max(labels) + 1)]
+        classes = self.description["classes"] or numbered_classes(labels, str(path))
         if max(labels) >= len(classes):
             raise InputError(f"{path}: expected labels below {len(classes)}, the classes described, got {max(labels)}")
         super().__init__(
@@ -199,6 +204,11 @@ def _description(path: Path, shape: Sequence[int]) -> dict[str, Any]:
             raise ValueError(f"mean {found['mean']} and std {found['std']}, which are not all finite numbers")
         if len(found["mean"]) != shape[0] or len(found["std"]) != shape[0] or min(found["std"]) <= 0:
             raise ValueError(f"mean {found['mean']} and std {found['std']} for {shape[0]} channels")
+        classes, factor = found["classes"], found["latent_factor"]
+        if classes is not None and not isinstance(classes, list):
+            raise ValueError(f"classes {classes!r}, which are no list of names")
+        if factor is not None and not (_finite(factor) and factor >= 1):
+            raise ValueError(f"latent_factor {factor!r}, which is no number of at least 1")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: expected a description of format 1, got {error}") from error
     return found

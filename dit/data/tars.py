@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditscale.cache import cached_path
-from ditscale.dit.data.finite import FiniteImages, Split, folder_name
+from ditscale.dit.data.finite import FiniteImages, Split, folder_name, numbered_classes
 from ditscale.dit.data.folder import SUFFIXES, read_image
 from ditscale.dit.data.words import Vocabulary
 from ditscale.dit.files import keep
@@ -80,7 +80,7 @@ class ImageShards(FiniteImages):
             keys=[f"{self.shards[member.shard].name}/{key}" for key, member, _, _ in samples],
             captions=[caption for _, _, caption, _ in samples],
             labels=labels,
-            classes=[str(label) for label in range(max(labels) + 1)],
+            classes=numbered_classes(labels, str(path)),
             order_key=f"image shards {seed}",
             shape=(3, size, size if width is None else width),
             split=split,

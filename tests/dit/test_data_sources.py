@@ -311,6 +311,78 @@ def test_a_part_of_a_data_set_is_the_validation_split(tmp_path):
     assert train_part.vocabulary.sha256 == held.vocabulary.sha256
 
 
+def saved(path, **parts):
+    """A saved data set of these parts, each of columns beside the image."""
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    made = {}
+    for name, columns in parts.items():
+        count = len(next(iter(columns.values()), range(4)))
+        rows = {"image": [{"bytes": encoded(i), "path": None} for i in range(count)], **columns}
+        made[name] = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict(made).save_to_disk(str(path))
+    return path
+
+
+def test_parts_of_a_data_set_agree_on_its_classes(tmp_path):
+    path = saved(tmp_path / "few", train={"label": [0, 1, 2, None]}, validation={"label": [0, 1]})
+    for split in ("train", "validation"):
+        assert HubImages(path, 8, split=split).classes == ("0", "1", "2")
+    assert sorted(HubImages(path, 8, split="train").labels) == [-1, 0, 1, 2]
+    # A part that has none of a column, as a test part without labels, whichever comes first.
+    path = saved(tmp_path / "none", test={}, train={"label": [0, 1, 2]})
+    assert HubImages(path, 8, split="train").classes == ("0", "1", "2")
+    assert set(HubImages(path, 8, split="validation").labels) == {-1}
+
+
+@pytest.mark.parametrize("label", ["cat", 1.5, [1, 2]])
+def test_labels_that_are_no_numbers_are_named(tmp_path, label):
+    path = saved(tmp_path / "hub", train={"label": [label] * 3})
+    with pytest.raises(InputError, match="whole numbers in column label, got"):
+        HubImages(path, 8)
+
+
+def test_a_data_set_of_no_rows_is_named(tmp_path):
+    with pytest.raises(InputError, match="expected a data set that save_to_disk wrote"):
+        HubImages(saved(tmp_path / "hub", train={"label": []}), 8)
+
+
+def test_a_number_that_is_no_class_s_is_named(tars, tmp_path):
+    """Each class below it would get a name: of a number such as a sample's own, more than there is memory for."""
+    with tarfile.open(tars / "box-3.tar", "w") as tar:
+        add(tar, "a.png", encoded(1))
+        add(tar, "a.cls", b"1000000000")
+    with pytest.raises(InputError, match="below 1,000,000, got 1000000000"):
+        ImageShards(tars, 8)
+    write_latents(
+        tmp_path / "latents", [{"latents": np.zeros((2, 3, 4, 4), np.float32), "labels": np.array([0, 10**12])}]
+    )
+    with pytest.raises(InputError, match="below 1,000,000, got 1000000000000"):
+        LatentShards(tmp_path / "latents")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"latents": np.zeros((2,), np.float32)},
+        {"latents": np.zeros((0, 3, 4, 4), np.float32)},
+        {"latents": np.zeros((2, 3, 4, 4), np.float32), "labels": np.zeros((2, 1), np.int64)},
+        {"latents": np.zeros((2, 3, 4, 4), np.float32), "flipped": np.zeros((2, 3, 4, 2), np.float32)},
+    ],
+    ids=["numbers", "none", "labels", "mirrored"],
+)
+def test_shards_of_other_shapes_are_refused_before_they_are_read(tmp_path, tensors):
+    write_latents(tmp_path / "latents", [tensors])
+    with pytest.raises(InputError, match="expected a shard of latents, got"):
+        LatentShards(tmp_path / "latents")
+
+
+@pytest.mark.parametrize("told", ['"classes": 5', '"classes": "abc"', '"latent_factor": "8"', '"latent_factor": 0'])
+def test_descriptions_of_other_types_are_refused(latents, told):
+    (latents / "latents.json").write_text(f'{{"format": 1, {told}}}')
+    with pytest.raises(InputError, match="expected a description of format 1, got"):
+        LatentShards(latents)
+
+
 def test_an_image_that_a_data_set_cannot_decode_is_named(tmp_path, monkeypatch):
     """EXIF that PIL cannot write anew, as `datasets` passes it on; a part stands in for the package's own."""
 
