@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -217,23 +218,26 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def progress_bar(name: str, *, show: bool) -> Any:
-    """A context manager whose value is called with (steps done, steps, loss) and draws a bar on stderr."""
+    """A context manager whose value is called with (steps done, steps, loss) and draws a bar on stderr.
+
+    A loss of NaN is none, as where images are drawn: it is not shown.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     @contextlib.contextmanager
     def drawn() -> Iterator[Callable[[int, int, float], None]]:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        times = (TextColumn("loss {task.fields[loss]:.4f}"), TimeElapsedColumn(), TimeRemainingColumn())
+        times = (TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
         progress = Progress(*columns, *times, console=Console(stderr=True), disable=not show)
-        task = progress.add_task(name, total=None, loss=float("nan"))
+        task = progress.add_task(name, total=None, loss="")
 
         with contextlib.ExitStack() as stack:
 
             def advance(done: int, steps: int, loss: float) -> None:
                 if not progress.live.is_started:  # with the first step: a mistake in what was asked stands alone
                     stack.enter_context(progress)
-                progress.update(task, completed=done, total=steps, loss=loss)
+                progress.update(task, completed=done, total=steps, loss="" if math.isnan(loss) else f"loss {loss:.4f}")
 
             yield advance
 

@@ -16,7 +16,7 @@ from training_cases import metrics, result, stop_after, tiny, weights_of
 
 from ditscale.dit.average import Profile, WeightAverage
 from ditscale.dit.checkpoint import read_metrics
-from ditscale.dit.commands import use_threads
+from ditscale.dit.commands import progress_bar, use_threads
 from ditscale.dit.data import write_latents
 from ditscale.dit.diffusion import DDPM
 from ditscale.dit.files import read_json, write_atomically
@@ -520,3 +520,11 @@ def test_a_place_that_takes_no_file_is_named(tmp_path, monkeypatch, place):
     with pytest.raises(InputError, match="expected a place to write, got"):
         write_atomically(Path(place), b"new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(0.5, True), (math.nan, False)])
+def test_a_bar_shows_no_loss_where_there_is_none(capsys, loss, shown):
+    with progress_bar("drawing", show=True) as advance:
+        advance(1, 1, loss)
+    told = capsys.readouterr().err
+    assert "drawing" in told and ("loss" in told) == shown
