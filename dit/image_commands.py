@@ -35,7 +35,13 @@ def sample(
     ] = None,
     steps: Steps = None,
     sampler: Annotated[str, typer.Option(help="euler, heun, ddim or ddpm.")] = "heun",
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 means none.")] = 2.0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance; 1 means none. Default: 2, or 1 by a model that never went without its condition "
+            "or that is told the guidance."
+        ),
+    ] = None,
     guidance_from: Annotated[float, typer.Option(help="Least share of noise at which to guide.")] = 0.0,
     guidance_to: Annotated[float, typer.Option(help="Greatest share of noise at which to guide.")] = 1.0,
     guided_channels: Annotated[int | None, typer.Option(help="Guide these first channels only. Default: all.")] = None,
@@ -80,6 +86,7 @@ def sample(
     number = len(given) if given else 16 if count is None else count
     if not 1 <= number <= _MOST_IMAGES:
         raise InputError(f"--count: expected 1 to {_MOST_IMAGES:,}, got {number}")
+    guidance = _default_guidance(run, config) if guidance is None else guidance
     if guided_channels is not None and guidance == 1:
         raise InputError("--guided-channels: expected none with --guidance 1, which guides nothing, got some")
     if text_encoder is not None and (config.condition != "caption" or config.vocabulary_size):
@@ -92,6 +99,7 @@ def sample(
     steps = default_steps(objective) if steps is None else steps
     y = each(condition_tensor(config, given, text_encoder, data), lambda tensor: tensor.to(where))
     noise = torch.randn(number, *config.input_shape, generator=torch.Generator().manual_seed(seed))
+    guidance = guidance if y is not None else 1.0
     images = draw_samples(
         model,
         noise.to(where),
@@ -99,7 +107,7 @@ def sample(
         objective=objective,
         steps=steps,
         sampler=sampler,
-        guidance=guidance if y is not None else 1.0,
+        guidance=guidance,
         guidance_interval=(guidance_from, guidance_to),
         guided_channels=guided_channels,
         clip=default_clip(objective, config, data) if clip is None else clip,
@@ -109,7 +117,8 @@ def sample(
     )
     save_grid(out, _decode(autoencoder, data, images).cpu())
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "images": number, "steps": steps, "sampler": sampler, "seed": seed}))
+        how = {"steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed}
+        typer.echo(json.dumps({"out": str(out), "images": number, **how}))
     else:
         typer.echo(f"{number} {'videos' if config.is_video else 'images'} in {out}")
 
@@ -288,6 +297,18 @@ def export(
         typer.echo(json.dumps({"out": str(out), "format": form, "tensors": tensors, "objective": objective.to_dict()}))
     else:
         typer.echo(f"{tensors} tensors in {out}, format {form}, objective {objective.name}")
+
+
+def _default_guidance(run: Path, config: DiTConfig) -> float:
+    """As pictures on the way are guided: not by what a model never learned."""
+    from ditscale.dit.files import read_json
+    from ditscale.dit.training import TrainConfig, picture_settings
+
+    # An export does not tell how it was trained; a run's folder does.
+    trained = weights_path(run).parent / "config.json"
+    if weights_path(run).name == "weights.safetensors" and trained.is_file():
+        return picture_settings(TrainConfig.from_dict(read_json(trained)))[1]
+    return 1.0 if config.condition == "none" or config.guidance_embed else 2.0
 
 
 def weights_path(run: Path) -> Path:

@@ -494,6 +494,21 @@ def test_short_chains_are_drawn_in_as_many_steps(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["sampler_steps"] == 10
 
 
+def test_samples_are_guided_where_the_model_knows_no_condition_too(tmp_path, capsys):
+    def guidance(run, **more):
+        sample(run=run, out=tmp_path / "x.png", caption=["a red apple"], steps=1, device="cpu", as_json=True, **more)
+        return json.loads(capsys.readouterr().out)["guidance"]
+
+    for share, expected in ((0.1, 2.0), (0.0, 1.0)):
+        run = tmp_path / str(share)
+        train(dataclasses.replace(PLAN, images=16, condition_dropout=share), run)
+        assert guidance(run) == guidance(run / "weights.safetensors") == expected
+        assert guidance(run, guidance=3.0) == 3.0
+    told = MODEL.replace(guidance_embed=True)
+    save_weights(tmp_path / "told.safetensors", dict(DiT(told).named_parameters()), told, PLAN.flow)
+    assert guidance(tmp_path / "told.safetensors") == 1.0
+
+
 def test_options_that_would_do_nothing_are_refused(tmp_path):
     save_weights(tmp_path / "m.safetensors", dict(DiT(MODEL).named_parameters()), MODEL, PLAN.flow)
     given = {"run": tmp_path / "m.safetensors", "out": tmp_path / "x.png", "caption": ["a red apple"], "steps": 1}
