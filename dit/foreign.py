@@ -44,8 +44,16 @@ def _what(error: Exception) -> str:
     return f"an object of {other[1]}" if other else f"what torch cannot read ({type(error).__name__})"
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or by its beginning: an export may have any name. OSError where it cannot be read."""
+    if path.suffix == ".safetensors":
+        return True
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"  # behind the length of its header; a pickle or zip file has none there
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a ``.pt`` file, by name, on the CPU.
+    """The tensors of a safetensors file, whatever its name, or of a ``.pt`` file, by name, on the CPU.
 
     Of a training checkpoint ``{"model": ..., "ema": ..., "opt": ..., "args": ...}`` the averaged weights are taken where
     there are some.
@@ -55,7 +63,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -122,7 +130,7 @@ def load_foreign(
 
 def _header(path: Path) -> dict[str, str]:
     """The entries of a safetensors file's header; none for another file."""
-    if path.suffix != ".safetensors":
+    if not _is_safetensors(path):
         return {}
     with safetensors.safe_open(path, framework="pt") as file:
         return file.metadata() or {}

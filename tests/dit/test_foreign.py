@@ -210,10 +210,12 @@ def class_model(**changes):
     return randomised(config_of("adaln-zero", frequency_width=256, in_channels=4, caption_width=64, **changes))
 
 
-def test_what_is_written_under_the_released_names_is_read_back(tmp_path):
+@pytest.mark.parametrize("name", ["x.safetensors", "x.dit"])  # the command line writes to any name
+def test_what_is_written_under_the_released_names_is_read_back(tmp_path, name):
     model = class_model()
-    save_released(tmp_path / "x.safetensors", model)
-    back, _ = load_foreign(tmp_path / "x.safetensors", "dit", heads=3, latent_factor=1)
+    save_released(tmp_path / name, model, RectifiedFlow(shift=2.0))
+    back, objective = load_foreign(tmp_path / name, "dit", heads=3, latent_factor=1)
+    assert objective == RectifiedFlow(shift=2.0)
     assert back.config == model.config
     assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in model.state_dict().items())
 
