@@ -32,9 +32,10 @@ class HubImages(FiniteImages):
         number decides.
 
     The image is the first column of that kind; the caption is the column "caption" or "text", the class the column
-    "label" or "labels", each where it is there.
+    "label" or "labels", each where a part has it; -1 where a row has no label. Classes without names are counted over all
+    parts.
 
-    Raises InputError where ``datasets`` is not installed, or the folder holds no data set with images.
+    Raises InputError where ``datasets`` is not installed, the folder holds no data set with images, or a label is none.
     """
 
     def __init__(
