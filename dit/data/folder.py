@@ -202,7 +202,7 @@ def _captions(path: Path, names: Sequence[str]) -> list[str]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # editors on Windows begin it with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: expected a text in UTF-8, got {error}") from error
 

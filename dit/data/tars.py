@@ -143,7 +143,7 @@ def _told(shard: Path, key: str, texts: dict[str, bytes]) -> tuple[str, int]:
         row: dict[str, Any] = json.loads(texts[".json"]) if ".json" in texts else {}
         caption = row.get("caption", row.get("text", ""))
         if ".txt" in texts:
-            caption = " ".join(texts[".txt"].decode("utf-8").split())
+            caption = " ".join(texts[".txt"].decode("utf-8-sig").split())
         label = int(texts[".cls"]) if ".cls" in texts else row.get("label", -1)
         if not isinstance(caption, str) or isinstance(label, bool) or not isinstance(label, int) or label < -1:
             raise ValueError(f"caption {caption!r} and label {label!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -166,6 +167,13 @@ def test_names_that_are_not_utf8(folder: Path) -> None:
     assert sum(os.fsdecode(b"c\xe9/caf\xe9.png") in part.names for part in parts) == 1
     for part in parts:
         assert len(part.batch(0, part.unique_images).images) and len(part.sha256) == 64
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(folder: Path) -> None:
+    for file in (folder / "cats" / "0.txt", folder / "captions.jsonl"):
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    captions = ImageFolder(folder, 8).captions
+    assert "a cat asleep" in captions and "a dog, running" in captions
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])

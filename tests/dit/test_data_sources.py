@@ -67,7 +67,7 @@ def tars(tmp_path):
                     add(tar, f"sub/{i:04d}.json", json.dumps({"caption": caption(i), "label": i % 3}).encode())
                 add(tar, f"sub/{i:04d}.png", encoded(i))
                 if not i % 2:
-                    add(tar, f"sub/{i:04d}.txt", caption(i).encode())
+                    add(tar, f"sub/{i:04d}.txt", caption(i).encode("utf-8-sig"))  # some editors begin with its mark
                     add(tar, f"sub/{i:04d}.cls", str(i % 3).encode())
             add(tar, "readme.md", b"no sample")
     return folder
