@@ -52,7 +52,7 @@ def _modulations(x: Tensor, names: tuple[str, ...], given: tuple[Tensor, ...]) -
     first = given[0]
     if any(m.dtype != first.dtype for m in given) or first.dtype not in (x.dtype, torch.float32):
         given = tuple(m.to(wide) for m in given)
-    if any(m.shape != first.shape for m in given):
+    if any(m.dim() != first.dim() or m.shape != first.shape for m in given):  # (ranks first: as above)
         shape = torch.broadcast_shapes(*(m.shape if m.dim() != 2 else (B, 1, D) for m in given))
         given = tuple(_rows(m).expand(shape) for m in given)
     return given
