@@ -30,12 +30,12 @@ def layernorm_modulate_ref(
 ) -> Tensor:
     """``norm(x) * (scale_base + scale) + shift``; x [B, T, D], shift and scale [D], [B, D] or [B, T, D]."""
     y = _norm(_wide(x), eps, rms) * (scale_base + _wide(_rows(scale))) + _wide(_rows(shift))
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()  # as the kernels' results; of permuted rows PyTorch makes permuted ones
 
 
 def gate_residual_ref(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """``x + gate * branch``; x and branch [B, T, D], gate [D], [B, D] or [B, T, D]."""
-    return (_wide(x) + _wide(_rows(gate)) * _wide(branch)).to(x.dtype)
+    return (_wide(x) + _wide(_rows(gate)) * _wide(branch)).to(x.dtype).contiguous()
 
 
 def gate_residual_layernorm_modulate_ref(

@@ -14,4 +14,5 @@ def bias_gelu_ref(x: Tensor, bias: Tensor) -> Tensor:
     # (relu, unlike clamp_min, lets no gradient through at 0, where it would only round the true one.)
     inner = z.clamp(-20.0, 20.0)
     y = torch.nn.functional.gelu(inner, approximate="tanh") + torch.relu(z - inner)
-    return torch.where(z == z, y, z * z).to(x.dtype)  # the gradient of a NaN is one, too
+    # The gradient of a NaN is one, too. Contiguous as the kernels' results: of permuted rows PyTorch makes permuted ones.
+    return torch.where(z == z, y, z * z).to(x.dtype).contiguous()

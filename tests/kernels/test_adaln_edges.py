@@ -69,6 +69,17 @@ def test_mixed_ranks_of_modulation(backend):
     torch.testing.assert_close(kernels.layernorm_modulate(x, shift, one, backend=backend), want)
 
 
+def test_results_of_permuted_rows_are_contiguous(backend):
+    x, m = torch.randn(5, 2, 8).transpose(0, 1), torch.randn(8)
+    results = [
+        kernels.layernorm_modulate(x, m, x, norm="rms", backend=backend),
+        kernels.gate_residual(x, x, m, backend=backend),
+        *kernels.gate_residual_layernorm_modulate(x, x, m, m, m, backend=backend),
+        kernels.bias_gelu(x, m, backend=backend),
+    ]
+    assert all(t.is_contiguous() for t in results)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAME.get)
 def test_float32_modulation_of_half_rows(backend, dtype):
     call = make((2, 70, 24), dtype)
