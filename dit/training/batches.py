@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -213,7 +214,15 @@ def _loader(pieces: _Pieces, wanted: range, workers: int) -> torch.utils.data.Da
         batch_size=None,
         num_workers=workers,
         multiprocessing_context="spawn",
+        worker_init_fn=_leave_group,
     )
+
+
+def _leave_group(worker: int) -> None:
+    """Ctrl-C, and torchrun's SIGTERM, are sent to the whole group. The training process decides when to stop, and a worker
+    that is gone by then would cost it its checkpoint."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def validation_set(config: TrainConfig, trained: RunData | None = None) -> ValidationSet:

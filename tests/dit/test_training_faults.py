@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ from ditscale.dit import checkpoint
 from ditscale.dit.checkpoint import MetricsLog, newest_checkpoint, read_metrics
 from ditscale.dit.files import folder_lock, read_json
 from ditscale.dit.training import Execution, Stopped, train
+from ditscale.dit.training.batches import Feeder, open_stream
 from ditscale.dit.training.ranks import Ranks
 from ditscale.dit.training.shards import save_shards
 from ditscale.dit.training.step import Stepper
@@ -265,3 +267,16 @@ def test_signals_end_in_a_checkpoint_and_a_word_how_to_go_on(tmp_path, number):
     if number == signal.SIGINT:
         refused = subprocess.run([*command, "--json"], capture_output=True, text=True)
         assert refused.returncode == 2 and "give --resume to go on" in refused.stderr
+
+
+def test_signals_to_the_whole_group_leave_data_workers_alone():
+    """Ctrl-C reaches the group, and torchrun's SIGTERM; a worker that ended would cost the run its checkpoint."""
+    config = tiny(batch=64, images=64 * 12)
+    stream = open_stream(config, "train")
+    feed = Feeder(config, stream, Ranks(Execution()), workers=1)
+    try:
+        feed(0)
+        groups = [os.getpgid(child.pid) for child in multiprocessing.active_children()]
+        assert groups and os.getpgid(0) not in groups
+    finally:
+        feed.close()
