@@ -32,7 +32,8 @@ class LocalPool:
         self._waiting: collections.deque[Job] = collections.deque()
         self._workers: list[_Worker] = []
         self._attempts = Attempts()
-        self._stop = self._context.Event()
+        # No Event: a process that is killed while it looks at one keeps its lock, and all others wait for ever.
+        self._stop = self._context.RawValue("b", 0)
 
     def start(self, jobs: Sequence[Job]) -> None:
         self._waiting.extend(jobs)
@@ -42,9 +43,8 @@ class LocalPool:
     def _hire(self, place: int) -> _Worker:
         mine, theirs = self._context.Pipe()
         with _environment(self._threads, place):
-            process = self._context.Process(
-                target=_work, args=(theirs, self._stop, self._threads, os.getpid()), daemon=True
-            )
+            # No daemon: that may have no children, such as data workers.
+            process = self._context.Process(target=_work, args=(theirs, self._stop, self._threads, os.getpid()))
             process.start()
         theirs.close()
         worker = _Worker(process, mine)
@@ -53,7 +53,7 @@ class LocalPool:
 
     def _give(self, worker: _Worker) -> None:
         """The next job, or the word that there is none."""
-        worker.job = self._waiting.popleft() if self._waiting and not self._stop.is_set() else None
+        worker.job = self._waiting.popleft() if self._waiting and not self._stop.value else None
         if worker.job is not None:
             self._attempts.begin(worker.job)
         with contextlib.suppress(OSError):
@@ -73,7 +73,7 @@ class LocalPool:
                         self._give(worker)
             except (EOFError, OSError):
                 job, worker.job = worker.job, None
-                if self._stop.is_set():
+                if self._stop.value:
                     continue
                 if job is not None and not job.done:
                     worker.process.join()
@@ -88,12 +88,12 @@ class LocalPool:
         return News(any(worker.job is not None for worker in self._workers), said)
 
     def stop(self) -> None:
-        self._stop.set()
+        self._stop.value = 1
         for worker in self._workers:
             worker.process.join(timeout=30)
 
     def close(self) -> None:
-        self._stop.set()
+        self._stop.value = 1
         for worker in self._workers:
             worker.process.join(timeout=5)
             if worker.process.is_alive():
@@ -113,14 +113,14 @@ class _Worker:
 
 def _work(pipe: Connection, stop: Any, threads: int, parent: int) -> None:
     """A worker's life: train what comes through the pipe, until nothing comes, the parent says stop, or it is gone."""
-    # Ctrl-C reaches the whole group; the parent decides, and says so through the event.
+    # Ctrl-C reaches the whole group; the parent decides, and says so through the flag.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
     torch.set_num_threads(threads)
 
     def should_stop() -> bool:
-        return stop.is_set() or os.getppid() != parent
+        return bool(stop.value) or os.getppid() != parent
 
     def say(sentence: str) -> None:
         with contextlib.suppress(OSError):  # a parent that is gone, which should_stop tells

@@ -125,6 +125,33 @@ def test_a_worker_that_is_killed_is_replaced(study, tmp_path):
     check_killed(study, runs, LocalPool(2, 1), tmp_path)
 
 
+def test_runs_may_have_data_workers(tmp_path):
+    study = Study.create(tmp_path / "study", small(execution={"data_workers": 1}))
+    run = plan_run(study.config, study.config.size(8), 10**8, "fit")
+    assert execute(study, [run], LocalPool(1, 1))[0]["status"] == "finished"
+
+
+def look(stop, begun):
+    begun.set()
+    while not stop.value:
+        pass
+
+
+def test_a_worker_that_is_killed_while_it_asks_whether_to_stop_keeps_nobody_waiting():
+    """With an Event instead of a bare number its lock would go with the process, and the pool would hang here."""
+    pool = LocalPool(1, 1)
+    for _ in range(2):
+        begun = pool._context.Event()
+        process = pool._context.Process(target=look, args=(pool._stop, begun), daemon=True)
+        process.start()
+        assert begun.wait(60)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    pool.stop()
+    pool.close()
+
+
 def test_ctrl_c_leaves_checkpoints_and_the_same_call_goes_on(study):
     study, runs = study
 
