@@ -315,15 +315,15 @@ class _Run:
         config, step = self.config, self.state.step
         first = step * config.batch
         event = {"step": step, "first_image": first, "images": config.batch, "seed": config.seed}
-        self.state.nonfinite.append(event | {"loss": str(loss), "gradient_norm": str(norm)})
         goes_on = config.on_nonfinite == "skip" and self.state.skipped <= _MOST_SKIPS
         self.listeners.say(
             f"{self.folder.name}: loss {loss}, gradient norm {norm} in step {step}, images {first} to "
             f"{first + config.batch - 1}, seed {config.seed}; {'skipped' if goes_on else 'stopped before its update'}"
         )
         if not goes_on:
-            # The weights are still those that this step began with: the checkpoint shows it again.
+            # The weights are still those that this step began with: the checkpoint shows it again, and so without it.
             self._save()
+        self.state.nonfinite.append(event | {"loss": str(loss), "gradient_norm": str(norm)})
         return goes_on
 
     def _tell(self, rate: float, norm: float) -> None:

@@ -170,6 +170,23 @@ def test_a_run_that_meets_nan_stops_before_the_update_and_can_be_replayed(tmp_pa
     assert train(tiny(), tmp_path)["status"] == "diverged"  # a diverged run is done, too
 
 
+def test_a_step_that_diverged_is_recorded_once_however_often_it_is_met(tmp_path, monkeypatch):
+    """As when the disk was full for the record, or the process was killed before it."""
+    poisoned(monkeypatch, 5)
+    settle = loop._settle
+
+    def full(folder, record):
+        raise InputError(f"{folder}: no space")
+
+    monkeypatch.setattr(loop, "_settle", full)
+    for _ in range(2):
+        with pytest.raises(InputError, match="no space"):
+            train(tiny(), tmp_path, say=lambda sentence: None)
+    monkeypatch.setattr(loop, "_settle", settle)
+    record = train(tiny(), tmp_path, say=lambda sentence: None)
+    assert record["nonfinite_steps"] == 1 and [event["step"] for event in record["nonfinite"]] == [5]
+
+
 def test_skipping_goes_on_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
     poisoned(monkeypatch, 0, 2, 7)
     said = []
