@@ -188,6 +188,8 @@ def _labels(table: RunTable, column: str) -> set[str]:
 def _difference(a: Interval, b: Interval, *, log: bool = False) -> Difference:
     first, second = (float(np.log(v.value)) if log else v.value for v in (a, b))
     variance = a.se**2 + b.se**2
+    if not np.isfinite(variance):  # the runs of one leave it open, as two budgets leave a line
+        return Difference(a.value, b.value, second - first, -np.inf, np.inf)
     dof = variance**2 / (a.se**4 / max(a.dof, 1.0) + b.se**4 / max(b.dof, 1.0)) if variance > 0 else 1.0
     reach = float(stats.t.ppf(0.975, dof)) * float(np.sqrt(variance))
     value = second - first

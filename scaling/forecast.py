@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 from scipy import optimize, stats
 
 from ditscale.errors import InputError
-from ditscale.scaling.candidates import Fitted, eligible, fit_candidate
+from ditscale.scaling.candidates import POWER_CANDIDATES, Fitted, eligible, fit_candidate
 from ditscale.scaling.checks import need_positive
 from ditscale.scaling.cost import CostLaw
 from ditscale.scaling.holdout import Backtest, backtest
+from ditscale.scaling.isoflop import IsoflopFit, fit_isoflop
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.losses import Loss
 from ditscale.scaling.runs import RunTable
@@ -23,6 +25,8 @@ from ditscale.scaling.surface import as_table, fit_surface
 
 # Laws below this weight do not move an average by anything that a reader could see.
 _LEAST_WEIGHT = 1e-3
+# A law of compute alone is one of the best size: of a size that costs more loss than this share by the curves, it is silent.
+_OFF_BEST = 0.02
 
 
 @dataclass
@@ -112,7 +116,8 @@ def predict_loss(
     budgets); the prediction is the average of the candidates, weighted by the product of their held-out
     predictive densities. Its 95 % interval holds the uncertainty of each law, their disagreement, and the
     noise of the run; where held-out errors were larger than the laws' own intervals said, it is widened by
-    that factor.
+    that factor. Laws of compute alone ("power", "power-floor") are of the best size at that compute: where the isoFLOP
+    curves make the run's size cost over 2 % of loss they have no say, and a warning says so.
 
     Args:
         table: runs with params, images or tokens, flops, loss and budgets; or a file or folder of them.
@@ -176,21 +181,47 @@ class Forecaster:
             except InputError:
                 if self.board is None:
                     raise
-        weights = {k: v for k, v in weights.items() if k in self.fitted and v >= _LEAST_WEIGHT}
-        if not weights:
+        self._scores = {k: v for k, v in weights.items() if k in self.fitted}
+        self.weights = _shares(self._scores)
+        if not self.weights:
             raise InputError("law: expected at least one law that could be fitted and scored, got none")
-        total = sum(weights.values())
-        self.weights = {k: v / total for k, v in sorted(weights.items(), key=lambda kv: -kv[1])}
-        self.widened = _widening(self.board, self.weights)
 
     def forecast(self, params: float, data: float, flops: float) -> Forecast:
         """Predict one run."""
+        lines = [k for k in self.fitted if k in POWER_CANDIDATES]
+        ratio = self._off_best(params, flops) if lines else None
+        if ratio is None:
+            return self._forecast(params, data, flops, self.weights)
+        others = _shares({k: v for k, v in self._scores.items() if k not in lines})
+        names = ", ".join(lines)
+        result = self._forecast(params, data, flops, others or self.weights, leave_out=lines if others else ())
+        result.warnings.append(
+            f"size {params:.4g} is {ratio:.3g}x the best at {flops:.4g} FLOPs, and laws of compute alone ({names}) speak of "
+            "the best only: " + ("left out" if others else "the loss will be higher")
+        )
+        return result
+
+    def _off_best(self, params: float, flops: float) -> float | None:
+        """The size over the best one, where the isoFLOP curves make it cost more loss than ``_OFF_BEST``."""
+        ratio = params / float(self._isoflop.n_law.predict(flops).value)
+        bends = [v.curvature / (1.0 if v.space == "log" else v.loss) for v in self._isoflop.vertices if v.curvature > 0]
+        return ratio if 0.5 * float(np.median(bends)) * np.log(ratio) ** 2 > _OFF_BEST else None
+
+    @cached_property
+    def _isoflop(self) -> IsoflopFit:
+        return fit_isoflop(self.runs, bootstrap=0, with_surface=False)
+
+    def _forecast(
+        self, params: float, data: float, flops: float, weights: dict[str, float], leave_out: Sequence[str] = ()
+    ) -> Forecast:
         predictions = {}
         for name, fitted in self.fitted.items():
+            if name in leave_out:
+                continue
             # A law whose prediction the runs do not determine here has no say.
             with contextlib.suppress(InputError):
                 predictions[name] = fitted.predict(params, data, flops, 1.0)
-        known = {k: w for k, w in self.weights.items() if k in predictions}
+        known = {k: w for k, w in weights.items() if k in predictions}
         if not known:
             raise InputError(
                 f"flops: expected a run whose loss the laws determine, got N {params:.4g}, D {data:.4g}: "
@@ -198,12 +229,13 @@ class Forecaster:
             )
         total = sum(known.values())
         weighted = [(w / total, predictions[k]) for k, w in known.items()]
+        widened = _widening(self.board, weights)
         return Forecast(
             value=float(np.exp(sum(w * p.centre for w, p in weighted))),
-            interval_95=_mixture([(w, p.centre, p.scale * self.widened, p.dof) for w, p in weighted]),
+            interval_95=_mixture([(w, p.centre, p.scale * widened, p.dof) for w, p in weighted]),
             mean_interval_95=_mixture([(w, p.centre, p.mean_scale, p.mean_dof) for w, p in weighted]),
-            chosen=next(iter(self.weights)),
-            weights=self.weights,
+            chosen=next(iter(weights)),
+            weights=weights,
             by_law={
                 k: {
                     "value": float(np.exp(p.centre)),
@@ -218,7 +250,7 @@ class Forecaster:
             flops=flops,
             data_unit=self.runs.data_unit,
             extrapolation=flops / float(self.runs.flops.max()),
-            widened=self.widened,
+            widened=widened,
             rule=self.rule,
             warnings=list(self.warnings),
         )
@@ -236,7 +268,7 @@ class Forecaster:
         rows = []
         for c in np.atleast_1d(np.asarray(flops, dtype=float)):
             best = surface.optimum(float(c))
-            rows.append(self.forecast(best["params"].value, best["data"].value, float(c)))
+            rows.append(self._forecast(best["params"].value, best["data"].value, float(c), self.weights))
         return {
             "budget": [r.flops for r in rows],
             "params": [r.params for r in rows],
@@ -278,6 +310,13 @@ def _new_run(
     elif params is None:
         params = (flops / (cost.coefficient * d)) ** (1.0 / cost.exponent)
     return float(params), float(d), float(flops)  # type: ignore[arg-type]
+
+
+def _shares(scores: dict[str, float]) -> dict[str, float]:
+    """Weights that sum to 1, largest first, without those too small to matter."""
+    total = sum(scores.values())
+    kept = {k: v for k, v in sorted(scores.items(), key=lambda kv: -kv[1]) if v > 0 and v >= _LEAST_WEIGHT * total}
+    return {k: v / sum(kept.values()) for k, v in kept.items()}
 
 
 def _widening(board: Backtest | None, weights: dict[str, float]) -> float:

@@ -251,18 +251,24 @@ class SurfaceFit:
         return out
 
     def _search(self, theta: Array, c: float, p: float) -> Array:
-        """Golden-section search for the best log N along ``p log N + log D = c``, for all parameter sets at once."""
+        """Golden-section search for the best log N along ``p log N + log D = c``, for all parameter sets at once.
+
+        NaN where the loss has no minimum within ``_SEARCH`` of the runs.
+        """
         middle = self.fit.centre["params"]
         grid = np.linspace(middle - _SEARCH, middle + _SEARCH, 241)
         values = np.stack([self._log_loss(theta, np.full(len(theta), g), np.full(len(theta), c - p * g)) for g in grid])
-        i = np.argmin(np.where(np.isfinite(values), values, np.inf), axis=0)
-        low, high = grid[np.maximum(i - 1, 0)], grid[np.minimum(i + 1, len(grid) - 1)]
+        values = np.where(np.isfinite(values), values, np.inf)
+        # Least among the valleys: a form that falls without end far from the runs (farseer) has no best size there.
+        valley = (values[1:-1] < values[:-2]) & (values[1:-1] < values[2:])
+        i = 1 + np.argmin(np.where(valley, values[1:-1], np.inf), axis=0)
+        low, high = grid[i - 1], grid[i + 1]
         golden = (np.sqrt(5.0) - 1.0) / 2.0
         for _ in range(40):
             left, right = high - golden * (high - low), low + golden * (high - low)
             better = self._log_loss(theta, left, c - p * left) < self._log_loss(theta, right, c - p * right)
             low, high = np.where(better, low, left), np.where(better, right, high)
-        best: Array = 0.5 * (low + high)
+        best: Array = np.where(valley.any(axis=0), 0.5 * (low + high), np.nan)
         return best
 
     @np.errstate(all="ignore")  # what is not finite is written as null

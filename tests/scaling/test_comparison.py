@@ -28,6 +28,11 @@ def test_a_better_design_is_seen_and_a_lucky_one_is_not() -> None:
     json.dumps(c.to_json(), allow_nan=False)
 
 
+def test_a_line_through_two_budgets_leaves_the_difference_open() -> None:
+    d = compare(study(noise=0.004), study(noise=0.004, seed=1, budgets=[1e17, 1e18])).differences["L_exponent"]
+    assert (d.low, d.high) == (-np.inf, np.inf) and not d.clear
+
+
 def test_a_change_of_exponent_is_seen() -> None:
     c = compare(study(noise=0.002, seed=1), study({**CHINCHILLA, "alpha": 0.40, "A": 1300.0}, noise=0.002, seed=2))
     d = c.differences["N_exponent"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,23 @@ def test_named_law_and_few_budgets() -> None:
         predict_loss(table, params=n)
     with pytest.raises(InputError, match="flops: expected a positive number"):
         predict_loss(table, params=n, flops=-1.0)
+
+
+def test_laws_of_compute_alone_are_silent_off_the_best_size() -> None:
+    # On the demo's runs the power law of the minima has most weight; of a model 50 times smaller it knows nothing.
+    runs = Path(__file__).parents[2] / "examples" / "emoji_runs.csv"
+    table = RunTable.read(runs, params="params_per_token", where="role == 'fit'")
+    best = predict_loss(table, params=260_064, flops=5.12e12)
+    assert best.weights["power"] > 0.5 and not any("speak of the best only" in w for w in best.warnings)
+    small = predict_loss(table, params=5_000, flops=5.12e12)
+    assert not {"power", "power-floor"} & {*small.weights, *small.by_law} and sum(
+        small.weights.values()
+    ) == pytest.approx(1)
+    assert any("(power, power-floor) speak of the best only: left out" in w for w in small.warnings)
+    assert small.interval_95[0] > 0.25 > best.interval_95[1]
+    named = predict_loss(table, params=5_000, flops=5.12e12, law="power")
+    assert named.value == pytest.approx(0.1545, abs=1e-3)
+    assert any("(power) speak of the best only: the loss will be higher" in w for w in named.warnings)
 
 
 def test_band_widens_with_distance() -> None:

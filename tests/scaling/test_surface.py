@@ -64,6 +64,17 @@ def test_search_finds_the_closed_form() -> None:
     assert np.allclose(closed, searched, atol=1e-5)
 
 
+def test_a_form_that_falls_without_end_far_away_has_its_best_size_at_the_runs() -> None:
+    # N^3 in an exponent: a million times beyond these runs this fit's loss falls for ever, and no size there is the best.
+    fit = fit_surface(study(noise=0.003, seed=0, budgets=np.geomspace(1e18, 1e20, 5)), law="farseer")
+    a = fit.interval("a")
+    assert 0.42 < a.low < 0.451613 < a.high < 0.52
+    # Where nothing turns, nothing is the best.
+    falling = fit.fit.theta.copy()
+    falling[[0, 1, 2, 3, 4, 5]] = [0.0, -9.0, 1.0, -0.01, 0.0, 1.0]
+    assert np.isnan(fit._search(falling[None, :], np.log(1e20 / 6), 1.0)).all()
+
+
 def test_cost_is_measured_not_six() -> None:
     # A share of the compute that does not grow with N, as in small DiTs: C = 50 N^0.9 D.
     rng = np.random.default_rng(0)
