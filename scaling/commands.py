@@ -408,7 +408,7 @@ def suggest(
 
 
 def laws(as_json: Json = False) -> None:
-    """List the published laws that `plan --law` and `plan --hparams` know, with their sources."""
+    """List the published laws that `plan --law` and `plan --hparams` know, with their sources and rounding."""
     from ditscale.scaling.registry import PUBLISHED
 
     if as_json:
@@ -416,15 +416,14 @@ def laws(as_json: Json = False) -> None:
 
         typer.echo(dumps({name: law.to_json() for name, law in PUBLISHED.items()}))
         return
-    from rich.console import Console
-    from rich.table import Column as Heading
-    from rich.table import Table
-
-    table = Table(Heading("law", no_wrap=True), "about", "holds", "source")  # a name that is cut cannot be typed
+    # Lines and no table, which a narrow terminal cuts: a name must be typed, an arXiv number looked up.
     for law in PUBLISHED.values():
-        holds = [*law.laws, *(["surface"] if law.surface else [])]
-        table.add_row(law.name, law.title, ", ".join(holds), law.source)
-    Console().print(table)
+        digits = {
+            **{k: v.digits for k, v in law.laws.items()},
+            **({"surface": law.surface.digits} if law.surface else {}),
+        }
+        holds = ", ".join(f"{k} ({n} digit{'s' if n != 1 else ''})" for k, n in digits.items())
+        typer.echo(f"{law.name}\n  {law.title}\n  holds {holds} as printed\n  {law.source}")
 
 
 def draw(

@@ -158,8 +158,9 @@ def _steps(view: StudyView) -> str:
     if laws and laws.loss:
         weights = sorted(laws.weights.items(), key=lambda item: -item[1])
         shares = ", ".join(f"{name} {100 * weight:.0f}\u00a0%" for name, weight in weights[:3])
-        words = f"weighted by held-out budgets: {shares}"
-        steps.append((True, f"Law fitted to {len(view.fitted)} runs", words if weights else laws.chosen or ""))
+        # Of too few budgets none was held out: the law says so itself.
+        words = f"weighted by held-out budgets: {shares}" if weights and laws.scoreboard else laws.chosen or ""
+        steps.append((True, f"Law fitted to {len(view.fitted)} runs", words))
     else:
         steps.append((False, "Law", "to come when the grid is trained"))
     if prediction:

@@ -12,6 +12,7 @@ from law_helpers import lawdata, study
 
 from ditscale.scaling import RunTable
 from ditscale.scaling.gpus import peak_flops
+from ditscale.scaling.registry import PUBLISHED
 
 
 def _write(table: RunTable, path: Path) -> Path:
@@ -94,6 +95,14 @@ def test_the_other_commands_answer(run, file: Path, tmp_path: Path) -> None:  # 
         assert isinstance(json.loads(out), dict)
         code, out, _ = run(*arguments)
         assert code == 0 and len(out) > 80
+
+
+def test_laws_are_listed_whole(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("COLUMNS", "40")
+    out = run("laws")[1]
+    for law in PUBLISHED.values():
+        assert f"{law.name}\n  {law.title}\n" in out and f"  {law.source}\n" in out
+    assert "holds params (1 digit), tokens (7 digits), loss (5 digits), fid (5 digits) as printed" in out
 
 
 def test_a_comparison_takes_the_same_rows_of_both(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

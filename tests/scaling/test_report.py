@@ -294,6 +294,16 @@ def test_half_a_line_at_the_end_of_a_log_is_normal_and_damage_elsewhere_is_told(
     assert f"runs/{first.parent.name}/metrics.jsonl" not in text
 
 
+def test_a_law_of_too_few_budgets_claims_no_held_out_ones(study: Path) -> None:
+    laws = json.loads((study / "laws.json").read_text())
+    rule = "surface: 3 budgets: too few to hold one out; the surface, untested"
+    (study / "laws.json").write_text(
+        json.dumps({**laws, "chosen": rule, "weights": {"surface": 1.0}, "backtest": None})
+    )
+    text = _text(study)
+    assert rule in text and "weighted by held-out budgets" not in text
+
+
 def test_laws_with_missing_parts_still_make_a_page(study: Path) -> None:
     # What a law file of another writer may lack: bands, curves, the backtest.
     laws = json.loads((study / "laws.json").read_text())
