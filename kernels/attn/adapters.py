@@ -98,6 +98,10 @@ def sdpa(
     scale: float,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``; what it has no argument for becomes a mask."""
+    # Autocast, which q, k and v have been through, would round the mask as well (torch knows no autocast of the meta device).
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return sdpa(q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
     grouped = True if k.shape[1] != q.shape[1] else False  # noqa: SIM210 (bool() of symbols stays a symbol in a trace)
     T, S = q.shape[2], k.shape[2]
     allowed: Tensor | None = None  # what may be attended to, broadcasting to [B, H, T, S]

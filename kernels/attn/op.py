@@ -160,7 +160,7 @@ def _integers(name: str, t: Tensor, count: int | None, device: torch.device, mos
     if count is not None and t.shape[0] != count:
         raise InputError(f"{name}: expected {count} integers, got {t.shape[0]}")
     if most is not None and _legible(t):
-        low, high = (int(v) for v in torch.aminmax(t))
+        low, high = (int(v) for v in torch.aminmax(t.to(torch.int64)))  # which torch lacks for wide unsigned integers
         if low < 0 or high > most:
             raise InputError(f"{name}: expected integers from 0 to {most}, got {low if low < 0 else high}")
     return t.to(device=device, dtype=torch.int32).contiguous()

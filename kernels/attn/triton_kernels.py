@@ -7,7 +7,7 @@ units of log 2. Mathematics, tiling and numerics: docs/attention.md; parts: trit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import triton
@@ -31,6 +31,8 @@ from ditscale.kernels.attn.triton_tiles import (
 )
 from ditscale.kernels.dispatch import interpreting
 from ditscale.kernels.register import define, heads_like
+
+_LEAST_NORMAL: Final = 2.0**-126  # of float32: GPUs may take what is smaller for zero
 
 
 @triton.jit
@@ -312,11 +314,11 @@ class _Call:
         self.scale, self.c = scale, scale * LOG2E.value
         aligned = K % 8 == 0 and all(s % 8 == 0 for t in views for s in t.stride()[:3])
         self.align = 8 if aligned else 1
-        # A factor that is not positive turns the order of scores around, and one of zero makes nothing of a masked score: then,
-        # and to add a bias, scores are scaled before the softmax; else inside it.
+        # A factor that is not positive turns the order of scores around, and one of zero, which a tiny one is in float32, makes
+        # NaN of a masked score: then, and to add a bias, scores are scaled before the softmax; else inside it.
         D1, D2 = columns(K)
         self.constants: dict[str, Any] = {
-            "K": K, "D1": D1, "D2": D2, "ALIGN": self.align, "SCALED": scale <= 0 or key_bias is not None,
+            "K": K, "D1": D1, "D2": D2, "ALIGN": self.align, "SCALED": self.c < _LEAST_NORMAL or key_bias is not None,
             "BIAS": key_bias is not None, "LENGTHS": lengths is not None, "PACKED": cu is not None,
             "FACTOR": q.dtype == torch.float32, "UPCAST": interpreting() and q.dtype == torch.bfloat16,
         }  # fmt: skip

@@ -298,6 +298,13 @@ def test_scales_beyond_float32_are_refused_and_tiny_ones_keep_the_gradient_of_a_
         assert torch.allclose(got, want, atol=1e-6) and got.any()
 
 
+def test_a_scale_that_is_zero_in_float32(backend):
+    # Seventy keys: the last block is filled up with keys of no weight, whose scores no factor may make NaN.
+    q, k, v = (torch.randn(1, 1, n, 8) for n in (5, 70, 70))
+    out = kernels.attention(q, k, v, scale=1e-46, backend=backend)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
+
+
 @auto_is_ours
 @pytest.mark.parametrize("T", [1, 2, 3])
 def test_one_query_is_as_right_as_many(T):
@@ -318,6 +325,16 @@ def test_a_length_out_of_range_is_refused():
         for backend in ("cpu", "reference"):
             with pytest.raises(InputError, match=f"lengths: expected integers from 0 to 5, got {bad}"):
                 kernels.attention(q, q, q, lengths=torch.tensor([5, bad]), backend=backend)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_lengths_of_any_kind_of_integer(kind):
+    q, lengths = torch.randn(2, 3, 5, 8), torch.tensor([2, 5])
+    assert torch.equal(
+        kernels.attention(q, q, q, lengths=lengths.to(kind)), kernels.attention(q, q, q, lengths=lengths)
+    )
+    with pytest.raises(InputError, match="lengths: expected integers from 0 to 5, got 6"):
+        kernels.attention(q, q, q, lengths=torch.tensor([5, 6]).to(kind))
 
 
 def test_a_backend_that_cannot_run_says_why():

@@ -290,6 +290,16 @@ def test_sdpa_does_not_round_a_bias_to_half_precision_on_a_cpu():
     assert (call.run("sdpa")["out"] - exact).abs().max() < 0.02
 
 
+def test_autocast_does_not_round_a_bias(backend):
+    call = make(2, 2, 9, 16, torch.bfloat16)
+    bias = 20 + torch.randn(9)
+    wide = [t.float() for t in (call.q, call.k, call.v)]
+    for which in (backend, "sdpa"):
+        want = kernels.attention(call.q, call.k, call.v, key_bias=bias, backend=which)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(kernels.attention(*wide, key_bias=bias, backend=which), want)
+
+
 def test_sdpa_with_lengths_and_groups():
     call = make(3, 4, 9, 8, S=11, H_kv=2, lengths=[0, 4, 11])
     want = kernels.attention(call.q, call.k, call.v, lengths=call.lengths, backend="reference")
