@@ -118,7 +118,7 @@ def _out_of_place(chosen: str, x: Tensor, weight: Tensor | None, *rest: Any) -> 
 
 def _in_place(chosen: str, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
     cos, sin, eps, norm, interleaved = rest
-    grad = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, cos, sin))
     traced = torch.compiler.is_compiling() or dispatch.in_transform()
     if chosen == "reference" or traced or x.stride(3) != 1:
         # Through a result of its own. Backward keeps what it was made from, which must not be what is written then.
@@ -132,7 +132,9 @@ def _in_place(chosen: str, x: Tensor, weight: Tensor | None, *rest: Any) -> Tens
     return x
 
 
-def _check_in_place(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> None:
+def _check_in_place(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None
+) -> None:
     """What would otherwise be found out after the memory was written, or not at all."""
     traced = torch.compiler.is_compiling() or dispatch.in_transform()
     for name, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
@@ -140,8 +142,7 @@ def _check_in_place(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Ten
             raise InputError(f"{name}: expected a tensor that may be written, got one of inference mode outside of it")
         if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
             raise InputError(f"{name}: expected memory for every number to write in place, got an expanded tensor")
-        weighs = weight is not None and weight.requires_grad
-        if not (torch.is_grad_enabled() and (x.requires_grad or weighs)):
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, cos, sin))):
             continue
         if x.is_leaf and x.requires_grad:
             raise InputError(
@@ -197,7 +198,8 @@ def _check(
         dispatch.check_float(name, t)
         if t.device != q.device:
             raise InputError(f"{name}: expected a tensor on {q.device} as q, got one on {t.device}")
-        if t.shape not in ((T, K // 2), (B, T, K // 2)) or t.shape != cos.shape:
+        # (Looking for a shape in a tuple of them, torch.compile takes symbols for unequal that it could make equal.)
+        if t.shape != ((T, K // 2) if t.dim() == 2 else (B, T, K // 2)) or t.shape != cos.shape:
             raise InputError(f"{name}: expected [T, K / 2] = [{T}, {K // 2}] or [B, T, K / 2], got {list(t.shape)}")
 
 
@@ -258,7 +260,7 @@ def qk_norm_rope(
     if not isinstance(inplace, bool):
         raise InputError(f"inplace: expected true or false, got {inplace!r}")
     if inplace:
-        _check_in_place(q, k, q_weight, k_weight)
+        _check_in_place(q, k, q_weight, k_weight, cos, sin)
     chosen = dispatch.choose("qk_norm_rope", backend, q)
     if chosen != "reference" and backend != "auto" and k.dtype != q.dtype:
         raise BackendUnavailable(

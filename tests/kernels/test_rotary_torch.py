@@ -74,6 +74,17 @@ class TestInPlace:
             else:
                 assert torch.equal(got, want)
 
+    def test_a_gradient_of_the_tables_alone(self, backend):
+        # Backward reads the rows as they were, which the results are written over.
+        qkv, table, found = projection(), [t.clone().requires_grad_() for t in TABLE], []
+        for inplace in (True, False):
+            q, k = kernels.qk_norm_rope(
+                *parts(qkv * 1), None, None, *table, inplace=inplace, norm="none", backend=backend
+            )
+            found.append(torch.autograd.grad(q.sum() + k.square().sum(), table))
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want)
+
     @kinds
     def test_without_gradients_the_buffer_is_written_and_nothing_else(self, backend, kind):
         qkv = projection()
@@ -249,6 +260,17 @@ def test_compiles_whole_with_a_batch_of_any_size():
         for a, b in zip(*(torch.autograd.grad(y, (x, w), dout) for y in (got, want)), strict=True):
             assert torch.equal(a, b)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+
+
+@needs_library
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per-sample"])
+def test_compiles_with_symbols_for_sizes_and_a_table_of_known_size(per_sample):
+    def f(x):
+        tables = (t.expand(B, T, K // 2) if per_sample else t for t in rotary_table((2, 3), K))
+        return torch.stack(kernels.qk_norm_rope(x, x * 1, None, None, *tables))
+
+    x = torch.randn(B, H, T, K)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)(x), f(x))
 
 
 def right_or_refused(run, want):
