@@ -202,10 +202,15 @@ Tensor run_backward(AttentionArgs& a, const Tensor& stats, const Tensor& like, b
                            : allocate({0}, aoti_torch_dtype_float32(), like);
   if (bias_grad) {
     STD_TORCH_CHECK(a.scale != 0.f, "scale: expected another number than 0 for gradients of key_bias");
-    held_bias = allocate({heads, pieces, group, a.most_keys}, aoti_torch_dtype_float32(), like);
+    // Packed sequences share rows of all keys: each has some to itself.
+    held_bias = allocate({a.B * a.H_kv, pieces, group, a.S}, aoti_torch_dtype_float32(), like);
     bias_sums = static_cast<float*>(held_bias->mutable_data_ptr());
     std::memset(bias_sums, 0, sizeof(float) * static_cast<size_t>(held_bias->numel()));
   }
+  const auto bias_rows = [&](int64_t n, int64_t h, int64_t piece) {
+    const Span span = a.span(n);
+    return bias_sums + ((span.b * a.H_kv + h) * pieces + piece) * group * a.S + span.first_key;
+  };
   const int64_t flops =
       10 * (a.most_queries < per_piece * QUERIES ? a.most_queries : per_piece * QUERIES) * a.most_keys * a.K;
   torch::stable::parallel_for(0, heads * pieces, grain(flops), [&](int64_t begin, int64_t end) {
@@ -214,7 +219,7 @@ Tensor run_backward(AttentionArgs& a, const Tensor& stats, const Tensor& like, b
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / pieces, n = head / a.H_kv, h = head % a.H_kv;
       const int64_t first = i % pieces * per_piece, last = first + per_piece < items ? first + per_piece : items;
-      float* bias_sum = bias_grad ? bias_sums + i * group * a.most_keys : nullptr;
+      float* bias_sum = bias_grad ? bias_rows(n, h, i % pieces) : nullptr;
       const bool more = i + 1 < end && (i + 1) % pieces == 0;
       Next next = after(head, a.H_kv, more);
       next.h *= group;
@@ -255,7 +260,7 @@ Tensor run_backward(AttentionArgs& a, const Tensor& stats, const Tensor& like, b
       for (int64_t g = 0; g < group; ++g) {
         float* row = to + (span.b * a.H + head % a.H_kv * group + g) * a.S + span.first_key;
         for (int64_t piece = 0; piece < pieces; ++piece) {
-          const float* from = bias_sums + ((head * pieces + piece) * group + g) * a.most_keys;
+          const float* from = bias_rows(head / a.H_kv, head % a.H_kv, piece) + g * a.S;
           for (int64_t s = 0; s < span.keys; ++s) row[s] += from[s];
         }
       }

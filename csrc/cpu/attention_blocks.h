@@ -55,7 +55,7 @@ struct AttentionKernels {
   void (*forward)(const AttentionArgs&, int64_t n, int64_t h, int64_t begin, int64_t end, Next, float* scratch);
   // The query blocks [begin, end) of one sequence and one head of keys, counted over its heads of queries, most_queries each:
   // writes their dq, and their sums for the keys that count into dk_sum and dv_sum, row_width(K) numbers each. Adds the
-  // gradients of the biases to bias_sum [H / H_kv, most_keys], null where nobody asks.
+  // gradients of the biases to bias_sum, a row for each of these heads, S numbers apart, null where nobody asks.
   void (*backward)(
       const AttentionArgs&, int64_t n, int64_t h_kv, int64_t begin, int64_t end, Rows dk_sum, Rows dv_sum, float* bias_sum,
       Next, float* scratch);

@@ -218,7 +218,7 @@ void backward(
       weights(k, qt, bias, keys, vectors, K, from, weight, p, ahead);
       score_gradients(v, dot, keys, vectors, K, p, delta, ds, ahead);
       if (bias_sum != nullptr) {
-        bias_sums(ds, keys, queries, 1.f / a.scale, bias_sum + item / blocks * a.most_keys + k0);
+        bias_sums(ds, keys, queries, 1.f / a.scale, bias_sum + item / blocks * a.S + k0);
       }
       weighted_sums(k, ds, keys, vectors, K, k0 > 0 ? one : nullptr, dqt, ahead);
       key_sums(p, dout, keys, queries, width, fresh, {dv_sum.data + k0 * dv_sum.step, dv_sum.step});

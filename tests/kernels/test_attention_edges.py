@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 from attention_cases import make
@@ -296,6 +298,18 @@ def test_scales_beyond_float32_are_refused_and_tiny_ones_keep_the_gradient_of_a_
         out = kernels.attention(wide, wide, wide, scale=scale, key_bias=bias.double(), backend="reference")
         (want,) = torch.autograd.grad(out.square().sum(), bias)
         assert torch.allclose(got, want, atol=1e-6) and got.any()
+
+
+@needs_library
+def test_the_gradient_of_a_bias_over_many_packed_sequences_needs_little_memory():
+    """A long sequence beside 40,000 of one token: rows as long as the longest for each of these were 655 MB."""
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(4096, 44097)])
+    qkv, bias = torch.randn(1, 44096, 3, 1, 4), torch.zeros(44096, requires_grad=True)
+    out = kernels.attention_qkv(qkv, cu_seqlens=ends, key_bias=bias, backend="cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (got,) = torch.autograd.grad(out.square().sum(), bias)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+    assert got[:4096].any() and not got[4096:].any()  # one key has all the weight, whatever its bias
 
 
 def test_a_scale_that_is_zero_in_float32(backend):
