@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -61,10 +62,10 @@ def rotary_table(
         raise InputError(f"sizes: expected one to three positive sizes, got {list(sizes)}")
     if text_tokens < 0:
         raise InputError(f"text_tokens: expected 0 or more, got {text_tokens}")
-    if scales is not None and len(scales) != axes:
-        raise InputError(f"scales: expected {axes} factors, one an axis, got {list(scales)}")
-    if not theta > 0:
-        raise InputError(f"theta: expected a positive number, got {theta}")
+    if scales is not None and (len(scales) != axes or not all(-math.inf < s < math.inf for s in scales)):
+        raise InputError(f"scales: expected {axes} finite factors, one an axis, got {list(scales)}")
+    if not 0 < theta < math.inf:
+        raise InputError(f"theta: expected a positive, finite number, got {theta}")
     per_axis = _axis_widths(K, axes, widths)
     columns = []
     for axis, (size, width) in enumerate(zip(sizes, per_axis, strict=True)):

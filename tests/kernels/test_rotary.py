@@ -384,6 +384,10 @@ def test_widths_and_scales_of_a_table():
     for bad in ({"widths": (3, 5)}, {"widths": (4, 2)}, {"scales": (1.0,)}, {"text_tokens": -1}, {"theta": 0.0}):
         with pytest.raises(InputError):
             rotary_table((4, 4), 8, **bad)
+    for number in (float("nan"), float("inf")):  # the tables would be NaN without a word
+        for bad in ({"scales": (1.0, number)}, {"theta": number}):
+            with pytest.raises(InputError, match="finite"):
+                rotary_table((4, 4), 8, **bad)
     for sizes, K in (((0, 3), 8), ((1, 2, 3, 4), 8), ((4,), 7), ((4, 4), 2), ((2, 4, 4), 4)):
         with pytest.raises(InputError):
             rotary_table(sizes, K)
