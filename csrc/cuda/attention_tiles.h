@@ -101,9 +101,13 @@ __device__ __forceinline__ void multiply_left(float (&d)[4], const Left<float>& 
     high[i] = to_tf32(__uint_as_float(b[i]));
     low[i] = to_tf32(__uint_as_float(b[i]) - __uint_as_float(high[i]));
   }
-  multiply_tf32(d, a.low, high);
-  multiply_tf32(d, a.high, low);
-  multiply_tf32(d, a.high, high);
+  float part[4] = {0.f, 0.f, 0.f, 0.f};
+  multiply_tf32(part, a.low, high);
+  multiply_tf32(part, a.high, low);
+  multiply_tf32(part, a.high, high);
+  // Tensor cores cut off what does not fit a sum: long ones are made here, where additions round to the nearest.
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += part[i];
 }
 
 // 16 MT rows of a tile as left factors: in registers, or read again from shared memory at every use.

@@ -126,6 +126,12 @@ void load_matrices(uint32_t* r, const void* row, bool transposed) {
   }
 }
 
+// To float32 towards zero, as tensor cores round their sums (arXiv:2203.03341).
+inline float cut_off(double exact) {
+  const float f = static_cast<float>(exact);
+  return std::fabs(static_cast<double>(f)) > std::fabs(exact) ? std::nextafterf(f, 0.f) : f;
+}
+
 // d[16, 8] += a[16, k] b[k, 8]; `element` takes element i of a register. A lane's registers of a are rows lane / 4 and
 // lane / 4 + 8, of columns that begin at lane % 4 elements-a-register; further registers are one quad of registers on.
 template <int K, int PER_REGISTER, class Element>
@@ -169,7 +175,7 @@ void product(float (&d)[4], const uint32_t* a, const uint32_t* b, const Element&
   for (int i = 0; i < 4; ++i) {
     double sum;
     std::memcpy(&sum, &m.warp.offered[m.turn][m.lane][2 * i], sizeof sum);
-    d[i] = static_cast<float>(mine[i] + sum);
+    d[i] = cut_off(mine[i] + sum);
   }
 }
 

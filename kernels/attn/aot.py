@@ -17,10 +17,20 @@ _SPILLS = {
 _SPILLS_FLOAT32 = (16, "float32 tiles take all 255 registers: on sm_80, 86 and 89 a pass spills two to four more")
 # 128 columns take all 255 registers, too.
 _FULL = "a head of 128 takes every register; two to four more are kept in local memory"
+_SUMMED = (
+    "float32 sums made outside of the tensor cores take four registers more; up to thirteen are kept in local memory"
+)
 CUDA_STACK = {
     ("attention_forward", "bf16, 128", "100"): (8, _FULL),
     ("attention_forward", "f16, 128", "100"): (8, _FULL),
-    ("attention_forward", "float, 128", "80"): (16, _FULL),
+    ("attention_forward", "float, 128", "80"): (8, _SUMMED),
+    ("attention_forward", "float, 128", "90"): (8, _SUMMED),
+    ("attention_dkv", "float, 80", "80"): (24, _SUMMED),
+    ("attention_dkv", "float, 80", "100"): (8, _SUMMED),
+    ("attention_dkv", "float, 128", "80"): (24, _SUMMED),
+    ("attention_dkv", "float, 128", "90"): (24, _SUMMED),
+    ("attention_dkv", "float, 128", "100"): (8, _SUMMED),
+    ("attention_dkv", "float, 128", "120"): (40, _SUMMED),
 }
 
 # Head widths of common models, for which the table tells how much of the CUDA kernels' products is of use.
