@@ -10,7 +10,7 @@ import torch
 
 from ditscale.bench.cases import Work
 from ditscale.bench.devices import core_caches, last_level_cache, rotation_bytes
-from ditscale.bench.subjects import DTYPES
+from ditscale.bench.subjects import DTYPES, generator
 from ditscale.bench.timing import Protocol, Timing, measure
 from ditscale.kernels import dispatch, linear
 
@@ -20,8 +20,9 @@ _PROBE = 256  # a product of this size took 0.26 ms on two cores of an EPYC with
 def copy_call(total_bytes: int, sets: int, device: str) -> Any:
     """A call that moves ``total_bytes``: half of it is read and half written, from and to memory that is there already."""
     numbers = max(1, total_bytes // 8)
-    sources = [torch.rand(numbers, device=device) for _ in range(sets)]
-    targets = [torch.rand(numbers, device=device) for _ in range(sets)]
+    g = generator(0, device)
+    sources = [torch.rand(numbers, generator=g, device=device) for _ in range(sets)]
+    targets = [torch.rand(numbers, generator=g, device=device) for _ in range(sets)]
 
     def call(place: int) -> None:
         targets[place].copy_(sources[place])
@@ -31,8 +32,8 @@ def copy_call(total_bytes: int, sets: int, device: str) -> Any:
 
 def matmul_call(n: int, dtype: torch.dtype, device: str) -> Any:
     """A call of one n x n x n product."""
-    a = torch.randn(n, n, device=device).to(dtype)
-    b = torch.randn(n, n, device=device).to(dtype)
+    g = generator(0, device)
+    a, b = (torch.randn(n, n, generator=g, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
 
     def call(place: int) -> None:

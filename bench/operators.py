@@ -276,13 +276,16 @@ def _candidate(function: Function, case: Case, data: list[Set], *, auto: bool = 
         outputs = function(*inputs)
         return outputs, torch.autograd.grad(outputs, inputs[:count], cotangents)
 
-    graphs: list[Any] = []
+    graphs: dict[Any, list[Any]] = {}
 
     def backward(place: int) -> Any:
-        if not graphs:
-            graphs.extend(function(*inputs) for inputs, _ in sets)
+        # Backward runs on the stream that forward ran on: one that is captured needs a forward pass of its own.
+        stream = torch.cuda.current_stream() if sets[0][0][0].is_cuda else None
+        if stream not in graphs:
+            graphs.clear()
+            graphs[stream] = [function(*inputs) for inputs, _ in sets]
         inputs, cotangents = sets[place]
-        return torch.autograd.grad(graphs[place], inputs[:count], cotangents, retain_graph=True)
+        return torch.autograd.grad(graphs[stream][place], inputs[:count], cotangents, retain_graph=True)
 
     call = {"forward": forward, "backward": backward, "forward_backward": forward_backward}[case.passes]
     return Candidate(call, lambda: _results(function, case, sets), auto=auto)

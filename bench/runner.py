@@ -212,6 +212,9 @@ class Session:
         except MachineTooNoisy as error:
             yield self._case_row(case, "all", "noisy", str(error))
             return
+        except Exception as error:  # no memory left for the copies or captures, say
+            yield self._case_row(case, "all", "failed", _one_line(error))
+            return
         common: Row = {
             **_described(case),
             "sets": subject.sets,

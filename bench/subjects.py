@@ -88,5 +88,5 @@ def fresh_compile(function: Callable[..., Any], *, keeps_graph: bool = False) ->
 
 
 def generator(seed: int, device: str) -> torch.Generator:
-    """Random numbers of their own for every buffer set."""
+    """Random numbers of their own for every buffer set. (CUDA's default generator gives none after a capture that failed.)"""
     return torch.Generator(device).manual_seed(seed)

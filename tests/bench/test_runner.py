@@ -134,6 +134,24 @@ def test_a_peer_that_raises_costs_no_other_its_row(session: Session, monkeypatch
     assert rows["eager"]["status"] == "measured"
 
 
+def test_a_case_that_cannot_be_timed_costs_no_other_its_row(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> object:
+        raise torch.OutOfMemoryError("no memory left\nfor copies")
+
+    monkeypatch.setattr(ceilings, "copy_call", full)
+    (row,) = session.case(KINDS[0])
+    assert (row["provider"], row["status"]) == ("all", "failed")
+    assert row["reason"] == "OutOfMemoryError: no memory left for copies"
+
+
+def test_ceilings_leave_the_default_generator_alone() -> None:
+    # On a GPU it gives no numbers any more once a capture has failed.
+    before = torch.get_rng_state()
+    ceilings.copy_call(1 << 10, 2, "cpu")(0)
+    ceilings.matmul_call(8, torch.float32, "cpu")(0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_after_the_deadline_cases_are_skipped_and_say_so(session: Session) -> None:
     late = replace(session, deadline=time.monotonic() - 1)
     (row,) = late.case(KINDS[0])

@@ -120,6 +120,25 @@ def test_a_forward_pass_is_captured_and_replayed(backend: str, op: str) -> None:
 
 
 @operators
+def test_a_backward_pass_is_captured_as_benchmarks_do(backend: str, op: str) -> None:
+    from ditscale.bench.cases import operator_case
+    from ditscale.bench.operators import operator_subject
+    from ditscale.bench.timing import _capture
+
+    case = operator_case(op, "backward", "bfloat16", 2, 64, 384, 6)
+    for name in ("eager", f"ours-{backend}"):
+        candidate = operator_subject(case, "cuda", 2).build[name]()
+        want = candidate.call(1)
+        graph = _capture(candidate.call, 2)
+        for t in graph.kept[1]:
+            t.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(graph.kept[1], want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@operators
 def test_compiled_whole(backend: str, op: str) -> None:
     function, inputs = calls(backend, torch.bfloat16)[op]
     compiled = torch.compile(function, fullgraph=True)
