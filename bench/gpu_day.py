@@ -69,13 +69,14 @@ def stages() -> dict[str, tuple[Stage, float]]:
     return {
         "environment": (s.environment, 10),
         "build": (s.build, 240),
-        "selfcheck": (s.selfcheck, 30),
         "operators": (s.operators_against_float64, 60),
+        "selfcheck": (s.selfcheck, 30),
         "sanitizer": (s.sanitizer, 90),
-        "adaln": (s.suite("adaln"), 60),
-        "attention": (s.suite("attention"), 60),
-        "block": (s.suite("block"), 90),
-        "profile": (s.profile, 120),
+        "adaln": (s.suite("adaln", share=0.4), 60),
+        "attention": (s.suite("attention", share=0.5), 60),
+        "block": (s.suite("block", share=0.6), 60),
+        "tests": (s.gpu_tests, 60),
+        "profile": (s.profile, 60),
         "step": (s.suite("step"), 120),
         "study": (s.study, 120),
         "adaln-grid": (s.suite("adaln", whole_grid=True), 60),
@@ -90,6 +91,8 @@ def run_day(day: Day, only: Sequence[str] = ()) -> dict[str, str]:
     Raises:
         InputError: ``only`` names a stage that there is not.
     """
+    from ditscale.kernels import selfcheck
+
     table = stages()
     unknown = [name for name in only if name not in table]
     if unknown:
@@ -111,7 +114,27 @@ def run_day(day: Day, only: Sequence[str] = ()) -> dict[str, str]:
         if day.seconds_left < (0 if day.dry else seconds):
             continue
         statuses[name] = _run_stage(day, name, stage, path, before)
+        if selfcheck.context_is_lost(day.device):
+            rest = list(table)[number + 1 :]
+            return statuses | _in_new_process(day, [n for n in rest if not only or n in only], again=bool(only))
     return statuses
+
+
+def _in_new_process(day: Day, names: Sequence[str], *, again: bool) -> dict[str, str]:
+    """The stages behind one after which nothing runs on the device any more in this process."""
+    import subprocess
+
+    from ditscale.bench.gpu_stages import _self
+
+    paths = {name: day.out / f"{number:02d}-{name}.json" for number, name in enumerate(stages())}
+    status = lambda name: str(_read(paths[name]).get("status", PARTIAL))  # noqa: E731
+    todo = [name for name in names if again or name == "results" or status(name) not in (DONE, UNAVAILABLE)]
+    only = [part for name in todo for part in ("--only", name)]
+    if todo and day.seconds_left > 10:
+        print("the device's context is lost: a new process goes on", file=sys.stderr, flush=True)
+        minutes = str(day.seconds_left / 60)
+        subprocess.run(_self("--out", str(day.out), "--minutes", minutes, *only), stdout=subprocess.DEVNULL)
+    return {name: status(name) for name in paths}
 
 
 def _run_stage(day: Day, name: str, stage: Stage, path: Path, before: dict[str, Any]) -> str:
@@ -154,11 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What stages start as processes of their own.
     parser.add_argument("--exercise", choices=("cuda", "triton", "cpu", "reference"), help=argparse.SUPPRESS)
     parser.add_argument("--large", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--check", metavar="'OPERATOR DTYPE'", help=argparse.SUPPRESS)
     parser.add_argument("--conduct", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.exercise or given.conduct:
+    if given.exercise or given.conduct or given.check:
         from ditscale.bench import gpu_stages
 
+        if given.check:
+            return gpu_stages.check(*given.check.split())
         return (
             gpu_stages.conduct_study(given.conduct)
             if given.conduct

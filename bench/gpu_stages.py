@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib.util
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,7 @@ SHAPES = (
     (2, 257, 2048),
 )
 DTYPES = ("float32", "bfloat16", "float16")
+_MOST_SECONDS = 180.0  # of a process that looks at kernels: one that hangs must not cost the call
 
 
 def environment(day: Day) -> dict[str, Any]:
@@ -64,13 +67,16 @@ def build(day: Day) -> dict[str, Any]:
     root = Path(__file__).resolve().parent.parent
     here = {name: library.path_of(name).is_file() for name in ("cpu", "cuda")}
     log = ""
-    if not day.dry and not here["cuda"]:
+    unfit = library.missing_reason("cuda")  # not there, of other sources, or of a system that this one is not
+    if not day.dry and unfit:
         if not (root / "setup.py").is_file():
-            raise Unavailable("this is no checkout to build from, and the package holds no libditscale_cuda")
+            raise Unavailable(f"this is no checkout to build from: {unfit}")
         # In a process of its own: a library that is loaded once cannot be loaded again.
-        done = _run([sys.executable, "setup.py", "build_native", "--inplace"], day, cwd=root)
-        log = _plain(done.stderr[-4000:])
-        if done.returncode:
+        exit_, _, errors = _outcome([sys.executable, "setup.py", "build_native", "--inplace"], day, cwd=root)
+        log = _plain(errors[-4000:])
+        if exit_ is None:
+            raise TimeUp("the build did not end within this call's time")
+        if exit_:
             return {"status": FAILED, "reason": "the build failed", "log": log}
         library.missing_reason.cache_clear()
     loaded = {name: library.missing_reason(name) for name in ("cpu", "cuda")}
@@ -82,9 +88,16 @@ def build(day: Day) -> dict[str, Any]:
 
 def selfcheck(day: Day) -> dict[str, Any]:
     """What ``ditscale doctor --check`` finds."""
-    from ditscale.kernels.doctor import report
+    if day.dry:
+        from ditscale.kernels.doctor import report
 
-    facts = report(check=True)
+        facts = report(check=True)
+    else:
+        command = [*_python(), "-m", "ditscale", "doctor", "--check", "--json"]
+        exit_, out, errors = _outcome(command, day, most=_MOST_SECONDS)
+        if not out.rstrip().endswith("}"):
+            return {"status": FAILED, "reason": f"doctor ended with {exit_}", "log": _plain(errors[-4000:])}
+        facts = json.loads(out.splitlines()[-1])
     wrong = [c for c in facts["checks"] if not c["passed"]]
     content = {"doctor": facts}
     if wrong:
@@ -94,16 +107,16 @@ def selfcheck(day: Day) -> dict[str, Any]:
     return content
 
 
-def _checks(day: Day) -> Iterator[Row]:
-    """Every operator, backend, dtype, pass and shape against float64, without a clock."""
+def _checks(day: Day, ops: Sequence[str], dtypes: Sequence[str]) -> Iterator[Row]:
+    """Every backend, pass and shape of some operators against float64, without a clock."""
     from ditscale.bench.cases import operator_case
     from ditscale.bench.correctness import judge
     from ditscale.bench.operators import operator_subject
     from ditscale.errors import BackendUnavailable
 
     shapes = SHAPES[:1] if day.dry else SHAPES
-    for op in _operators():
-        for dtype in DTYPES[:1] if day.dry else DTYPES:
+    for op in ops:
+        for dtype in dtypes:
             for B, T, D in shapes:
                 if op == "qk_norm_rope" and D % 2:
                     continue  # pairs of numbers are rotated
@@ -134,22 +147,67 @@ def _checks(day: Day) -> Iterator[Row]:
 
 
 def operators_against_float64(day: Day) -> dict[str, Any]:
-    """All operators on this device against float64, and the test suite's own GPU tests where it is here."""
-    rows = list(_checks(day))
+    """All operators on this device against float64.
+
+    On a GPU each with each dtype in a process of its own: one that breaks its context breaks no other's, and all cores share what
+    is most of the time, Triton's compiler. What they compiled the self-check finds in its cache.
+    """
+    late: list[str] = []
+    if day.dry:
+        rows = list(_checks(day, _operators(), DTYPES[:1]))
+    else:
+        pairs = [(op, dtype) for op in reversed(_operators()) for dtype in DTYPES]  # attention compiles longest
+        done = _outcomes([_self("--check", f"{op} {dtype}") for op, dtype in pairs], day, most=_MOST_SECONDS)
+        rows = []
+        for (op, dtype), (exit_, out, errors) in zip(pairs, done, strict=True):
+            rows += [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
+            case = f"{op}/{dtype}"
+            if exit_ is None:
+                late.append(case)
+            elif exit_:
+                rows.append({"case": case, "provider": "all", "status": "failed", "reason": _plain(errors[-500:])})
     bad = [r for r in rows if r["status"] in ("wrong", "failed")]
     content: dict[str, Any] = {"checked": len(rows), "bad": bad, "rows": rows}
-    tests = Path(__file__).resolve().parent.parent / "tests"
-    if not day.dry and tests.is_dir() and importlib.util.find_spec("pytest"):
-        done = _run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], day, cwd=tests.parent)
-        content |= {"pytest_exit": done.returncode, "pytest": _plain(done.stdout[-4000:])}
-        if done.returncode:
-            bad.append({"case": "pytest -m gpu", "reason": done.stdout[-300:]})
     if bad:
-        return content | {
-            "status": FAILED,
-            "reason": f"{len(bad)} of {len(rows)} wrong, first {bad[0]['case']}: {bad[0]['reason']}",
-        }
-    return content
+        reason = f"{len(bad)} of {len(rows)} wrong, first {bad[0]['case']}: {bad[0]['reason']}"
+        return content | {"status": FAILED, "reason": reason}
+    return content | ({"status": PARTIAL, "reason": f"no time for {', '.join(late)}"} if late else {})
+
+
+def check(op: str, dtype: str) -> int:
+    """The checks of an operator and a dtype, and what its self-check says, as lines of JSON."""
+    import time
+
+    import torch
+
+    from ditscale.bench.gpu_day import Day
+    from ditscale.kernels import dispatch, selfcheck
+
+    for backend in ("cuda", "triton"):
+        if dispatch.unavailable_reason(op, backend, "cuda") is None:
+            wrong = selfcheck.compare(op, backend, getattr(torch, dtype), "cuda")
+            row = {"case": f"self-check of {op}/{dtype}", "provider": f"ours-{backend}", "reason": wrong}
+            print(json.dumps(row | {"status": "wrong" if wrong else "right"}), flush=True)
+    for row in _checks(Day(Path(), "cuda", False, time.monotonic()), (op,), (dtype,)):
+        print(json.dumps(row), flush=True)
+    return 0
+
+
+def gpu_tests(day: Day) -> dict[str, Any]:
+    """The test suite's own GPU tests, where it is here."""
+    tests = Path(__file__).resolve().parent.parent / "tests" / "kernels"
+    if day.dry:
+        return {}
+    if not tests.is_dir() or not importlib.util.find_spec("pytest"):
+        raise Unavailable("the tests or pytest are not on this machine")
+    # A warning of another torch or Python is no finding here.
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", str(tests)]
+    command += ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    exit_, out, errors = _outcome(command, day, cwd=tests.parent.parent, most=_MOST_SECONDS)
+    content = {"pytest_exit": exit_, "pytest": _plain(out[-6000:] + errors[-1000:])}
+    if exit_ is None:
+        return content | {"status": PARTIAL, "reason": "the tests did not end within this call's time"}
+    return content | ({"status": FAILED, "reason": _plain(out[-300:])} if exit_ else {})
 
 
 def _operators() -> tuple[str, ...]:
@@ -194,30 +252,37 @@ def sanitizer(day: Day) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if day.dry:
         backend = "cpu" if _runs("cpu") else "reference"
-        exit_ = exercise(backend, large=False)
-        return {"tools": found} | ({"status": FAILED, "reason": f"{backend}: no operator ran"} if exit_ else {})
+        nothing = exercise(backend, large=False)
+        return {"tools": found} | ({"status": FAILED, "reason": f"{backend}: no operator ran"} if nothing else {})
     tool = _tool("compute-sanitizer")
     # Else torch's allocator hands out parts of one block, and a step over the end of a tensor is none over that of the block.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for name in SANITIZERS:
-        for backend in ("cuda", "triton") if name == "memcheck" else ("cuda",):
-            command = [tool, "--tool", name, "--error-exitcode", "9", *_self("--exercise", backend)]
-            done = _run(command, day, environment=environment)
-            found[f"{name} {backend}"] = {"exit": done.returncode, "tail": _plain((done.stdout + done.stderr)[-2000:])}
+    pairs = [(name, "cuda") for name in SANITIZERS] + [("memcheck", "triton")]
+    # Beside one another: each waits for its own patched kernels, and what one finds no other loses.
+    commands = [[tool, "--tool", n, "--error-exitcode", "9", *_self("--exercise", backend)] for n, backend in pairs]
+    done = _outcomes(commands, day, environment=environment, most=_MOST_SECONDS)
+    for (name, backend), (exit_, out, errors) in zip(pairs, done, strict=True):
+        found[f"{name} {backend}"] = {"exit": exit_, "tail": _plain((out + errors)[-2000:])}
     bad = [name for name, item in found.items() if item["exit"]]
-    return {"tools": found} | ({"status": FAILED, "reason": f"errors under {', '.join(bad)}"} if bad else {})
+    late = [name for name, item in found.items() if item["exit"] is None]
+    if bad:
+        return {"tools": found, "status": FAILED, "reason": f"errors under {', '.join(bad)}"}
+    return {"tools": found} | ({"status": PARTIAL, "reason": f"no time for {', '.join(late)}"} if late else {})
 
 
-def suite(name: str, *, whole_grid: bool = False) -> Stage:
-    """A benchmark suite, case by case; what is in the folder already, of this commit and device, is not measured again."""
+def suite(name: str, *, whole_grid: bool = False, share: float = 1.0) -> Stage:
+    """A benchmark suite, case by case; what is in the folder already, of this commit and device, is not measured again.
+    ``share`` of the time that is left when it begins is its own, so that the suites behind it have some too."""
 
     def stage(day: Day) -> dict[str, Any]:
         from ditscale.bench.cases import cases
         from ditscale.bench.rows import read_rows, write_rows
         from ditscale.bench.runner import Session
         from ditscale.bench.timing import TINY, Protocol
+        from ditscale.kernels import selfcheck
 
         path = day.out / f"rows-{name}{'-grid' if whole_grid else ''}.jsonl"
+        leave = max(45.0, (1 - share) * day.seconds_left)
         session = Session(
             device=day.device,
             protocol=TINY if day.dry else Protocol(seconds=2.0),
@@ -238,10 +303,12 @@ def suite(name: str, *, whole_grid: bool = False) -> Stage:
         every = cases(name, day.device, tiny=day.dry, whole_grid=whole_grid)
         todo = [case for case in every if case.id not in done]
         for number, case in enumerate(todo[:2] if day.dry else todo):
-            if day.seconds_left < 45 and not day.dry:
+            if day.seconds_left < leave and not day.dry:
                 raise TimeUp(f"{len(todo) - number} of {len(every)} cases to go")
             rows += session.case(case)
             write_rows(path, rows)
+            if selfcheck.context_is_lost(day.device):  # what follows would fail for it, and count as measured
+                raise RuntimeError(f"the device's context is lost after {case.id}")
         wrong = [r for r in rows if r["status"] == "wrong" and r["provider"].startswith("ours")]
         content = {"rows": len(rows), "file": path.name}
         if wrong:
@@ -266,16 +333,20 @@ def profile(day: Day) -> dict[str, Any]:
     tool = _tool("ncu")
     chosen = ["--clock-control", "none", "--kernel-name", f"regex:^({'|'.join(sorted(names))})$"]
     kernels: dict[str, list[dict[str, str]]] = {}
+    reasons: list[str] = []
     for backend in ("cuda", "triton"):
         command = [tool, *chosen, "--csv", "--page", "raw", "--metrics", ",".join(NCU_METRICS)]
-        done = _run([*command, *_self("--exercise", backend, "--large")], day)
-        if done.returncode:
+        exit_, out, errors = _outcome([*command, *_self("--exercise", backend, "--large")], day, most=_MOST_SECONDS)
+        if exit_ != 0:
             # Counters are closed to users on many rented machines.
-            raise Unavailable(f"ncu: {_plain(' '.join((done.stdout + done.stderr).split())[-300:])}")
-        lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
+            reasons.append(f"ncu, {backend}: {_plain(' '.join((out + errors).split())[-300:])}")
+            continue
+        lines = [line for line in out.splitlines() if line.startswith('"')]
         wanted = ("Kernel Name", "Grid Size", "Block Size", *NCU_METRICS)  # and not the host's name
         kernels[backend] = [{k: row.get(k, "") for k in wanted} for row in csv.DictReader(lines)]
-    return {"kernels": kernels}
+    if not kernels:
+        raise Unavailable("; ".join(reasons))
+    return {"kernels": kernels} | ({"status": PARTIAL, "reason": reasons[0]} if reasons else {})
 
 
 def study_config(*, dry: bool) -> Any:
@@ -388,8 +459,11 @@ def _runs(backend: str) -> bool:
 
 
 def _self(*arguments: str) -> list[str]:
-    safe = ["-P"] if getattr(sys.flags, "safe_path", False) else []  # as this process was started
-    return [sys.executable, *safe, "-m", "ditscale.bench.gpu_day", *arguments]
+    return [*_python(), "-m", "ditscale.bench.gpu_day", *arguments]
+
+
+def _python() -> list[str]:
+    return [sys.executable, *(["-P"] if getattr(sys.flags, "safe_path", False) else [])]  # as this process was started
 
 
 def _tool(name: str) -> str:
@@ -401,14 +475,39 @@ def _tool(name: str) -> str:
     return found
 
 
-def _run(
-    command: list[str], day: Day, *, cwd: Path | None = None, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    limit = max(1.0, day.seconds_left - 5)
+def _outcome(
+    command: list[str],
+    day: Day,
+    *,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+    most: float = float("inf"),
+) -> tuple[int | None, str, str]:
+    """Exit status, stdout and stderr; no status where ``most`` seconds or the time of this call were up, and what was written
+    until then."""
+    # In a session of its own, which ends as a whole: a child of a tool's would go on, and hold the device and the pipes.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        start_new_session=True,
+    )
     try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=limit)
-    except subprocess.TimeoutExpired as error:
-        raise TimeUp(f"{Path(command[0]).name} did not end within this call's time") from error
+        out, errors = process.communicate(timeout=max(1.0, min(most, day.seconds_left - 15)))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, errors = process.communicate()
+        return None, out, errors
+    return process.returncode, out, errors
+
+
+def _outcomes(commands: Sequence[list[str]], day: Day, **more: Any) -> list[tuple[int | None, str, str]]:
+    """Of commands that run beside one another, at most one a core."""
+    with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda command: _outcome(command, day, **more), commands))
 
 
 def _plain(text: str) -> str:

@@ -128,11 +128,11 @@ def compare(op: str, backend: str, dtype: torch.dtype, device: str, index: int |
     try:
         return _apart(lambda: _compare(op, backend, dtype, device), device, index)
     except Exception as error:  # whatever a device, driver or compiler throws is a reason not to use the kernel
-        began = "it broke the device's context: " if _context_is_lost(device, index) else THREW
+        began = "it broke the device's context: " if context_is_lost(device, index) else THREW
         return f"{began}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _context_is_lost(device: str, index: int | None) -> bool:
+def context_is_lost(device: str, index: int | None = None) -> bool:
     """Whether nothing runs on the device any more in this process, as after an access to what is not there: no matter of the
     moment, and the next process is better off not to try."""
     if device != "cuda":

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from ditscale.bench import gpu_day, gpu_stages
+from ditscale.bench import cases, gpu_day, gpu_stages, runner
 from ditscale.bench.gpu_day import DONE, FAILED, PARTIAL, UNAVAILABLE, Day, TimeUp, Unavailable, run_day
 from ditscale.bench.rows import read_rows
 from ditscale.errors import InputError
+from ditscale.kernels import selfcheck
 
 
 def test_the_dry_run_does_every_stage(tmp_path: Path) -> None:
@@ -117,3 +118,62 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit, match="2"):
         gpu_day.main([])
     assert "--out: expected a folder" in capsys.readouterr().err
+
+
+def test_commands_beside_one_another_lose_nothing_when_the_time_is_up(tmp_path: Path) -> None:
+    programs = ("echo right; exit 9", "echo begun; sleep 600; echo late")  # whose child holds the pipes open
+    day = Day(tmp_path, "cuda", False, time.monotonic() + 17)  # 15 seconds are kept for what comes behind
+    ended, late = gpu_stages._outcomes([["sh", "-c", p] for p in programs], day)
+    assert ended == (9, "right\n", "")
+    assert late == (None, "begun\n", "")
+
+
+def test_checks_that_break_or_do_not_end_cost_no_other_its_rows(day: Day, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = json.dumps({"case": "one", "provider": "ours-cuda", "status": "right", "reason": None})
+    found: dict[str, tuple[int | None, str, str]] = {}
+    monkeypatch.setattr(gpu_stages, "_operators", lambda: ("gate_residual",))
+    monkeypatch.setattr(gpu_stages, "_outcomes", lambda commands, day, **_: [found[c[-1].split()[1]] for c in commands])
+    real = Day(day.out, "cuda", False, day.deadline)
+    found |= dict.fromkeys(gpu_stages.DTYPES, (0, row + "\n", ""))
+    assert gpu_stages.operators_against_float64(real)["checked"] == 3
+    found["float16"] = (None, row + '\n{"case": "cut o', "")
+    late = gpu_stages.operators_against_float64(real)
+    assert (late["status"], late["reason"], late["checked"]) == (PARTIAL, "no time for gate_residual/float16", 3)
+    found["bfloat16"] = (-11, row + "\n", "Segmentation fault")
+    broken = gpu_stages.operators_against_float64(real)
+    assert broken["status"] == FAILED
+    assert broken["bad"] == [
+        {"case": "gate_residual/bfloat16", "provider": "all", "status": "failed", "reason": "Segmentation fault"}
+    ]
+
+
+def test_a_new_process_goes_on_where_one_has_lost_the_device(day: Day, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def process(command: list[str], **_: object) -> None:
+        asked.append(command)
+        (day.out / "03-behind.json").write_text('{"status": "done"}')
+
+    table = {name: (lambda _: {}, 0) for name in ("fine", "breaks", "done", "behind")}
+    monkeypatch.setattr(gpu_day, "stages", lambda: table)
+    (day.out / "02-done.json").write_text('{"status": "done"}')
+    monkeypatch.setattr(selfcheck, "context_is_lost", lambda device: (day.out / "01-breaks.json").exists())
+    monkeypatch.setattr(subprocess, "run", process)
+    assert run_day(day) == dict.fromkeys(table, DONE)
+    assert [c[c.index("--only") :] for c in asked] == [["--only", "behind"]]
+
+
+def test_a_suite_leaves_the_others_their_share_of_the_time(day: Day, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Day(day.out, "cpu", False, time.monotonic() + 600)
+    one = {"status": "measured", "provider": "ours", "case": "", "commit": "c", "device": {"name": "d"}}
+
+    def case(session: runner.Session, case: cases.Case) -> list[dict[str, object]]:
+        real.deadline -= 100  # what a case takes
+        return [one | {"case": case.id}]
+
+    monkeypatch.setattr(runner.Session, "start", lambda session: [])
+    monkeypatch.setattr(runner.Session, "host_rows", lambda session: [])
+    monkeypatch.setattr(runner.Session, "case", case)
+    with pytest.raises(TimeUp, match="cases to go"):
+        gpu_stages.suite("attention", share=0.4)(real)
+    assert 290 < real.seconds_left < 360
