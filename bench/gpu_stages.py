@@ -165,7 +165,8 @@ def operators_against_float64(day: Day) -> dict[str, Any]:
             if exit_ is None:
                 late.append(case)
             elif exit_:
-                rows.append({"case": case, "provider": "all", "status": "failed", "reason": _plain(errors[-500:])})
+                reason = _plain(" ".join(errors.split())[-300:])
+                rows.append({"case": case, "provider": "all", "status": "failed", "reason": reason})
     bad = [r for r in rows if r["status"] in ("wrong", "failed")]
     content: dict[str, Any] = {"checked": len(rows), "bad": bad, "rows": rows}
     if bad:
