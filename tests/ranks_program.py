@@ -2,18 +2,21 @@
 
 A launch: {"ranks": how many, "copy": [from, to] or null, "scenarios": [...]}; the folder is copied before the ranks start, and
 they go through the scenarios in one process group. A scenario: {"config": ..., "execution": ..., "out": ..., "stop_after": steps
-or null}. They are forked, not started by torchrun, since importing torch takes longer than all their training;
-examples/more_gpus.py, which is a test too, trains under torchrun.
+or null}. With "patience": [s, t] the group gives up after s seconds, and the first rank works t seconds alone before all else.
+They are forked, not started by torchrun, since importing torch takes longer than all their training; examples/more_gpus.py, which
+is a test too, trains under torchrun.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 
 from ditscale.dit.training import Execution, Stopped, TrainConfig, shards, train  # noqa: F401 - shards: imported before the fork
+from ditscale.dit.training.ranks import Ranks
 
 
 def work(rank: int, launch: dict[str, Any], store: str) -> None:
@@ -30,7 +34,11 @@ def work(rank: int, launch: dict[str, Any], store: str) -> None:
     count = launch["ranks"]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    limit, alone = launch.get("patience", (1800, 0))
+    timeout = datetime.timedelta(seconds=limit)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timeout)
+    if Ranks(Execution()).on_first(lambda: time.sleep(alone) or alone) != alone:
+        raise RuntimeError("a rank did not hear of the first one's work")
     for scenario in launch["scenarios"]:
         seen: list[int] = []
         after = scenario["stop_after"]

@@ -18,6 +18,8 @@ from ditscale.errors import InputError
 T = TypeVar("T")
 # Long enough for a first step that compiles on every rank at its own pace.
 _TIMEOUT = datetime.timedelta(minutes=30)
+# Of the first rank's work alone: reading a large data set once to hash it takes hours. One that ended is noticed at once.
+_PATIENCE = datetime.timedelta(days=7)
 
 
 class Ranks:
@@ -36,6 +38,7 @@ class Ranks:
         self.mode = "none"
         self._mesh: Any = None
         if self.count > 1:
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
             self.mode = "ddp" if execution.parallel == "auto" else execution.parallel
         if self.mode in ("fsdp", "hsdp"):
             self._mesh = self._make_mesh(execution.shard_ranks)
@@ -119,7 +122,7 @@ class Ranks:
                 box[0] = work()
             except InputError as error:
                 box[1] = str(error)
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self._patient, device=torch.device("cpu"))
         if box[1] is not None:
             raise InputError(box[1])
         return box[0]

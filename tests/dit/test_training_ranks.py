@@ -147,6 +147,11 @@ def test_averages_kept_by_sharded_ranks_are_whole(runs):
         assert all(torch.allclose(ours[key], theirs[key], rtol=1e-3, atol=2e-4) for key in theirs)
 
 
+def test_ranks_wait_for_the_first_one_s_work_longer_than_for_each_other(tmp_path):
+    """It reads all data once to hash it, which takes as long as it takes."""
+    launch(tmp_path, {"ranks": 2, "copy": None, "scenarios": [], "patience": [3, 6]})
+
+
 def test_shares_must_be_even(tmp_path):
     with pytest.raises(InputError, match="execution.microbatch: expected a divisor of 8"):
         train(config(), tmp_path, execution=Execution(microbatch=3))
