@@ -124,7 +124,7 @@ def _in_new_process(day: Day, names: Sequence[str], *, again: bool) -> dict[str,
     """The stages behind one after which nothing runs on the device any more in this process."""
     import subprocess
 
-    from ditscale.bench.gpu_stages import _self
+    from ditscale.bench.gpu_stages import own_command
 
     paths = {name: day.out / f"{number:02d}-{name}.json" for number, name in enumerate(stages())}
     status = lambda name: str(_read(paths[name]).get("status", PARTIAL))  # noqa: E731
@@ -133,7 +133,7 @@ def _in_new_process(day: Day, names: Sequence[str], *, again: bool) -> dict[str,
     if todo and day.seconds_left > 10:
         print("the device's context is lost: a new process goes on", file=sys.stderr, flush=True)
         minutes = str(day.seconds_left / 60)
-        subprocess.run(_self("--out", str(day.out), "--minutes", minutes, *only), stdout=subprocess.DEVNULL)
+        subprocess.run(own_command("--out", str(day.out), "--minutes", minutes, *only), stdout=subprocess.DEVNULL)
     return {name: status(name) for name in paths}
 
 

@@ -157,7 +157,7 @@ def operators_against_float64(day: Day) -> dict[str, Any]:
         rows = list(_checks(day, _operators(), DTYPES[:1]))
     else:
         pairs = [(op, dtype) for op in reversed(_operators()) for dtype in DTYPES]  # attention compiles longest
-        done = _outcomes([_self("--check", f"{op} {dtype}") for op, dtype in pairs], day, most=_MOST_SECONDS)
+        done = _outcomes([own_command("--check", f"{op} {dtype}") for op, dtype in pairs], day, most=_MOST_SECONDS)
         rows = []
         for (op, dtype), (exit_, out, errors) in zip(pairs, done, strict=True):
             rows += [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
@@ -260,7 +260,9 @@ def sanitizer(day: Day) -> dict[str, Any]:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     pairs = [(name, "cuda") for name in SANITIZERS] + [("memcheck", "triton")]
     # Beside one another: each waits for its own patched kernels, and what one finds no other loses.
-    commands = [[tool, "--tool", n, "--error-exitcode", "9", *_self("--exercise", backend)] for n, backend in pairs]
+    commands = [
+        [tool, "--tool", n, "--error-exitcode", "9", *own_command("--exercise", backend)] for n, backend in pairs
+    ]
     done = _outcomes(commands, day, environment=environment, most=_MOST_SECONDS)
     for (name, backend), (exit_, out, errors) in zip(pairs, done, strict=True):
         found[f"{name} {backend}"] = {"exit": exit_, "tail": _plain((out + errors)[-2000:])}
@@ -337,7 +339,9 @@ def profile(day: Day) -> dict[str, Any]:
     reasons: list[str] = []
     for backend in ("cuda", "triton"):
         command = [tool, *chosen, "--csv", "--page", "raw", "--metrics", ",".join(NCU_METRICS)]
-        exit_, out, errors = _outcome([*command, *_self("--exercise", backend, "--large")], day, most=_MOST_SECONDS)
+        exit_, out, errors = _outcome(
+            [*command, *own_command("--exercise", backend, "--large")], day, most=_MOST_SECONDS
+        )
         if exit_ != 0:
             # Counters are closed to users on many rented machines.
             reasons.append(f"ncu, {backend}: {_plain(' '.join((out + errors).split())[-300:])}")
@@ -409,7 +413,7 @@ def study(day: Day) -> dict[str, Any]:
         return {"runs": len(Study(folder).grid), "trained": record["run_id"], "loss": record["loss"]}
     # In a process of its own that is stopped as by Ctrl-C when the time is up: studies resume.
     process = subprocess.Popen(
-        _self("--conduct", str(folder)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        own_command("--conduct", str(folder)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
         _, errors = process.communicate(timeout=max(1.0, day.seconds_left - 40))
@@ -459,7 +463,8 @@ def _runs(backend: str) -> bool:
     return missing_reason(backend) is None
 
 
-def _self(*arguments: str) -> list[str]:
+def own_command(*arguments: str) -> list[str]:
+    """This script with other arguments, in a process of its own."""
     return [*_python(), "-m", "ditscale.bench.gpu_day", *arguments]
 
 

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ditscale.dit.average import Profile
@@ -175,14 +176,9 @@ class TrainConfig:
             )
         _ = self.schedule  # checks the decay's shape
 
-    @property
-    def flops_per_image(self) -> int:
-        """Training FLOPs of one image, by the ledger."""
-        return count(self.model).train
-
-    @property
+    @cached_property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run; asked for in every step."""
         if self.images is not None:
             return self.images // self.batch
         # Of a whole batch, as the meter counts it: the rows of an expert's capacity are rounded up once a batch.

@@ -40,9 +40,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, always: bool) -> Ten
     """
     rows, inner = x.shape
     outputs = weight.shape[0]
-    few = rows * inner * outputs < shapes.SMALLEST
-    small = few or (x.stride(1) != 1 and weight.stride(1) != 1 and rows * outputs < SMALLEST_OF_TRANSPOSED)
-    if few and not always and missing_reason("cpu") is None:
+    little = rows * inner * outputs < shapes.SMALLEST
+    small = little or (x.stride(1) != 1 and weight.stride(1) != 1 and rows * outputs < SMALLEST_OF_TRANSPOSED)
+    if little and not always and missing_reason("cpu") is None:
         own: Tensor = torch.ops.ditscale.product(x, weight, bias, False)  # ours or MKL's
         return own
     if (small and not always) or rows * inner * outputs == 0:
