@@ -102,6 +102,10 @@ class WeightAverage:
         profile: the rule for its decay.
         lay: may bring tensors of a dictionary together in memory, in their place there; gives what there is to go over.
             Default: every tensor by itself.
+
+    Attributes:
+        weights: the average by name.
+        pieces: the same memory, as it was laid.
     """
 
     def __init__(
@@ -113,12 +117,12 @@ class WeightAverage:
     ) -> None:
         self.profile = profile
         self.weights: dict[str, Tensor] = {name: w.detach().float().clone() for name, w in weights.items()}
-        self._list = list(self.weights.values()) if lay is None else lay(self.weights)
+        self.pieces = list(self.weights.values()) if lay is None else lay(self.weights)
 
     @torch.no_grad()
     def update(self, current: Sequence[Tensor], step: int) -> None:
         """Take in the weights after step ``step`` (counted from 1), in the order of the names or as they were laid."""
-        torch._foreach_lerp_(self._list, list(current), 1 - self.profile.decay(step))
+        torch._foreach_lerp_(self.pieces, list(current), 1 - self.profile.decay(step))
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,14 @@ _PRODUCTS: dict[str, Formula] = {
 _OWN_NAMESPACES = ("ditscale", "ditscale_triton", "ditscale_onednn")
 _OWN_ATTENTION = ("attention", "attention_qkv")
 _OWN_PRODUCTS = ("product",)
-_OWN_LIGHT = ("layernorm_modulate", "gate_residual", "gate_residual_layernorm_modulate", "bias_gelu", "qk_norm_rope")
+_OWN_LIGHT = (
+    "layernorm_modulate",
+    "gate_residual",
+    "gate_residual_layernorm_modulate",
+    "bias_gelu",
+    "qk_norm_rope",
+    "adamw_average",
+)
 
 
 def own_operators() -> dict[Any, str]:

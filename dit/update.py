@@ -20,6 +20,7 @@ from ditscale.dit.average import Profile, WeightAverage
 from ditscale.dit.muon import momentum_ahead, orthogonal_steps
 from ditscale.dit.mup import hidden_matrices
 from ditscale.errors import InputError
+from ditscale.kernels.adamw.op import adamw_average_, serves
 
 # Weights of at most so many numbers are small: copying their gradients together takes less time than calls for each.
 _SMALL = 2**15
@@ -171,6 +172,8 @@ class Updater:
             self._parameters[name].data = self._parts[name]
         self.averages = [WeightAverage(self._parts, profile, lay=self._lay) for profile in rule.averages]
         self._gradients: list[list[Tensor]] = []
+        written = [t for pieces in self._pieces for kind in pieces for t in kind] + self.averages[0].pieces
+        self._in_one_pass = not self._muon and serves(*written)
 
     def gradient_norm(self) -> Tensor:
         """The norm of the whole gradient, a float32 scalar on the gradients' device."""
@@ -187,21 +190,45 @@ class Updater:
             rate: what every group's learning rate is multiplied by.
         """
         self.updates += 1
+        clip = (self.rule.clip / (norm + 1e-6)).clamp(max=1.0)
+        taken = self._step_in_one_pass(float(clip), rate) if self._in_one_pass else self._step_by_passes(clip, rate)
+        self._gradients = []
+        for average in self.averages[taken:]:
+            average.update([piece for weights, *_ in self._pieces for piece in weights], self.updates)
+
+    def _step_in_one_pass(self, clip: float, rate: float) -> int:
+        """Clip, step and move the first average on, one piece after another; returns how many averages that were."""
+        average, rule = self.averages[0], self.rule
+        places = iter(average.pieces)
+        for group, (weights, first, second), gradients in zip(self._groups, self._pieces, self._gradients, strict=True):
+            for tensors in zip(weights, gradients, first, second, places):  # noqa: B905 (places are of all groups)
+                adamw_average_(
+                    *tensors,
+                    step=self.updates,
+                    lr=group.lr * rate,
+                    beta1=rule.beta1,
+                    beta2=rule.beta2,
+                    eps=rule.eps,
+                    weight_decay=group.weight_decay,
+                    clip=clip,
+                    decay=average.profile.decay(self.updates),
+                )
+        return 1
+
+    def _step_by_passes(self, clip: Tensor, rate: float) -> int:
+        """The same by PyTorch's own passes over all pieces, for GPUs and Muon; takes no average."""
         gradients = [piece for pieces in self._gradients for piece in pieces]
-        scale = (self.rule.clip / (norm + 1e-6)).clamp(max=1.0)
         if gradients[0].device.type == "cpu":
-            for gradient in gradients if float(scale) != 1.0 else ():
-                gradient.mul_(scale)
+            for gradient in gradients if float(clip) != 1.0 else ():
+                gradient.mul_(clip)
         else:
-            torch._foreach_mul_(gradients, scale)
+            torch._foreach_mul_(gradients, clip)
         for group, pieces, grads in zip(self._groups, self._pieces, self._gradients, strict=True):
             if group.muon:
                 self._muon_step(group, grads, group.lr * rate)
             else:
                 self._adamw_step(group, grads, *pieces, group.lr * rate)
-        self._gradients = []
-        for average in self.averages:
-            average.update([piece for weights, *_ in self._pieces for piece in weights], self.updates)
+        return 0
 
     def _is_small(self, name: str) -> bool:
         part, whole = self._parts[name], not is_sharded(self._parameters[name])

@@ -46,6 +46,10 @@ STABLE_TORCH_LIBRARY(ditscale, m) {
       "Tensor? cu, int max_seqlen, float scale, bool bias_grad) -> (Tensor dqkv, Tensor dkey_bias)");
   // x [M, K], weight [N, K], bias [N]: x weight^T + bias; `always` by ours, however small (but for vectors).
   m.def("product(Tensor x, Tensor weight, Tensor? bias, bool always) -> Tensor");
+  // A step of AdamW and of the weights' moving average, in place: all [N] or of one shape, `step` from 1.
+  m.def(
+      "adamw_average_(Tensor(a!) weight, Tensor gradient, Tensor(b!) first, Tensor(c!) second, Tensor(d!)? average, "
+      "int step, float lr, float beta1, float beta2, float eps, float weight_decay, float clip, float decay) -> ()");
   // Queries or keys: x [B, H, T, K]; weight [K]; cos, sin [T, K / 2] or [B, T, K / 2]; norm 0 none, 1 rms, 2 layer.
   m.def(
       "qk_norm_rope_fwd(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, float eps, int norm, bool interleaved) -> Tensor");

@@ -19,6 +19,8 @@ from ditscale.dit.flops import trace
 from ditscale.dit.torch_costs import all_formulas, matmul_formulas, own_operators
 from ditscale.errors import InputError
 from ditscale.kernels.adaln import cost as adaln
+from ditscale.kernels.adamw import cost as adamw
+from ditscale.kernels.adamw import native as _native  # noqa: F401 (describes its operator)
 from ditscale.kernels.attn import cost as attn
 from ditscale.kernels.gelu import cost as gelu
 from ditscale.kernels.library import missing_reason
@@ -38,6 +40,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         "stats": (2, B, T),
     },
     "product": {"x": (B * T, D), "weight": (N, D), "bias": (N,)},
+    "adamw_average": dict.fromkeys(("weight", "gradient", "first", "second", "average"), (D, N)),
     "bias_gelu": {"x": (B * T, N), "dy": (B * T, N), "bias": (N,)},
     "qk_norm_rope": {"x": (B, H, T, K), "dout": (B, H, T, K), "weight": (K,), "cos": (T, K // 2), "sin": (T, K // 2)},
     "attention": {
@@ -55,6 +58,7 @@ SIZES = {"attention": (B, H, T, S, K), "attention_qkv": (B, H, T, T, K)}
 # Per family: what an operator costs under `all`, by the formulas of its cost.py.
 EVERYTHING: dict[str, Callable[[str], int]] = {
     "product": lambda way: matmul.linear_flops_forward(B * T, D, N) + B * T * N,  # its bias is added
+    "adamw_average": lambda way: adamw.adamw_flops(D * N, average=True),
     "bias_gelu": lambda way: getattr(gelu, f"bias_gelu_flops_{way}")(B * T, N),
     "qk_norm_rope": lambda way: getattr(rotary, f"norm_rope_flops_{way}")(B, H, T, K, "rms", True, True),
     **{

@@ -73,7 +73,10 @@ def twin(weights, gradients, rates, decays, rule, profile):
 
 @pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
 @pytest.mark.parametrize("clip", [0.3, 1e9], ids=["clipped", "free"])
-def test_steps_are_those_of_the_restatement(muon, clip):
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "passes"])
+def test_steps_are_those_of_the_restatement(muon, clip, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr("ditscale.dit.update.serves", lambda *tensors: False)
     model, profile = Small(), Profile("share", 0.3)
     rule = UpdateRule(clip=clip, muon=muon, muon_lr=0.05, averages=(profile,))
     matrices = [p for p in model.parameters() if p.ndim > 1]

@@ -29,7 +29,7 @@ def modules(name: str) -> list[ModuleType]:
 
 DECLARED = {name: operator for shapes in modules("shapes") for name, operator in shapes.OPERATORS.items()}
 
-CPU_ONLY = {"product"}
+CPU_ONLY = {"product", "adamw_average_"}
 
 
 def registered(namespace: str) -> dict[str, torch._C.FunctionSchema]:

@@ -32,20 +32,16 @@ LINK_FLAGS = ["-shared", "-Wl,-s"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 ON_X86 = platform.machine() in ("x86_64", "AMD64")
+FAMILIES = ("adaln", "attention", "rotary", "product", "adamw")  # the slow ones first
 X86_UNITS: dict[str, list[str]] = {
-    f"cpu/{family}_{isa}.cpp": flags
-    for family in ("adaln", "attention", "rotary", "product")  # the slow ones first
-    for isa, flags in (("avx2", AVX2), ("avx512", AVX512))
+    f"cpu/{family}_{isa}.cpp": flags for family in FAMILIES for isa, flags in (("avx2", AVX2), ("avx512", AVX512))
 }
 # On x86 they serve processors of before 2013: a fifth slower there (measured) is not worth half a minute of everybody's build.
 PORTABLE = ["-O1"] if ON_X86 else []
 CPU_UNITS: dict[str, list[str]] = {
     **(X86_UNITS if ON_X86 else {}),
-    **{f"cpu/{family}_portable.cpp": PORTABLE for family in ("adaln", "attention", "rotary", "product")},
-    "cpu/adaln.cpp": [],
-    "cpu/attention.cpp": [],
-    "cpu/rotary.cpp": [],
-    "cpu/product.cpp": [],
+    **{f"cpu/{family}_portable.cpp": PORTABLE for family in FAMILIES},
+    **{f"cpu/{family}.cpp": [] for family in FAMILIES},
     "bindings/schemas.cpp": [],
     "cpu/isa.cpp": [],
 }

@@ -1,0 +1,5 @@
+#include "adamw_rows.inl"
+
+namespace ditscale::cpu {
+extern const AdamwKernels adamw_avx512 = adamw_kernels();
+}

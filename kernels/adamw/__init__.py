@@ -1,0 +1,1 @@
+"""A step of AdamW and of the weights' moving average in one pass over memory."""
