@@ -18,32 +18,33 @@ from ditscale.kernels.matmul.reference import linear_ref
 
 
 class Linear(torch.autograd.Function):
+    """[rows, N]: a view of it made in here is one that autograd lets nobody write in place."""
+
     @staticmethod
     def forward(ctx: Any, run: Any, always: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.run, ctx.always = run, always
-        return _forward(run, always, x, weight, bias)
+        out: Tensor = operators(run).product(_rows(x), weight, bias, always)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         _, _, want_x, want_weight, want_bias = ctx.needs_input_grad
-        rows_dy = _rows(dy)
-        dbias = rows_dy.sum(0) if want_bias else None
+        dbias = dy.sum(0) if want_bias else None
         if wants_graph():
-            return None, None, *differentiable(linear_ref, (x, weight), dy), dbias
+            return None, None, *differentiable(_rows_ref, (x, weight), dy), dbias
         product, always = operators(ctx.run).product, ctx.always
-        dx = product(rows_dy, weight.t(), None, always).view(x.shape) if want_x else None
-        dweight = product(rows_dy.t(), _rows(x).t(), None, always) if want_weight else None
+        dx = product(dy, weight.t(), None, always).view(x.shape) if want_x else None
+        dweight = product(dy.t(), _rows(x).t(), None, always) if want_weight else None
         return None, None, dx, dweight, dbias
 
 
 _linear_eager = eager_apply(Linear)
 
 
-def _forward(run: Any, always: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = operators(run).product(_rows(x), weight, bias, always)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+def _rows_ref(x: Tensor, weight: Tensor) -> Tensor:
+    return linear_ref(_rows(x), weight)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -93,9 +94,12 @@ def linear(
     if not torch.is_grad_enabled() or not (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _forward(chosen, always, x, weight, bias)
-    apply = Linear.apply if isinstance(chosen, str) else _linear_eager
-    return apply(chosen, always, x, weight, bias)
+        y = operators(chosen).product(_rows(x), weight, bias, always)
+    else:
+        apply = Linear.apply if isinstance(chosen, str) else _linear_eager
+        y = apply(chosen, always, x, weight, bias)
+    out: Tensor = y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return out
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:

@@ -210,6 +210,14 @@ def test_empty(shape, ours):
         assert torch.equal(got, want)
 
 
+def test_the_result_may_be_written_in_place(ours):
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(4, 8)
+    y = linear(x, weight, backend=ours)
+    y.view(2, 3, 2, 2)[:, :, 0].transpose(1, 2).mul_(3.0)  # as qk_norm_rope(inplace=True) writes a part of a projection
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, (weight * torch.tensor([3.0, 3.0, 1.0, 1.0])[:, None]).sum(0).expand(2, 3, 8))
+
+
 def test_frozen_parts_have_no_gradient(ours):
     x, weight, bias = torch.randn(600, 96), torch.randn(128, 96, requires_grad=True), torch.randn(128)
     y = linear(x, weight, bias, backend=ours)
