@@ -103,7 +103,7 @@ def train(
         ranks = stack.enter_context(started(execution))
         if ranks.device.type == "cpu":
             keep_memory()  # for as long as the process lives
-        speak = say or (lambda sentence: print(f"ditscale: {sentence}", file=sys.stderr))
+        speak = say or _to_stderr
         listeners = Listeners(
             progress if ranks.first else None, should_stop, speak if ranks.first else lambda sentence: None
         )
@@ -140,6 +140,12 @@ def train(
             record |= dict(extra or {})  # type: ignore[typeddict-item]
             ranks.on_first(lambda: _settle(folder, record))
         return record
+
+
+def _to_stderr(sentence: str) -> None:
+    """Say it to whom stderr reaches. Often that is a log on the disk that is full, which is what is said: no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(f"ditscale: {sentence}", file=sys.stderr)
 
 
 def _need_even_shares(config: TrainConfig, execution: Execution, ranks: Ranks) -> None:

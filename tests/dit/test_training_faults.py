@@ -114,6 +114,27 @@ def test_a_save_that_fails_leaves_the_one_before_and_says_so(tmp_path, monkeypat
     assert newest_checkpoint(run)[0].step == 3
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_log_on_the_full_disk_stops_no_training(tmp_path, monkeypatch):
+    """What cannot be saved is said to stderr, and that is often a file on the same disk."""
+
+    write = checkpoint.write_atomically
+
+    def full(path, data):
+        if path.name == "tensors.safetensors":
+            raise InputError(f"{path}: no space")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    log = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - what it could not take it gives back when it is closed
+    monkeypatch.setattr(sys, "stderr", log)
+    record = train(tiny(), tmp_path, execution=Execution(checkpoint_seconds=0))
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+    assert record["status"] == "finished"
+
+
 def test_what_killed_processes_left_is_removed(tmp_path):
     with pytest.raises(Stopped):
         train(tiny(), tmp_path, should_stop=stop_after(3))
