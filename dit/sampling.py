@@ -293,7 +293,8 @@ def _churned(
     """z with noise added, and the level where it then is; as it was outside the churn's range."""
     signal = objective.signal(u)
     sigma = u / signal
-    if churn.amount == 0 or not churn.least <= float(sigma) <= churn.most:
+    # Of pure noise, where rectified flow begins, no step can make more, however wide the range.
+    if churn.amount == 0 or float(signal) == 0 or not churn.least <= float(sigma) <= churn.most:
         return z, u
     more = sigma * (1 + min(churn.amount / steps, math.sqrt(2) - 1))
     # Back to the linear path: signal and noise of x_0 + more eps, scaled as that path scales them.

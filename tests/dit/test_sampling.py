@@ -123,11 +123,12 @@ def test_noisy_ddim_s_distribution_is_the_chain_s(name, falls, eta):
     assert abs(chain_on_the_path(objective.levels(12).double(), falls, 0.0)[1] / std - 1) > 0.015
 
 
+@pytest.mark.parametrize("most", [50.0, float("inf")])
 @pytest.mark.parametrize("name", CASES)
-def test_churn_adds_what_it_takes_away(name):
+def test_churn_adds_what_it_takes_away(name, most):
     objective, exact = CASES[name]
     noise = normals(64, 1, 16, 16, seed=2)
-    settings = {"objective": objective, "steps": 100, "churn": Churn(30, noise=1.0)}
+    settings = {"objective": objective, "steps": 100, "churn": Churn(30, most=most, noise=1.0)}
     out = draw_samples(exact(MEAN, STD), noise, seed=1, **settings)
     assert float(out.mean()) == pytest.approx(MEAN, abs=0.015) and float(out.std()) == pytest.approx(STD, rel=0.015)
 
