@@ -318,8 +318,8 @@ def _flat(features: Features) -> Features:
 
 
 def _fresh(plan: TrainConfig, seed: int, trained: RunData | None = None) -> ImageStream:
-    """The training data in another order, or other scenes of it."""
-    return open_stream(dataclasses.replace(plan, seed=seed), "train", trained)
+    """The training data in another order, or other scenes of it; as they are, also where training mirrors half of them."""
+    return open_stream(dataclasses.replace(plan, seed=seed, flip=False), "train", trained)
 
 
 def _batches(stream: ImageStream, count: int, batch: int) -> Iterator[tuple[int, ImageBatch]]:

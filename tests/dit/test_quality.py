@@ -204,6 +204,16 @@ def test_prompts_are_numbered_by_the_words_of_the_training(tmp_path, monkeypatch
     assert told[0].tolist() == [{"blue": 2, "red": 3, "aardvark": 1}[caption] for caption in captions]
 
 
+def test_the_reference_shows_the_data_as_they_are_where_training_mirrors_them(tmp_path):
+    for i in range(40):
+        picture = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    plan = dataclasses.replace(PLAN, model=MODEL.replace(vocabulary_size=2), data=str(tmp_path), images=8)
+    reference, mirrored = (quality._fresh(dataclasses.replace(plan, flip=flip), 1) for flip in (False, True))
+    assert np.array_equal(mirrored.batch(0, 30).images, reference.batch(0, 30).images)
+    assert mirrored.sha256 == reference.sha256, "one entry in the cache"
+
+
 def test_references_are_kept_and_made_again_where_they_are_damaged(tmp_path):
     calls = []
 
