@@ -8,7 +8,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,18 @@ class ImageShards(FiniteImages):
             digest.update(repr(told).encode())
         return digest.hexdigest()
 
-    def _read(self, sample: int) -> NDArray[np.uint8]:
+    def files(self, start: int, count: int) -> Iterator[bytes]:
+        """The images' files, as they lie in the shards, at places `start` to ``start + count - 1``."""
+        for sample in self._order.samples(start, count).tolist():
+            yield self._file(sample)
+
+    def _file(self, sample: int) -> bytes:
         member = self._members[self.chosen[sample]]
-        shard = self.shards[member.shard]
-        data = _bytes(shard, member)
-        return read_image(io.BytesIO(data), self.shape[1:], f"{shard}: {self.names[sample]}")
+        return _bytes(self.shards[member.shard], member)
+
+    def _read(self, sample: int) -> NDArray[np.uint8]:
+        shard = self.shards[self._members[self.chosen[sample]].shard]
+        return read_image(io.BytesIO(self._file(sample)), self.shape[1:], f"{shard}: {self.names[sample]}")
 
 
 def _bytes(shard: Path, member: _Member) -> bytes:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ditscale.cache import cached_path
 from ditscale.dit.condition import Condition, each
-from ditscale.dit.data import EmojiScenes, ImageBatch, ImageStream, to_float
+from ditscale.dit.data import EmojiScenes, ImageBatch, ImageShards, ImageStream, to_float
 from ditscale.dit.evaluation.captions import CANDIDATES, caption_match
 from ditscale.dit.evaluation.metrics import Features, Moments, frechet_distance, precision_recall
 from ditscale.dit.evaluation.networks import FeatureNetwork, open_network
@@ -273,9 +273,13 @@ def reference_features(
     """
     count = min(count, stream.unique_images or count)
     told = [network.name, network.sha256, stream.sha256, str(count)]
-    if stream.batch(0, 1).images.dtype == np.float32:
-        # Shards are known by their layout; what lies in them is read in a fraction of the time that the network takes.
-        content = hashlib.sha256()
+    # Shards are known by their layout; what lies in them is read in a fraction of the time that the network takes.
+    content = hashlib.sha256()
+    if isinstance(stream, ImageShards):
+        for file in stream.files(0, count):
+            content.update(file)
+        told.append(content.hexdigest())
+    elif stream.batch(0, 1).images.dtype == np.float32:
         for _, latents in _batches(stream, count, batch):
             content.update(latents.images.tobytes())
         told += [*([] if decoder is None else [decoder.sha256]), content.hexdigest()]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from PIL import Image
 
 from ditscale.dit import DDPM, DiT, DiTConfig, sampling
-from ditscale.dit.data import EmojiScenes, ImageBatch, emoji_vocabulary, to_float, write_latents
+from ditscale.dit.data import EmojiScenes, ImageBatch, ImageShards, emoji_vocabulary, to_float, write_latents
 from ditscale.dit.encoding import Autoencoder
 from ditscale.dit.evaluation import quality
 from ditscale.dit.evaluation.captions import caption_match, matched
@@ -231,6 +233,24 @@ def test_references_are_kept_and_made_again_where_they_are_damaged(tmp_path):
     for path in (tmp_path / "cache/features").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:50])
     assert np.array_equal(reference_features(network, stream, 300), first) and len(calls) == 8
+
+
+def test_the_reference_of_a_shard_is_made_again_where_other_pictures_lie_in_it(tmp_path):
+    """Bitmaps of one shape are as long as each other, so the shard's list of names and sizes stays as it was."""
+    network = FeatureNetwork("mean", "0" * 64, lambda images: images.float().mean((2, 3)))
+
+    def features(level):
+        picture = io.BytesIO()
+        Image.new("RGB", (16, 16), (level, level, level)).save(picture, "BMP")
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for name in ("one.bmp", "two.bmp"):
+                member = tarfile.TarInfo(name)
+                member.size = len(picture.getvalue())
+                tar.addfile(member, io.BytesIO(picture.getvalue()))
+        return reference_features(network, ImageShards(tmp_path, 16), 2).mean()
+
+    assert [features(level) for level in (10, 200, 10)] == [10, 200, 10]
+    assert len(list((tmp_path / "cache/features").iterdir())) == 2, "the first is found again"
 
 
 def test_bytes_are_rounded_and_clipped():
