@@ -189,7 +189,8 @@ def evaluate(
             decoder = None
             if autoencoder is not None:
                 decode = functools.partial(_decode, autoencoder, data)
-                decoder = Decoder(autoencoder.name, autoencoder.sha256, decode)
+                scaling = autoencoder.scale, autoencoder.shift
+                decoder = Decoder(autoencoder.name, autoencoder.sha256, decode, scaling)
             with progress_bar(f"samples of {run.name}", show=not as_json) as advance:
                 quality = measure_quality(
                     model,

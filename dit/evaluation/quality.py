@@ -121,11 +121,13 @@ class Decoder:
     Attributes:
         name, sha256: of the autoencoder and its weights, for records and the cache.
         decode: from latents [n, C, ...] as the model draws them to images [n, 3, ...], about [-1, 1].
+        scaling: scale and shift of its latents, for the cache: its configuration has them, not its weights. Default: 1 and 0.
     """
 
     name: str
     sha256: str
     decode: Callable[[Tensor], Tensor]
+    scaling: tuple[float, float] = (1.0, 0.0)
 
 
 def measure_quality(
@@ -268,8 +270,9 @@ def reference_features(
 ) -> Features:
     """Features [count, frames, d] of a stream's first images, float64 of what was kept in float32.
 
-    They are kept in the cache under the network's weights, the stream's identity, the count and the decoder's weights; a
-    folder of fewer images is taken whole. Pixels that lie in shards as floats are brought back to the scale of pictures.
+    They are kept in the cache under the network's weights, the stream's identity, the count and the decoder's weights and
+    scaling; a folder of fewer images is taken whole. Pixels that lie in shards as floats are brought back to the scale of
+    pictures.
     """
     count = min(count, stream.unique_images or count)
     told = [network.name, network.sha256, stream.sha256, str(count)]
@@ -282,7 +285,7 @@ def reference_features(
     elif stream.batch(0, 1).images.dtype == np.float32:
         for _, latents in _batches(stream, count, batch):
             content.update(latents.images.tobytes())
-        told += [*([] if decoder is None else [decoder.sha256]), content.hexdigest()]
+        told += [*([] if decoder is None else [decoder.sha256, repr(decoder.scaling)]), content.hexdigest()]
     key = hashlib.sha256(" ".join(told).encode()).hexdigest()[:24]
     path = cached_path("features", f"{key}.safetensors")
     if path is not None and path.exists():

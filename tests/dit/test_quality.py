@@ -442,6 +442,25 @@ def test_the_reference_is_kept_under_the_autoencoder_and_the_latents(latent_run,
     assert not np.array_equal(features(decoder, dataclasses.replace(plan, data=str(other))), first)
 
 
+def test_the_reference_is_decoded_again_by_an_autoencoder_whose_scale_was_put_right(latent_run, tmp_path):
+    """It is in the configuration, and the weights stay as they are."""
+    folder, *_ = latent_run
+    for part in ("vae", "run"):
+        shutil.copytree(folder / part, tmp_path / part)
+    config = tmp_path / "vae/config.json"
+
+    def judged(scale):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": scale}))
+        evaluate(
+            runs=[tmp_path / "run"], vae=tmp_path / "vae", samples=20, reference=30, steps=1, threads=1, device="cpu"
+        )
+        return json.loads((tmp_path / "run/run.json").read_text())["frechet_distance_real"]
+
+    first, second = judged(5.0), judged(0.5)
+    shutil.rmtree(tmp_path / "cache")
+    assert judged(0.5) == second != first
+
+
 def test_latents_need_an_autoencoder_and_pixels_none(latent_run):
     _, plan, *_ = latent_run
     decoder = quality.Decoder("vae", "0" * 64, lambda latents: latents)
