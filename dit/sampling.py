@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STEPS = 25
 _MOST_STEPS = 100_000
+_ROUNDING = 1e-6
 SAMPLERS = ("euler", "heun", "ddim", "ddpm")
 
 
@@ -86,7 +87,8 @@ def draw_samples(
             the posterior's). Default: "heun".
         guidance: classifier-free guidance weight w in ``s_none + w (s_y - s_none)``; 1 means none and costs half. A model
             with ``config.guidance_embed`` is told it instead, at no cost. Default: 1.0.
-        guidance_interval: least and greatest share of noise at which to guide (arXiv:2404.07724). Default: all.
+        guidance_interval: least and greatest share of noise at which to guide, both included (arXiv:2404.07724).
+            Default: all.
         guided_channels: guide the first so many channels only; the released DiT guides 3 of 4. Default: all.
         clip: clamp the estimated clean image to [-clip, clip] at every step: 1 for pixels, where a network that predicts
             noise knows little of the image at first (Ho et al., arXiv:2006.11239, use it). Default: None.
@@ -203,13 +205,14 @@ def guided_share(
     levels = objective.levels(steps, shift)
     # Heun's method also asks where a step ends, but at the last.
     asked = [*levels[:-1], *(levels[1:-1] if sampler == "heun" else ())]
-    least, greatest = guidance_interval
-    return sum(least <= _noise_share(objective, u) <= greatest for u in asked) / len(asked)
+    return sum(_is_guided(objective, u, guidance_interval) for u in asked) / len(asked)
 
 
-def _noise_share(objective: Objective, u: Tensor) -> float:
-    """The share of noise at a level: 0 for data, 1 for noise."""
-    return float(u / (objective.signal(u) + u))
+def _is_guided(objective: Objective, u: Tensor, interval: tuple[float, float]) -> bool:
+    """Whether a level's share of noise, 0 for data and 1 for noise, lies in an interval, its ends among it."""
+    # A level of float32 may lie beside an end that names it: 0.8 is 0.80000001 there.
+    share = float(u / (objective.signal(u) + u))
+    return interval[0] - _ROUNDING <= share <= interval[1] + _ROUNDING
 
 
 class _Noise:
@@ -274,7 +277,7 @@ class _Guided:
     def _guided(self, z: Tensor, u: Tensor) -> Prediction:
         count, objective = self.count, self.objective
         u_B = u.to(z.device).expand(count)
-        if not self.interval[0] <= _noise_share(objective, u) <= self.interval[1]:
+        if not _is_guided(objective, u, self.interval):
             return objective.predict(self.plain, z, u_B, self.y)
         if self.twice is None:
             return objective.predict(self.guided, z, u_B, self.y)

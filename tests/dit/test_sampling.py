@@ -10,7 +10,7 @@ from torch import nn
 
 from ditscale.dit.diffusion import DDPM, EDM
 from ditscale.dit.flow import RectifiedFlow
-from ditscale.dit.sampling import Churn, draw_samples
+from ditscale.dit.sampling import Churn, draw_samples, guided_share
 from ditscale.errors import InputError
 
 MEAN, STD = 0.4, 0.5
@@ -213,6 +213,18 @@ def test_guidance_within_its_interval_only():
     assert torch.allclose(out, x, atol=1e-5)
     never = draw_samples(model, noise, y, steps=steps, guidance=guidance, guidance_interval=(0.0, 0.0))
     assert torch.equal(never, draw_samples(model, noise, y, steps=steps))
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+def test_the_ends_of_the_guidance_interval_are_in_it(steps):
+    """A level of float32 is seldom the number of float64 that names it."""
+    for k in range(1, steps + 1):
+        for interval, wanted in (((0.0, k / steps), k), ((k / steps, 1.0), steps - k + 1)):
+            settings = {"steps": steps, "sampler": "euler", "guidance_interval": interval}
+            assert guided_share(RectifiedFlow(), **settings) == wanted / steps
+            model = ExactFlow(0.0, 0.5)
+            draw_samples(model, torch.zeros(1, 1, 1, 1), torch.ones(1), guidance=2.0, **settings)
+            assert model.rows.count(2) == wanted
 
 
 def test_guided_channels_leave_the_others_as_they_are():
