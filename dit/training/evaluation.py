@@ -12,7 +12,8 @@ from torch import Tensor
 from ditscale.dit.condition import each
 from ditscale.dit.flow import ValidationSet
 from ditscale.dit.pictures import save_grid
-from ditscale.dit.sampling import draw_samples
+from ditscale.dit.rundata import RunData
+from ditscale.dit.sampling import default_clip, draw_samples
 from ditscale.dit.training.batches import StepInputs, seed_for
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.state import TrainState
@@ -57,11 +58,12 @@ def draw_pictures(
     state: TrainState,
     validation: ValidationSet,
     path: Path,
+    data: RunData,
     decode: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Write one PNG of samples of the averaged weights: always the same noise and conditions of the validation set.
 
-    ``decode`` makes pictures of a model's latents.
+    ``data`` tells the scale of pixels; ``decode`` makes pictures of a model's latents.
     """
     device = state.ranks.device
     count = min(_PICTURES, len(validation.images))
@@ -71,7 +73,14 @@ def draw_pictures(
     steps, guidance = picture_settings(config)
     with state.updater.averaged():
         images = draw_samples(
-            state.model, noise, y, objective=config.flow, steps=steps, sampler="euler", guidance=guidance
+            state.model,
+            noise,
+            y,
+            objective=config.flow,
+            steps=steps,
+            sampler="euler",
+            guidance=guidance,
+            clip=default_clip(config.flow, config.model, data),
         )
     if state.ranks.first:
         save_grid(path, images if decode is None else decode(images))

@@ -369,7 +369,7 @@ class _Run:
         with contextlib.suppress(OSError):  # said when the picture is written, after what all ranks do together
             path.parent.mkdir(exist_ok=True)
         try:
-            draw_pictures(self.config, self.state, self.validation, path, self.decode)
+            draw_pictures(self.config, self.state, self.validation, path, RunData.of(self.stream), self.decode)
         except (InputError, OSError) as error:
             self._complain("picture not drawn", error)
         else:

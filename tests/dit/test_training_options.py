@@ -236,6 +236,17 @@ def test_a_chain_shorter_than_a_picture_s_steps_is_walked_whole(tmp_path):
     assert (tmp_path / "samples/step-000000002.png").exists()
 
 
+def test_pictures_of_ddpm_on_pixels_are_clipped_as_samples_are(tmp_path, monkeypatch):
+    """What little the network knows of the image at first is multiplied by the noise there, thousands for a cosine chain."""
+    drawn, draw = [], evaluation.draw_samples
+    monkeypatch.setattr(
+        evaluation, "draw_samples", lambda *args, **told: drawn.append(draw(*args, **told)) or drawn[-1]
+    )
+    for objective in (DDPM(schedule="cosine", learn_sigma=False), None):
+        train(tiny(images=4, objective=objective), tmp_path / str(objective), execution=Execution(sample_every=1))
+    assert float(drawn[0].abs().max()) <= 1.001 < 2 < float(drawn[1].abs().max())
+
+
 def test_channels_that_are_no_picture_are_named_before_the_first_step(tmp_path):
     write_latents(tmp_path / "data", [{"latents": np.ones((80, 4, 16, 16), np.float16)}], latent_factor=1)
     model = tiny().model.replace(in_channels=4, condition="none", vocabulary_size=0)
