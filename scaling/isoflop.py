@@ -211,6 +211,9 @@ def fit_isoflop(
     need_draws(bootstrap, seed)
     degree = 2 if vertex == "parabola" else 3
     n, d, loss, budgets = runs.params, runs.data, runs.loss, runs.budgets
+    # The bootstrap's draws belong to places, so that rows in another order would have other intervals.
+    order = np.lexsort((loss, d, n))
+    n, d, loss, budgets = n[order], d[order], loss[order], budgets[order]
     levels = np.unique(budgets)
     if len(levels) < 2:
         raise InputError(f"budget: expected at least 2 different budgets for a law of compute, got {len(levels)}")

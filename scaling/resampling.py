@@ -55,14 +55,21 @@ def _resample(
 ) -> tuple[Array, Array]:
     """Weights and targets of some draws, [draws, n] each or the fit's own."""
     if kind == "wild":
-        signs = rng.choice([-1.0, 1.0], size=(draws, fit.n))
+        signs = rng.choice([-1.0, 1.0], size=(draws, fit.n))[:, _places(fit)]
         moved = signs * fit.residuals * np.sqrt(fit.n / max(fit.n - len(fit.theta), 1))
         fitted = fit.fitted
         target = fitted * np.exp(moved) if fit.space == "log" else np.maximum(fitted + moved, 1e-300)
         return np.broadcast_to(fit.weights, (draws, fit.n)), target
     count = fit.n if groups is None else int(groups.max()) + 1
     counts = rng.multinomial(count, np.full(count, 1 / count), size=draws)
-    return (counts if groups is None else counts[:, groups]) * fit.weights, fit.target
+    return counts[:, _places(fit) if groups is None else groups] * fit.weights, fit.target
+
+
+def _places(fit: LawFit) -> NDArray[np.int64]:
+    """Every point's place in an order that is the points' own, so that rows in another order have the same draws."""
+    groups = np.zeros(fit.n) if fit.groups is None else fit.groups
+    order = np.lexsort((fit.weights, fit.target, *reversed(fit.inputs.values()), groups))
+    return np.argsort(order)
 
 
 def _refit(fit: LawFit, weights: Array, target: Array) -> Array:

@@ -237,3 +237,11 @@ def test_unknown_methods_and_levels_are_refused() -> None:
         fit.interval("gamma")
     wide, narrow = (fit.interval("a", level=x) for x in (0.99, 0.5))
     assert wide.low < narrow.low < narrow.high < wide.high
+
+
+@pytest.mark.parametrize("kind", ["case", "cluster", "wild"])
+def test_bootstraps_draw_alike_whatever_the_order_of_rows(kind: str) -> None:
+    table = study(noise=0.01)
+    shuffled = table.take(np.random.default_rng(1).permutation(len(table)))
+    draws = [fit_surface(t).fit.bootstrap(kind, 20) for t in (table, shuffled)]
+    assert draws[1] == pytest.approx(draws[0], rel=1e-5)

@@ -149,3 +149,10 @@ def test_gemstones_have_no_budgets_and_say_so() -> None:
     )
     with pytest.raises(InputError, match="flops"):
         fit_isoflop(table)
+
+
+def test_row_order_changes_no_interval() -> None:
+    table = study(noise=0.01)
+    shuffled = table.take(np.random.default_rng(1).permutation(len(table)))
+    first, second = (fit_isoflop(t, with_surface=False).intervals for t in (table, shuffled))
+    assert all(second[name] == pytest.approx(ends, rel=1e-9) for name, ends in first.items())
