@@ -9,31 +9,33 @@ import typer
 
 def _show(facts: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.markup import escape
 
-    console = Console(highlight=False)
+    # Lines, not a table: this is what bug reports quote, so no terminal's width may cut anything.
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
+    console = Console(highlight=False, emoji=False)
     triton = facts["triton"] or "not installed"
-    console.print(f"ditscale {facts['ditscale']}   Python {facts['python']}   torch {facts['torch']}   triton {triton}")
+    say(f"ditscale {facts['ditscale']}   Python {facts['python']}   torch {facts['torch']}   triton {triton}")
     for d in facts["devices"]:
         more = (
             f"{d['threads']} threads" if d["type"] == "cpu" else f"{d['capability']}, {d['memory_bytes'] / 1e9:.0f} GB"
         )
-        console.print(f"device {d['type']}: {d['name']}, {more}")
+        say(f"device {d['type']}: {escape(d['name'])}, {more}")
     for name, item in facts["libraries"].items():
         isa = f" ({item['instruction_set']})" if item.get("instruction_set") else ""
-        console.print(f"{name}: " + (f"[green]loaded[/]{isa}" if item["available"] else f"[yellow]{item['reason']}[/]"))
-    table = Table(Column("operator", no_wrap=True), "backend", "runs here", "why not")
+        say(f"{name}: " + (f"[green]loaded[/]{isa}" if item["available"] else f"[yellow]{escape(item['reason'])}[/]"))
     for op, rows in facts["operators"].items():
-        for k, (backend, item) in enumerate(rows.items()):
-            mark = "[green]yes[/]" if item["available"] else "[yellow]no[/]"
-            table.add_row(op if k == 0 else "", backend, mark, item["reason"] or "")
-    console.print(table)
+        say(f"\n{op}")
+        for backend, item in rows.items():
+            why = "[green]runs here[/]" if item["available"] else f"[yellow]does not:[/] {escape(item['reason'])}"
+            say(f"  {backend:<10}  {why}")
     if "checks" in facts:
-        table = Table(Column("self-check", no_wrap=True), "backend", "dtype", "device", "result")
-        for c in facts["checks"]:
-            result = "[green]right[/]" if c["passed"] else f"[red]WRONG: {c['reason']}[/]"
-            table.add_row(c["operator"], c["backend"], c["dtype"], c["device"], result)
-        console.print(table)
+        say("\nself-checks")
+    for c in facts.get("checks", []):
+        result = "[green]right[/]" if c["passed"] else f"[red]WRONG:[/] {escape(c['reason'])}"
+        say(f"  {c['operator']} {c['backend']} {c['dtype']} on {c['device']}: {result}")
 
 
 def doctor(

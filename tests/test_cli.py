@@ -107,6 +107,30 @@ def test_names_to_type_are_whole_on_a_narrow_terminal(ditscale, monkeypatch):
     assert "gate_residual_layernorm_modulate" in ditscale("doctor").stdout
 
 
+def test_doctor_cuts_nothing_on_a_narrow_terminal(ditscale, monkeypatch):
+    from ditscale.kernels import doctor
+
+    facts = doctor.report()
+    because = "no such file: /opt/[old]/a:smile:b/" + "x" * 90 + " [/gone]"
+    facts["libraries"]["libditscale_cuda"] |= {"available": False, "reason": because}
+    facts["operators"]["attention"]["triton"] = {"available": False, "reason": because}
+    facts["checks"] = [
+        {
+            "operator": "linear",
+            "backend": "cpu",
+            "dtype": "float32",
+            "device": "cpu",
+            "passed": False,
+            "reason": because,
+        }
+    ]
+    monkeypatch.setattr(doctor, "report", lambda check: facts)
+    monkeypatch.setenv("COLUMNS", "40")
+    out = ditscale("doctor", "--check", code=1).stdout
+    reasons = [row["reason"] for rows in facts["operators"].values() for row in rows.values() if row["reason"]]
+    assert out.count(because) == 3 and all(f" {reason}\n" in out for reason in reasons), out
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is not there")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_full_disk_behind_stdout_is_one_line(unbuffered):
