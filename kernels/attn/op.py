@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ditscale.errors import BackendUnavailable, InputError
@@ -20,6 +21,8 @@ _GREATEST_SCALE: Final = 3e38
 # The kernels make the bias's gradient from the scores', which a scale of 0 has taken away and a tiny one drowned.
 _LEAST_SCALE: Final = 1e-30
 _OWN = ("cpu", "triton", "cuda")  # those with the operators of shapes.py; the others bring their own autograd
+_FLOAT32_MAX: Final = torch.finfo(torch.float32).max
+_GREATEST_BIAS: Final = 2e38  # times log2(e) it is a float32 number still, with room for a score
 
 
 def _ops(backend: str) -> Any:
@@ -184,7 +187,7 @@ def _positions(name: str, t: Tensor, count: int | None, device: torch.device, ro
 
 
 def _key_bias(t: Tensor | None, q: Tensor, S: int) -> Tensor | None:
-    """The bias of every key as [B, H, S] in float32 (float64 for float64), from a bias or a mask."""
+    """The bias of every key in float32 (float64 for float64), from a bias or a mask: [B, H, S], or 1 in the place of B and H."""
     if t is None:
         return None
     B, H = q.shape[:2]
@@ -198,7 +201,19 @@ def _key_bias(t: Tensor | None, q: Tensor, S: int) -> Tensor | None:
     elif not t.is_floating_point():
         raise InputError(f"key_bias: expected floating-point or bool, got {str(t.dtype).removeprefix('torch.')}")
     t = t.to(wide)
-    return (t.unsqueeze(1) if t.dim() == 2 else t).expand(B, H, S)
+    return t.unsqueeze(1) if t.dim() == 2 else t.view(1, 1, S) if t.dim() == 1 else t
+
+
+def _every_bias(key_bias: Tensor | None, q: Tensor, chosen: str) -> Tensor | None:
+    """[B, H, S], as the operators take it."""
+    if key_bias is None:
+        return None
+    if chosen in ("triton", "cuda"):
+        # These keep scores in units of log 2, where the least float32 is -infinity and its key left out. What lies beyond
+        # is taken off (of infinity a part), as a constant, so that every bias keeps its gradient.
+        beyond = F.softshrink(key_bias.detach(), _GREATEST_BIAS)
+        key_bias = key_bias - beyond.clamp(_GREATEST_BIAS - _FLOAT32_MAX, _FLOAT32_MAX - _GREATEST_BIAS)
+    return key_bias.expand(q.shape[0], q.shape[1], -1)
 
 
 def _bound(name: str, most: int | None, rows: int, ends: Tensor) -> int:
@@ -360,6 +375,7 @@ def attention(
     chosen = _choose(backend, q, k, alone=alone)
     if bias_grad and abs(scale) < _LEAST_SCALE:
         chosen = "reference"
+    key_bias = _every_bias(key_bias, q, chosen)
     if chosen == "reference":
         return reference.attention_ref(q, k, v, scale=scale, key_bias=key_bias, lengths=lengths, cu_q=cu_q, cu_k=cu_k)
     if chosen not in _OWN:
@@ -411,6 +427,7 @@ def attention_qkv(
     bias_grad = key_bias is not None and key_bias.requires_grad
     grad = torch.is_grad_enabled() and (qkv.requires_grad or bias_grad)
     chosen = _choose(backend, q, q, alone=key_bias is None and lengths is None and cu is None and not grad)
+    key_bias = _every_bias(key_bias, q, chosen)
     if chosen not in _OWN or (bias_grad and abs(scale) < _LEAST_SCALE):
         q, k, v = parts(qkv)
         return merged(

@@ -242,6 +242,21 @@ def test_the_least_float_as_a_mask(hidden):
         assert (got - exact).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -2.5e38, torch.finfo(torch.float32).max])
+def test_a_mask_of_every_key_that_counts(mask):
+    """In units of log 2 it is infinite: a kernel that keeps scores in those would give zeros, or NaN."""
+    pytest.importorskip("triton")
+    q, k, v = (torch.randn(3, 2, 5, 8, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(3, 5)
+    bias[1], bias[1, 3:], bias[2, :4] = mask, 0.0, float("-inf")
+    options = {"key_bias": bias.requires_grad_(), "lengths": torch.tensor([5, 3, 4])}
+    out, want = (kernels.attention(q, k, v, **options, backend=b) for b in ("triton", "reference"))
+    assert (out - want).abs().max() < 1e-5
+    inputs = (q, k, v, bias)
+    for got, exact in zip(*(torch.autograd.grad(o.square().sum(), inputs) for o in (out, want)), strict=True):
+        assert (got - exact).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("score", [-50.0, -88.7, -89.0, -1e4])
 def test_low_scores_behind_keys_that_are_left_out(backend, score):
     """The first block of keys has no weight at all, so that nothing of it may be brought over to the second."""
