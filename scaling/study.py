@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ditscale.dit.config import DiTConfig, is_number, read_toml
-from ditscale.dit.files import read_json, write_atomically, write_json
+from ditscale.dit.files import folder_lock, read_json, write_atomically, write_json
 from ditscale.dit.flops import CONVENTION, count
 from ditscale.errors import InputError
 from ditscale.scaling.checks import need_whole
@@ -344,7 +344,7 @@ class Study:
         may be other than before, and is kept.
 
         Raises:
-            InputError: the folder is not empty and holds something else, or cannot be written.
+            InputError: the folder is not empty and holds something else, is in use, or cannot be written.
         """
         folder = Path(folder)
         path = folder / "study.json"
@@ -353,7 +353,14 @@ class Study:
             present = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         except OSError as error:
             raise InputError(f"{folder}: expected a folder to write to, got {error.strerror or error}") from error
-        if path.is_file():
+        if present and not path.is_file():
+            raise InputError(f"{folder}: expected an empty folder or a study's, got {present[0]!r} in it")
+        designed = None if path.is_file() else _describe(config, design(config))
+        # Of two calls at once, each of which found an empty folder, the later would take it from the other; and one that is
+        # refused, as the study is being carried out, must not have changed it before.
+        with folder_lock(folder):
+            if designed is not None and not path.is_file():
+                write_json(path, designed)
             study = cls(folder)
             if _without_place(study.config) != _without_place(config):
                 raise InputError(f"{folder}: expected an empty folder or this study, got another study's")
@@ -363,10 +370,6 @@ class Study:
                 study.plan["config"] = dataclasses.asdict(config)
                 write_json(path, study.plan)
             return study
-        if present:
-            raise InputError(f"{folder}: expected an empty folder or a study's, got {present[0]!r} in it")
-        write_json(path, _describe(config, design(config)))
-        return cls(folder)
 
     def run_folder(self, run_id: str) -> Path:
         """Where a run keeps its files."""

@@ -161,6 +161,18 @@ def test_a_budget_too_small_for_its_models_is_named():
         design(small(budgets=(10**8, 6 * 10**9, 18 * 10**9), prior_exponent=0.02, prior_coefficient=2e4))
 
 
+def test_a_folder_becomes_the_study_of_the_first_of_two_calls(tmp_path, monkeypatch):
+    def overtaken(config):
+        if config == small():
+            Study.create(tmp_path, small(name="other"))
+        return design(config)
+
+    monkeypatch.setattr("ditscale.scaling.study.design", overtaken)
+    with pytest.raises(InputError, match="got another study's"):
+        Study.create(tmp_path, small())
+    assert Study(tmp_path).config.name == "other"
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"notes\.txt"):
