@@ -18,7 +18,7 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
 
     from ditscale.dit.pictures import save_grid
     from ditscale.dit.rundata import RunData
-    from ditscale.dit.sampling import draw_samples
+    from ditscale.dit.sampling import default_clip, draw_samples
     from ditscale.dit.training import TrainConfig, batch_tensors, open_stream, picture_settings
     from ditscale.dit.weights import load_weights
 
@@ -39,8 +39,10 @@ def draw_gallery(study: Study, target: PlannedRun) -> None:
         noise = torch.randn(_PICTURES, *plan.model.input_shape, generator=generator)
         steps, guidance = picture_settings(plan)
         model, objective = load_weights(weights)
-        images = draw_samples(model, noise, y, objective=objective, steps=steps, guidance=guidance)
-        images = (trained or RunData.of(stream)).unscaled(images)
+        data = trained or RunData.of(stream)
+        clip = default_clip(objective, plan.model, data)
+        images = draw_samples(model, noise, y, objective=objective, steps=steps, guidance=guidance, clip=clip)
+        images = data.unscaled(images)
         if vae is not None and plan.model.latent_factor > 1:
             from ditscale.dit.encoding import Autoencoder
 

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from ditscale.dit import DiT, DiTConfig
+from ditscale.dit import DDPM, DiT, DiTConfig, sampling
 from ditscale.dit.data import emoji_vocabulary
 from ditscale.dit.flops import count
 from ditscale.dit.training import TrainConfig
@@ -234,6 +234,21 @@ def test_a_gallery_draws_every_model_it_can(tmp_path, model):
     draw_gallery(study, run)
     # Nothing here makes pictures of latents; that is no reason to lose the study's end.
     assert (tmp_path / "samples.png").exists() == (model.latent_factor == 1)
+
+
+def test_a_gallery_clips_ddpm_on_pixels_as_samples_are(tmp_path, monkeypatch):
+    drawn, draw = [], sampling.draw_samples
+    monkeypatch.setattr(sampling, "draw_samples", lambda *args, **told: drawn.append(draw(*args, **told)) or drawn[0])
+    size = {"image_size": 16, "latent_factor": 1, "in_channels": 3, "learn_sigma": False}
+    model = DiTConfig(condition="none", patch=4, width=16, depth=1, heads=2, **size)
+    training = TrainConfig(model=model, images=16, objective=DDPM(learn_sigma=False))
+    save_weights(tmp_path / "weights.safetensors", dict(DiT(model).named_parameters()), model, training.flow)
+    run = argparse.Namespace(run_id="one", budget=1, training=training.to_dict())
+    study = argparse.Namespace(
+        config=argparse.Namespace(budgets=(1,), seed=0, execution={}), grid=[run], run_folder=lambda run_id: tmp_path
+    )
+    draw_gallery(study, run)
+    assert float(drawn[0].abs().max()) <= 1.001
 
 
 def test_toml_reads_back(tmp_path):
