@@ -23,6 +23,8 @@ TIMES = ("logit-normal", "uniform")
 NETWORKS = ("flow", "sit")
 # Where the velocity follows from a predicted image, times below this divide by it instead.
 _LEAST_TIME = 0.05
+# Images whose validation noise is drawn at once; part of what the noise is.
+_NOISE_PIECE = 64
 
 
 class Noised(NamedTuple):
@@ -147,11 +149,12 @@ class ValidationSet:
         """For every time and piece of the set: the time's number, images, conditions, noise and times of each image."""
         generator = torch.Generator().manual_seed(self.seed)
         for i, time in enumerate(self.times):
+            # In pieces of one size, whatever the batch: what a generator gives depends on how much it is asked for at once.
+            noise = torch.cat([torch.randn(x.shape, generator=generator) for x in self.images.split(_NOISE_PIECE)])
             for start in range(0, len(self.images), batch):
-                x_0 = self.images[start : start + batch]
-                y = each(self.conditions, operator.itemgetter(slice(start, start + batch)))
-                eps = torch.randn(x_0.shape, generator=generator)
-                yield i, x_0, y, eps, time.expand(len(x_0))
+                rows = slice(start, start + batch)
+                x_0, y = self.images[rows], each(self.conditions, operator.itemgetter(rows))
+                yield i, x_0, y, noise[rows], time.expand(len(x_0))
 
     @torch.no_grad()
     def loss(self, model: nn.Module, objective: Objective, *, batch: int = 64) -> list[float]:

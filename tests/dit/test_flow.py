@@ -27,8 +27,9 @@ def test_validation_times_are_the_middles_of_equal_bins():
     assert torch.equal(t, expected)
 
 
-def test_validation_loss_does_not_depend_on_the_batch():
-    data = ValidationSet(normals(10, 1, 4, 4), None, torch.tensor([0.2, 0.7]), seed=5)
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 3, 5)], ids=["even", "odd"])
+def test_validation_loss_does_not_depend_on_the_batch(shape):
+    data = ValidationSet(normals(10, *shape), None, torch.tensor([0.2, 0.7]), seed=5)
     model, flow = ExactFlow(0.0, 1.0), RectifiedFlow()
     whole, parts = data.loss(model, flow, batch=10), data.loss(model, flow, batch=3)
     assert whole == data.loss(model, flow, batch=10)
