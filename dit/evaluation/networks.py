@@ -39,11 +39,13 @@ class FeatureNetwork:
             another side than its position embedding was trained at.
         sha256: of its weights.
         features: from images uint8 [n, 3, H, W] to [n, d] float32.
+        preparation: mean and deviation that pictures are brought to, for the cache: weights do not tell them. Default: none.
     """
 
     name: str
     sha256: str
     features: Callable[[Tensor], Tensor]
+    preparation: str = ""
 
 
 def open_network(spec: str, *, device: torch.device | str = "cpu") -> FeatureNetwork:
@@ -116,7 +118,7 @@ def _vision_transformer(kind: str, folder: Path, device: torch.device | str) -> 
 
     # Features at another size are others: that of the position embedding goes without saying.
     size = "" if side == trained else f"@{side}"
-    return FeatureNetwork(f"{kind}:{folder.name}{size}", weights_sha256(folder), features)
+    return FeatureNetwork(f"{kind}:{folder.name}{size}", weights_sha256(folder), features, f"{mean} {deviation}")
 
 
 def _preparation(

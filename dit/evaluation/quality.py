@@ -270,12 +270,12 @@ def reference_features(
 ) -> Features:
     """Features [count, frames, d] of a stream's first images, float64 of what was kept in float32.
 
-    They are kept in the cache under the network's weights, the stream's identity, the count and the decoder's weights and
-    scaling; a folder of fewer images is taken whole. Pixels that lie in shards as floats are brought back to the scale of
-    pictures.
+    They are kept in the cache under the network's weights and preparation, the stream's identity, the count and the
+    decoder's weights and scaling; a folder of fewer images is taken whole. Pixels that lie in shards as floats are brought
+    back to the scale of pictures.
     """
     count = min(count, stream.unique_images or count)
-    told = [network.name, network.sha256, stream.sha256, str(count)]
+    told = [network.name, network.sha256, network.preparation, stream.sha256, str(count)]
     # Shards are known by their layout; what lies in them is read in a fraction of the time that the network takes.
     content = hashlib.sha256()
     if isinstance(stream, ImageShards):

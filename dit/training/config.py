@@ -192,8 +192,12 @@ class TrainConfig:
     @property
     def schedule(self) -> Schedule:
         """The learning rate's course over the steps."""
-        warmup = min(self.steps, math.ceil(self.warmup_fraction * self.steps))
-        decay = min(self.steps - warmup, math.ceil(self.decay_fraction * self.steps))
+        # 0.07 of 100 steps is 7, where floats make 7.000000000000001 of it.
+        warmup, decay = (
+            math.ceil(share * self.steps * (1 - 1e-12)) for share in (self.warmup_fraction, self.decay_fraction)
+        )
+        warmup = min(self.steps, warmup)
+        decay = min(self.steps - warmup, decay)
         return Schedule(self.steps, warmup, decay, self.decay_shape)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from training_cases import tiny
 
 from ditscale.dit import DiT, DiTConfig
 from ditscale.dit.optim import Schedule, parameter_groups
@@ -54,6 +55,16 @@ def test_coordinate_check():
     # Eight times the width: the output's step may drift a little, and must grow far less than without muP.
     assert max(mup) / min(mup) < 4
     assert standard[1] / standard[0] > 2.5 * mup[1] / mup[0]
+
+
+def test_shares_of_a_run_that_are_whole_steps_are_those():
+    """Products of floats may lie beyond: 0.07 of 100 is 7.000000000000001."""
+    for steps in (100, 2000):
+        for part in range(steps + 1):
+            plan = tiny(images=4 * steps, warmup_fraction=part / steps, decay_fraction=1 - part / steps)
+            assert (plan.schedule.warmup, plan.schedule.decay) == (part, steps - part)
+    plan = tiny(images=400, warmup_fraction=0.011, decay_fraction=0.5001)
+    assert (plan.schedule.warmup, plan.schedule.decay) == (2, 51)
 
 
 def test_the_schedule_rises_stays_and_falls():

@@ -233,6 +233,8 @@ def test_references_are_kept_and_made_again_where_they_are_damaged(tmp_path):
     for path in (tmp_path / "cache/features").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:50])
     assert np.array_equal(reference_features(network, stream, 300), first) and len(calls) == 8
+    reference_features(dataclasses.replace(network, preparation="brought to another mean"), stream, 300)
+    assert len(calls) == 10
 
 
 def test_the_reference_of_a_shard_is_made_again_where_other_pictures_lie_in_it(tmp_path):
@@ -324,7 +326,8 @@ def test_transformers_networks_give_their_own_features(tmp_path, kind, width):
     with torch.no_grad():
         raw = model(pixel_values=images / 255)
     exact = raw.image_embeds if kind == "clip" else raw.last_hidden_state[:, 0]
-    assert torch.allclose(open_network(f"{kind}:{tmp_path / kind}").features(images), exact, atol=1e-4)
+    again = open_network(f"{kind}:{tmp_path / kind}")
+    assert torch.allclose(again.features(images), exact, atol=1e-4) and again.preparation != network.preparation
 
 
 def test_dinov2_takes_pictures_at_its_processor_s_side(tmp_path):
