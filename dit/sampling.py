@@ -8,7 +8,7 @@ rectified flow, and ``sigma / (1 + sigma)`` for the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ def draw_samples(
     shift: float = 1.0,
     eta: float = 0.0,
     churn: Churn | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Follow the path from noise to images; equal arguments give equal images.
@@ -96,7 +96,7 @@ def draw_samples(
         eta: noise of "ddim", from 0 (deterministic) to 1 (as much as the posterior). Default: 0.0.
         churn: noise for "euler" and "heun". Default: None.
         seed: of the noise that stochastic samplers add, which is another than ``noise`` even where that was drawn with the
-            same seed. Default: 0.
+            same seed. One for each sample: none then depends on what is drawn beside it. Default: 0.
         progress: called with (steps done, steps). Default: None.
 
     Returns:
@@ -117,8 +117,11 @@ def draw_samples(
         raise InputError(f"guided_channels: expected 1 to {noise.shape[1]}, got {guided_channels!r}")
     if guided_channels is not None and told_guidance(model):
         raise InputError("guided_channels: expected none for a model that is told the guidance, got some")
-    if not _is_whole(seed, -(2**63), 2**63 - 1):
-        raise InputError(f"seed: expected a whole number of 64 bits, got {seed!r}")
+    for one in seed if isinstance(seed, Sequence) else [seed]:
+        if not _is_whole(one, -(2**63), 2**63 - 1):
+            raise InputError(f"seed: expected a whole number of 64 bits, got {one!r}")
+    if isinstance(seed, Sequence) and len(seed) != len(noise):
+        raise InputError(f"seed: expected one, or one for each of {len(noise)} samples, got {len(seed)}")
     if guidance != 1.0 and y is None:
         raise InputError(f"guidance: expected 1.0 for a model without a condition, got {guidance}")
     need_interval(guidance_interval)
@@ -216,16 +219,20 @@ def _is_guided(objective: Objective, u: Tensor, interval: tuple[float, float]) -
 
 
 class _Noise:
-    """Standard normal tensors of one shape in a fixed order, the same on every device."""
+    """Standard normal tensors of one shape in a fixed order, the same on every device; of one seed, or of one for each sample."""
 
-    def __init__(self, like: Tensor, seed: int) -> None:
+    def __init__(self, like: Tensor, seed: int | Sequence[int]) -> None:
         from ditscale.dit.training.batches import seed_for  # which imports this module
 
+        self.like, self.together = like, isinstance(seed, int)
+        seeds = [seed] if isinstance(seed, int) else seed
         # A caller may well have drawn the noise that sampling starts from with the same seed.
-        self.like, self.generator = like, torch.Generator().manual_seed(seed_for(seed, "sampler"))
+        self.generators = [torch.Generator().manual_seed(seed_for(one, "sampler")) for one in seeds]
 
     def __call__(self) -> Tensor:
-        return torch.randn(self.like.shape, generator=self.generator).to(self.like.device)
+        shape = self.like.shape if self.together else self.like.shape[1:]
+        drawn = [torch.randn(shape, generator=generator) for generator in self.generators]
+        return (drawn[0] if self.together else torch.stack(drawn)).to(self.like.device)
 
 
 class _Told(nn.Module):

@@ -203,7 +203,7 @@ def measure_quality(
             guidance=guidance,
             guidance_interval=settings.guidance_interval,
             clip=default_clip(objective, plan.model, data),
-            seed=seed_for(settings.seed, f"sampler {start}"),
+            seed=[seed_for(settings.seed, f"sampler {start + i}") for i in range(len(batch))],
         )
         pixels = to_bytes(data.unscaled(images) if decoder is None else decoder.decode(images))
         drawn.append(_features(network, pixels))

@@ -142,6 +142,19 @@ def test_stochastic_samplers_repeat_by_their_seed(settings):
     assert torch.equal(draw(1), draw(1)) and not torch.allclose(draw(1), draw(2), atol=0.01)
 
 
+def test_a_sample_with_a_seed_of_its_own_is_the_same_beside_any_others():
+    noise, seeds = normals(5, 1, 4, 4, seed=2), [3, 1, 4, 1, 5]
+    settings = {"steps": 9, "sampler": "ddpm"}
+    whole = draw_samples(ExactFlow(MEAN, STD), noise, seed=seeds, **settings)
+    for rows in (slice(0, 2), slice(2, 5), slice(4, 5)):
+        part = draw_samples(ExactFlow(MEAN, STD), noise[rows], seed=seeds[rows], **settings)
+        assert torch.allclose(part, whole[rows], atol=1e-6)
+    with pytest.raises(InputError, match="seed: expected one, or one for each of 5 samples, got 4"):
+        draw_samples(ExactFlow(MEAN, STD), noise, seed=seeds[:4], **settings)
+    with pytest.raises(InputError, match="seed: expected a whole number of 64 bits, got 0.5"):
+        draw_samples(ExactFlow(MEAN, STD), noise, seed=[1, 2, 3, 4, 0.5], **settings)
+
+
 @pytest.mark.parametrize("seed", [0, 7])
 def test_added_noise_is_independent_of_starting_noise_drawn_with_the_same_seed(seed):
     noise = normals(256, 3, 8, 8, seed=seed)
