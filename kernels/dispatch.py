@@ -170,9 +170,10 @@ def quick(op: str, backend: str, x: Tensor) -> Any:
     """The operators for an eager call on ``x`` where ``resolve`` has chosen them before; None where there is more to find out.
 
     None too inside torch.compile and transforms. What an operator does with the answer may so leave out every step that
-    only those need: a small call lasts three microseconds in all.
+    only those need: a small call lasts three microseconds in all. And None under a dispatch mode, for one that counts calls, as
+    selective checkpointing does, must not meet one that is tried and refused.
     """
-    if _is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+    if _is_compiling() or _transforms_active() or forward_ad._current_level >= 0 or _modes_active():
         return None
     return _quick.get((op, backend, "cpu" if x.is_cpu else x.device.type, x.dtype))
 
@@ -188,6 +189,7 @@ def choose(op: str, backend: str, x: Tensor) -> str:
 
 _is_compiling = torch.compiler.is_compiling  # found once: looking it up takes a third of calling it
 _transforms_active = torch._C._are_functorch_transforms_active
+_modes_active = torch._C._len_torch_dispatch_stack
 
 
 def in_transform() -> bool:

@@ -59,6 +59,27 @@ def test_the_first_call_of_all_inside_a_checkpoint(native, monkeypatch, tmp_path
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "made-again"])
+def test_selective_checkpointing_of_inputs_that_are_converted(native, keep):
+    """It counts the calls of an operator: none may be tried that the kernel refuses."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context, operator, *args, **options):
+        kept = keep and "ditscale" in str(operator)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def two(x, shift, scale):
+        y = kernels.gate_residual(x, x * 0.5, scale.double(), backend="cpu")
+        return kernels.layernorm_modulate(y, shift, scale, backend="cpu") * 2
+
+    contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+    inputs = [torch.randn(*s, requires_grad=True) for s in ((B, T, D), (B, D), (D,))]
+    again = checkpoint(two, *inputs, use_reentrant=False, context_fn=contexts)
+    found, want = (torch.autograd.grad(y.square().sum(), inputs) for y in (again, two(*inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.native
 def test_checkpointing_that_keeps_the_kernels_results(native):
     # Selective checkpointing: a policy names the operators whose results are kept, so those run once.
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
