@@ -51,7 +51,8 @@ class Slurm:
             raise InputError(f"engine slurm: {message} ({error})") from error
         if shutil.which("sbatch") is None:
             raise InputError("engine slurm: expected Slurm's commands here, got no sbatch")
-        self._executor = submitit.AutoExecutor(folder=folder / "slurm", cluster="slurm")
+        self._folder = folder / "slurm"
+        self._executor = submitit.AutoExecutor(folder=self._folder, cluster="slurm")
         try:
             defaults = {"name": f"ditscale-{folder.name}", "timeout_min": 24 * 60, "cpus_per_task": threads}
             self._executor.update_parameters(**defaults | options.values)
@@ -63,6 +64,36 @@ class Slurm:
         self._missing: set[str] = set()
 
     def start(self, jobs: Sequence[Job]) -> None:
+        kept = self._adopt(jobs)
+        self._submit([job for job in jobs if job not in kept])
+
+    def _adopt(self, jobs: Sequence[Job]) -> list[Job]:
+        """Follow those of the jobs that are in the queue since an earlier call, which was killed; the others that it left, such
+        as those of another ``execution``, are cancelled. Begun beside them, jobs would find their runs' folders in use.
+        """
+        import submitit
+
+        # The study's folder is locked, so nobody else waits for them.
+        names = {path.name.removesuffix("_submitted.pkl") for path in self._folder.glob("*_submitted.pkl")}
+        left = [submitit.SlurmJob(self._folder, name) for name in sorted(names & (_queued() or set()))]
+        kept: list[Job] = []
+        unwanted: list[str] = []
+        for submitted in left:
+            job = submitted.submission().args[0]
+            if job in jobs and job not in kept:
+                kept.append(job)
+                self._attempts.begin(job)
+                self._jobs.append((job, submitted))
+            else:
+                unwanted.append(submitted.job_id)
+        if unwanted:
+            subprocess.run(["scancel", *unwanted], capture_output=True)
+            _wait_until_gone(unwanted, self.poll_seconds)
+        return kept
+
+    def _submit(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
         for job in jobs:
             self._attempts.begin(job)
         try:
@@ -97,16 +128,13 @@ class Slurm:
                 said.append(f"{job.run_id}: Slurm's job {submitted.job_id} died; it goes on in another")
                 again.append(job)
         self._jobs = left
-        if again:
-            self.start(again)
+        self._submit(again)
         return News(bool(self._jobs), said)
 
     def stop(self) -> None:
         # The jobs in work read the stop file; those in the queue need not begin.
         subprocess.run(["scancel", "--state=PENDING", *self._ids()], capture_output=True)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while time.monotonic() < deadline and set(self._ids()) & (_queued() or set()):
-            time.sleep(self.poll_seconds)
+        _wait_until_gone(self._ids(), self.poll_seconds)
 
     def close(self) -> None:
         queued = _queued()
@@ -123,3 +151,10 @@ def _queued() -> set[str] | None:
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
     answer = subprocess.run(command, capture_output=True, text=True)
     return set(answer.stdout.split()) if answer.returncode == 0 else None
+
+
+def _wait_until_gone(ids: Sequence[str], poll_seconds: float) -> None:
+    """Wait until jobs neither wait nor run, or for a while."""
+    deadline = time.monotonic() + _STOP_SECONDS
+    while time.monotonic() < deadline and set(ids) & (_queued() or set()):
+        time.sleep(poll_seconds)

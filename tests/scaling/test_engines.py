@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import getpass
 import json
 import os
@@ -23,8 +24,9 @@ from ditscale.dit.data import emoji_vocabulary
 from ditscale.errors import InputError
 from ditscale.scaling import study_commands
 from ditscale.scaling.execute import Interrupted, execute, open_engine
-from ditscale.scaling.jobs import ATTEMPTS, Job, do_job
+from ditscale.scaling.jobs import ATTEMPTS, EngineOptions, Job, do_job
 from ditscale.scaling.local_pool import LocalPool
+from ditscale.scaling.slurm import Slurm
 from ditscale.scaling.study import Study, StudyConfig, plan_run
 
 
@@ -254,6 +256,52 @@ def test_the_command_line_s_options_reach_the_engine(tmp_path, monkeypatch):
     assert seen == [("slurm", {"gpus_per_node": 2, "slurm_partition": "gpu"} | extra)]
     with pytest.raises(InputError, match="--option: expected NAME=VALUE, got 'gpus'"):
         study_commands.run(tmp_path / "study", engine="slurm", option=["gpus"])
+
+
+def test_jobs_that_a_killed_call_left_in_slurm_s_queue_go_on(tmp_path, monkeypatch):
+    """Another job of the same run would find its folder in use. One that is another by now, or wanted no more, is cancelled."""
+    wanted = [Job(name, {}, str(tmp_path / name), execution={"checkpoint_seconds": 5.0}) for name in "abc"]
+    left = {
+        "1_0": wanted[0],
+        "1_1": dataclasses.replace(wanted[1], execution={}),
+        "1_2": Job("d", {}, str(tmp_path / "d")),
+    }
+    queue, submitted, cancelled = {*left, "7"}, [], []
+
+    class Executor:
+        def __init__(self, **_):
+            pass
+
+        def update_parameters(self, **_):
+            pass
+
+        def batch(self):
+            return contextlib.nullcontext()
+
+        def submit(self, _, job):
+            submitted.append(job)
+            return found(tmp_path, f"2_{len(submitted)}")
+
+    def found(folder, identity):
+        paths = SimpleNamespace(result_pickle=tmp_path / "none")
+        return SimpleNamespace(job_id=identity, paths=paths, submission=lambda: SimpleNamespace(args=(left[identity],)))
+
+    def run(command, **_):
+        if command[0] == "scancel":
+            cancelled.extend(command[1:])
+            queue.difference_update(command[1:])
+
+    (tmp_path / "slurm").mkdir()
+    for identity in (*left, "0_9"):  # one ended long ago
+        (tmp_path / "slurm" / f"{identity}_submitted.pkl").touch()
+    monkeypatch.setitem(__import__("sys").modules, "submitit", SimpleNamespace(AutoExecutor=Executor, SlurmJob=found))
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("ditscale.scaling.slurm._queued", lambda: queue)
+    monkeypatch.setattr("subprocess.run", run)
+    engine = Slurm(tmp_path, 1, EngineOptions())
+    engine.start(wanted)
+    assert submitted == wanted[1:] and sorted(cancelled) == ["1_1", "1_2"] and "7" in queue
+    assert engine._ids() == ["1_0", "2_1", "2_2"] and engine.poll().working
 
 
 CONFIGURATION = """
