@@ -19,6 +19,8 @@ from ditscale.scaling.surface import SurfaceFit, fit_surface
 POWER_CANDIDATES = ("power", "power-floor")
 SURFACE_CANDIDATES = ("surface", "surface-tied", "surface-floorless", "skaling")
 CANDIDATES = POWER_CANDIDATES + SURFACE_CANDIDATES
+# A new run is given by its size, data and compute: of the surfaces, those of N and D alone.
+_KNOWN = POWER_CANDIDATES + tuple(name for name, law in SURFACE_LAWS.items() if set(law.inputs) == {"params", "data"})
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,9 @@ def fit_candidate(name: str, runs: RunTable, *, loss_fn: str | Loss = "huber:aut
     """
     if name in POWER_CANDIDATES:
         return _power(name, fit_isoflop(runs, bootstrap=0, with_surface=False))
-    if name in SURFACE_LAWS:
+    if name in _KNOWN:
         return _surface(fit_surface(runs, law=name, loss_fn=loss_fn))
-    raise InputError(f"law: expected one of {', '.join(CANDIDATES)}, got {name!r}")
+    raise _unknown(name)
 
 
 def _surface(surface: SurfaceFit) -> Fitted:
@@ -114,6 +116,10 @@ def eligible(names: Sequence[str] | None) -> tuple[str, ...]:
     """Candidates by name, all of them where none are named."""
     chosen = tuple(names) if names else CANDIDATES
     for name in chosen:
-        if name not in CANDIDATES and name not in SURFACE_LAWS:
-            raise InputError(f"laws: expected some of {', '.join(CANDIDATES)}, got {name!r}")
+        if name not in _KNOWN:
+            raise _unknown(name)
     return chosen
+
+
+def _unknown(name: str) -> InputError:
+    return InputError(f"law: expected one of {', '.join(_KNOWN)}, got {name!r}")

@@ -73,8 +73,19 @@ def test_backtest_mistakes() -> None:
         backtest(table.take(table.budgets <= np.unique(table.budgets)[2]))
     with pytest.raises(InputError, match="by: expected one of budget, params, data"):
         backtest(table, axis="luck")
-    with pytest.raises(InputError, match="laws: expected some of"):
+    with pytest.raises(InputError, match="^law: expected one of power, .*kaplan.*, got 'magic'"):
         backtest(table, laws=["magic"])
+
+
+@pytest.mark.parametrize("law", ["moe", "moe-density", "repetition"])
+def test_a_law_of_more_than_size_and_data_says_nothing_of_a_run_given_by_these(law: str) -> None:
+    table = _study()
+    columns = {**table.columns, **dict.fromkeys(("granularity", "density", "unique"), table.params)}
+    runs = RunTable.from_columns(columns)
+    with pytest.raises(InputError, match=f"^law: expected one of .*, got '{law}'"):
+        predict_loss(runs, params=1e6, flops=1e13, law=law)
+    with pytest.raises(InputError, match=f"^law: expected one of .*, got '{law}'"):
+        backtest(runs, laws=[law])
 
 
 def test_forecast_says_what_it_rests_on() -> None:
@@ -115,7 +126,7 @@ def test_named_law_and_few_budgets() -> None:
     three = table.take(table.budgets <= np.unique(table.budgets)[2])
     f = predict_loss(three, params=n, tokens=d, flops=3e13)
     assert f.chosen == "surface" and any("too few to hold one out" in w for w in f.warnings)
-    with pytest.raises(InputError, match="law: expected|laws: expected"):
+    with pytest.raises(InputError, match="^law: expected one of"):
         predict_loss(table, params=n, tokens=d, law="magic")
     with pytest.raises(InputError, match="expected two of params, tokens and flops"):
         predict_loss(table, params=n)
