@@ -16,6 +16,7 @@ from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling.allocation import allocation
+from ditscale.scaling.checks import need_positive
 from ditscale.scaling.intervals import Interval
 from ditscale.scaling.isoflop import fit_isoflop
 from ditscale.scaling.jsonable import plain
@@ -133,7 +134,9 @@ def compare(
     for name, fit in zip(names, fits, strict=True):
         if not fit.converged:
             raise InputError(f"{name}: the fit did not converge; compare nothing with it")
-    if target is None:
+    if target is not None:
+        need_positive("target", target, of="of FLOPs")
+    else:
         target = max(f.flops_range[1] for f in fits if f.flops_range)
     lines = [fit_isoflop(t, with_surface=False).loss_law for t in (first, second)]
     best = [f.optimum(target) for f in fits]

@@ -33,6 +33,11 @@ def test_a_line_through_two_budgets_leaves_the_difference_open() -> None:
     assert (d.low, d.high) == (-np.inf, np.inf) and not d.clear
 
 
+def test_a_target_is_called_so() -> None:
+    with pytest.raises(InputError, match="^target: expected a positive number of FLOPs, got -5"):
+        compare(study(noise=0.004), study(noise=0.004, seed=1), target=-5.0)
+
+
 def test_a_change_of_exponent_is_seen() -> None:
     c = compare(study(noise=0.002, seed=1), study({**CHINCHILLA, "alpha": 0.40, "A": 1300.0}, noise=0.002, seed=2))
     d = c.differences["N_exponent"]
