@@ -47,7 +47,8 @@ class Law:
         formula: the law in plain text.
         source: paper or origin.
         target: what it predicts ("loss", "fid", ...).
-        not_negative: parameters that are never below 0, beside coefficients.
+        positive: parameters that are always above 0, whose intervals are built on their logarithm.
+        not_negative: other parameters that are never below 0.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Law:
     formula: str
     source: str
     target: str = "loss"
+    positive: tuple[str, ...] = ()
     not_negative: tuple[str, ...] = ()
 
     def predict(self, params: Mapping[str, float], /, **inputs: Any) -> Array:
@@ -139,6 +141,7 @@ class TermLaw(Law):
     target: str = "loss"
     names: tuple[str, ...] = field(init=False)
     inputs: tuple[str, ...] = field(init=False)
+    positive: tuple[str, ...] = field(init=False)
     not_negative: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,6 +150,7 @@ class TermLaw(Law):
         tail = [self.floor] if isinstance(self.floor, str) else []
         tail += [self.outer] if self.outer else []
         object.__setattr__(self, "names", tuple(dict.fromkeys([*coefficients, *exponents, *tail])))
+        object.__setattr__(self, "positive", tuple(coefficients))
         object.__setattr__(self, "not_negative", tuple(tail + (exponents if self.sign < 0 else [])))
         object.__setattr__(self, "inputs", tuple(dict.fromkeys(x for t in self.terms for x in t.exponents)))
 

@@ -113,7 +113,8 @@ class Repetition(Law):
     formula: str = "L = E + A/N'^alpha + B/D'^beta with N', D' discounted for repetition"
     source: str = "Muennighoff et al. 2023, arXiv:2305.16264 (there R_D 15.39, R_N 5.31)"
     target: str = "loss"
-    not_negative: tuple[str, ...] = ("alpha", "beta", "E", "R_D", "R_N")
+    positive: tuple[str, ...] = ("A", "B", "R_D", "R_N")
+    not_negative: tuple[str, ...] = ("alpha", "beta", "E")
 
     def model(self, logs: Mapping[str, Array], centre: Mapping[str, float]) -> Model:
         """See :meth:`Law.model`."""

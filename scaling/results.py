@@ -275,7 +275,6 @@ class LawFit:
         """
         if name not in self.law.names:
             raise InputError(f"name: expected one of {', '.join(self.law.names)}, got {name!r}")
-        terms = self.law.terms if isinstance(self.law, TermLaw) else ()
 
         def value(theta: Array) -> Array:
             return self.law.export(theta, self.centre)[name]
@@ -285,8 +284,7 @@ class LawFit:
             gap = self.interval_of(lambda th: lowest - value(th), log=True, method=method, level=level)
             got = dataclasses.replace(gap, value=self.params[name], low=lowest - gap.high, high=lowest - gap.low)
         else:
-            log = name in [t.coefficient for t in terms]
-            got = self.interval_of(value, log=log, method=method, level=level)
+            got = self.interval_of(value, log=name in self.law.positive, method=method, level=level)
         least = 0.0 if name in self.law.not_negative else float("-inf")
         return dataclasses.replace(got, low=max(got.low, least), high=max(got.high, least))
 

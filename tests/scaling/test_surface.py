@@ -138,6 +138,9 @@ def test_repeated_data_through_an_extra_column() -> None:
     columns = {**table.columns, "seen": np.asarray(table.data) / 4}
     fit = fit_surface(RunTable.from_columns(columns), law="repetition", inputs={"unique": "seen"}, starts=2)
     assert "R_D" in fit.params and not fit.allocates
+    for name in ("A", "B", "R_D", "R_N"):  # coefficients lie above 0, and so do the ends of their intervals
+        low, high = fit.intervals[name]
+        assert 0 <= low <= fit.params[name] <= high
     with pytest.raises(InputError, match="no split of compute alone"):
         fit.optimum(1e20)
     with pytest.raises(InputError, match="input: expected one of unique"):
