@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the work was done and what it found is bad (a failed check
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ def _gather() -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    _prepare_streams()
     try:
         _gather()
         code = app(standalone_mode=False)
@@ -91,6 +93,16 @@ def main() -> None:
     if code == 130:  # typer makes that of Ctrl-C; who can go on where it was says so itself
         sys.stderr.write("ditscale: stopped\n")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _prepare_streams() -> None:
+    """A stream that was closed takes everything, and one of few letters (LC_ALL=C) shows what it lacks as escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _stdout_fails() -> bool:

@@ -141,6 +141,19 @@ def test_a_full_disk_behind_stdout_is_one_line(unbuffered):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("ditscale: stdout: "), done
 
 
+@pytest.mark.parametrize(("redirection", "model", "code"), [(">&-", "DiT-S/2", 0), (">&- 2>&-", "nowhere", 2)])
+def test_a_closed_stream_is_no_fault(redirection, model, code):
+    command = ["sh", "-c", f'exec "$0" -m ditscale flops {model} {redirection}', sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_a_locale_of_few_letters_shows_the_others_as_escapes():
+    command = [sys.executable, "-m", "ditscale", "flops", "DiT-S/2"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "") and "2\\xb7B\\xb7T" in done.stdout, done.stderr
+
+
 def test_ctrl_c_is_one_line(run, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
