@@ -221,7 +221,9 @@ def _told(file: Path, names: set[str]) -> dict[str, str]:
             raise InputError(
                 f'{file}, line {number}: expected {{"file": ..., "caption": ...}}, got {line[:80]!r}'
             ) from None
-        if name not in names or not isinstance(caption, str):
+        if not isinstance(caption, str):
+            raise InputError(f"{file}, line {number}: expected a caption that is a text, got {line[:80]!r}")
+        if not isinstance(name, str) or name not in names:
             raise InputError(
                 f"{file}, line {number}: expected the name of an image beside or below it, got {line[:80]!r}"
             )

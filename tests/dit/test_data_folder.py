@@ -186,6 +186,20 @@ def test_caption_lines_end_at_newlines_only(folder: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"file": ["a.png"], "caption": "x"}', "the name of an image"),
+        ('{"file": {}, "caption": "x"}', "the name of an image"),
+        ('{"file": "cats/0.png", "caption": null}', "a caption that is a text"),
+    ],
+)
+def test_caption_line_of_other_types(folder: Path, line: str, said: str) -> None:
+    (folder / "captions.jsonl").write_text(line)
+    with pytest.raises(InputError, match=f"captions.jsonl, line 1: expected {said}"):
+        ImageFolder(folder, 8)
+
+
+@pytest.mark.parametrize(
     "line",
     [
         pytest.param("[" * 100_000, id="nested"),
