@@ -259,4 +259,5 @@ def _print_grid(grid: Any, done: dict[str, Any]) -> None:
         loss = "" if record is None else "diverged" if record["loss"] is None else f"{record['loss']:.4f}"
         cells = (f"{row.budget:.3g}", shown["width"], shown["depth"], f"{row.params_per_token:,}", f"{row.images:,}")
         table.add_row(*map(str, cells), str(row.steps), f"{shown['lr']:.2g}", loss)
-    Console().print(table)
+    # As wide as the terminal, and wide enough for every number where there is none.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -270,6 +270,12 @@ def test_full_precision_is_printed(run, file: Path) -> None:  # type: ignore[no-
     assert (size * (np.abs(residuals) - 0.5 * size)).sum() == pytest.approx(o["objective"], rel=1e-10)
 
 
+def test_a_grid_that_is_piped_has_every_number_whole(run, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = run("study", "design", Path(__file__).parents[2] / "examples/study_h100.toml")
+    assert code == 0 and "11,839,036" in out and "1,024,384" in out and "…" not in out
+
+
 def test_a_study_s_hours_on_a_gpu(run) -> None:  # type: ignore[no-untyped-def]
     """What the grid and the predicted run take at a share of the GPU's peak: the given one, or 0.40, which is said."""
     toml = Path(__file__).parents[2] / "examples/study_h100.toml"
