@@ -18,7 +18,16 @@ from ditscale.kernels import (
 )
 
 
-def fused_forward(block, hidden_states, timestep=None, class_labels=None, **_):
+def fused_forward(  # a DiT leaves the masks and encoder_hidden_states empty; checkpointing gives all by their place
+    block,
+    hidden_states,
+    attention_mask=None,
+    encoder_hidden_states=None,
+    encoder_attention_mask=None,
+    timestep=None,
+    cross_attention_kwargs=None,
+    class_labels=None,
+):
     """What a ``BasicTransformerBlock`` with ``norm_type="ada_norm_zero"`` computes, its memory-bound lines fused."""
     x, attn, (first, _, second) = hidden_states, block.attn1, block.ff.net
     c = block.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
