@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -286,8 +287,8 @@ class RunTable:
         label = role if role == name else f"{role} (column {name!r})"
         if column.dtype == object:
             for row, value in zip(self.rows, column, strict=True):
-                if isinstance(value, str) or value is None:
-                    came = "an empty cell" if value in (None, "") else repr(value)
+                if not isinstance(value, (int, float, np.number, Decimal)):
+                    came = "an empty cell" if value is None or value == "" else repr(value)[:60]
                     raise InputError(f"{label}: expected a number in row {row} of {self.source}, got {came}")
         values = column.astype(float)
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
@@ -368,14 +369,18 @@ def _typed(values: Any) -> NDArray[Any]:
     if isinstance(values, np.ndarray) and values.dtype != object:
         return values.astype(float) if values.dtype.kind in "iufb" else values.astype(object)
     listed: Sequence[Any] = list(values)
-    try:
-        if all(v is None or isinstance(v, (int, float, np.number)) for v in listed):
-            return np.array([np.nan if v is None else float(v) for v in listed])
-    except OverflowError:
-        pass
+    if all(v is None or isinstance(v, (int, float, np.number)) for v in listed):
+        return np.array([np.nan if v is None else _float(v) for v in listed])
     result = np.empty(len(listed), dtype=object)
     result[:] = listed
     return result
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond every float
+        return np.inf if value > 0 else -np.inf
 
 
 def _find_roles(data: Mapping[str, Any], roles: Mapping[str, str | None], source: str) -> dict[str, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import gzip
 import json
 import os
 import sqlite3
 import threading
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +111,23 @@ def test_mistakes_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         RunTable.read(_csv(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (10**400, "loss: expected a positive number in row 2 of table, got inf"),
+        (datetime.datetime(2026, 1, 1), "loss: expected a number in row 2 of table, got datetime"),
+        ([1.0, 2.0], r"loss: expected a number in row 2 of table, got \[1.0, 2.0\]"),
+        (b"2.0", "loss: expected a number in row 2 of table, got b'2.0'"),
+    ],
+    ids=["whole number beyond floats", "date", "list", "bytes"],
+)
+def test_a_cell_that_is_no_number_is_named(loss: object, message: str) -> None:
+    rows = [{"params": 1e6, "images": 1e6, "loss": 2.0}, {"params": 2e6, "images": 1e6, "loss": loss}]
+    with pytest.raises(InputError, match=message):
+        RunTable.from_records(rows)
+    assert RunTable.from_records([{**rows[0], "loss": Decimal("2.5")}, rows[0]]).loss.tolist() == [2.5, 2.0]
 
 
 def test_binary_missing_and_huge_files(tmp_path: Path) -> None:
