@@ -235,11 +235,18 @@ def fit_hparams(
     return HparamsFit(cells, optima, runs.data_unit, fixed, warnings)
 
 
+def _known(variances: list[float]) -> Array:
+    """Variances of the cells' optima. A cell of no more runs than coefficients has none: it counts as the worst of the others."""
+    own = np.array(variances)
+    known = np.isfinite(own)
+    return np.where(known, own, own[known].max(initial=0.0))
+
+
 def _regress(cells: list[Cell], name: str, fixed: list[str], draws: int, seed: int) -> Optimum:
     """Weighted log-linear regression of one optimum on log N and log D, with a cell bootstrap."""
     index = ("lr", "batch").index(name)
     y = np.log([getattr(c, name) for c in cells])
-    own = np.nan_to_num([c.covariance[index][index] for c in cells], nan=0.0)
+    own = _known([c.covariance[index][index] for c in cells])
     free = [x for x in ("params", "data") if x not in fixed]
     inputs = {x: np.log([getattr(c, x) for c in cells]) for x in free}
     if len(free) == 2 and abs(np.corrcoef(inputs["params"], inputs["data"])[0, 1]) > 0.999:

@@ -14,6 +14,7 @@ from law_helpers import cells as _cells
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable, fit_hparams, plan
 from ditscale.scaling.cells import NEAR_OPTIMAL
+from ditscale.scaling.hparams import _known
 from ditscale.scaling.laws import SURFACE
 
 
@@ -111,3 +112,8 @@ def test_tuned_runs_carry_a_surface_and_intervals_reach_the_plan(tmp_path: Path)
     path.write_text(json.dumps({"kind": "hparams", "laws": {"lr": {}}}))
     with pytest.raises(InputError, match="hparams: expected .* to hold"):
         plan("liang2024", budget=1e20, hparams=str(path))
+
+
+def test_a_cell_without_an_error_of_its_own_does_not_count_as_exact() -> None:
+    assert _known([float("nan"), 1e-4, 4e-4]).tolist() == [4e-4, 1e-4, 4e-4]
+    assert _known([float("nan"), float("nan")]).tolist() == [0.0, 0.0]
