@@ -27,6 +27,8 @@ from ditscale.scaling.surface import as_table, fit_surface
 _LEAST_WEIGHT = 1e-3
 # A law of compute alone is one of the best size: of a size that costs more loss than this share by the curves, it is silent.
 _OFF_BEST = 0.02
+# Sizes so many times further from the best than any run's go without saying: the best is an estimate itself.
+_BEYOND = 1.25
 
 
 @dataclass
@@ -117,7 +119,8 @@ def predict_loss(
     predictive densities. Its 95 % interval holds the uncertainty of each law, their disagreement, and the
     noise of the run; where held-out errors were larger than the laws' own intervals said, it is widened by
     that factor. Laws of compute alone ("power", "power-floor") are of the best size at that compute: where the isoFLOP
-    curves make the run's size cost over 2 % of loss they have no say, and a warning says so.
+    curves make the run's size cost over 2 % of loss they have no say, and a warning says so. Another says where the size lies
+    further from the best than that of any run: how the loss rises there is what a law's form says, and no held-out run tests it.
 
     Args:
         table: runs with params, images or tokens, flops, loss and budgets; or a file or folder of them.
@@ -188,6 +191,19 @@ class Forecaster:
 
     def forecast(self, params: float, data: float, flops: float) -> Forecast:
         """Predict one run."""
+        result = self._by_those_who_know(params, data, flops)
+        with contextlib.suppress(InputError):  # of runs without curves, which know no best size
+            best = self._isoflop.n_law
+            ratios = self.runs.params / best.predict(self.runs.flops).value
+            ratio, least, greatest = params / float(best.predict(flops).value), ratios.min(), ratios.max()
+            if not least / _BEYOND <= ratio <= greatest * _BEYOND:
+                result.warnings.append(
+                    f"size {params:.4g} is {ratio:.3g}x the best at {flops:.4g} FLOPs, and the runs' sizes are {least:.3g}x to "
+                    f"{greatest:.3g}x: how the loss rises beyond is the laws' forms alone, the intervals may be too narrow"
+                )
+        return result
+
+    def _by_those_who_know(self, params: float, data: float, flops: float) -> Forecast:
         lines = [k for k in self.fitted if k in POWER_CANDIDATES]
         ratio = self._off_best(params, flops) if lines else None
         if ratio is None:
