@@ -51,6 +51,9 @@ PER_INPUT: Final[dict[str, int]] = {
 # Per element that is added into another tensor: the position of that argument.
 PER_SOURCE: Final[dict[str, int]] = {"index_add": 3, "scatter_add": 3}
 
+# Adds one number for every element where it is told to accumulate, as the gradient of `x[index]` does; else it moves them.
+ACCUMULATING: Final = frozenset(("index_put", "_unsafe_index_put", "_index_put_impl"))
+
 # Operations that move, select, make or describe tensors.
 FREE: Final[frozenset[str]] = frozenset(
     """
@@ -67,7 +70,8 @@ FREE: Final[frozenset[str]] = frozenset(
     as_strided_scatter diagonal_scatter view_as_real_copy view_as_complex_copy _assert_async _assert_scalar
     sym_size sym_numel sym_stride squeeze_ swapaxes_ swapdims_ t_ transpose_ unsafe_chunk unsafe_split
     unsafe_split_with_sizes unsqueeze_ sym_storage_offset ceil floor round trunc bincount histc searchsorted unique
-    _unique2 unique_dim unique_consecutive
+    _unique2 unique_dim unique_consecutive _has_same_storage_numel is_same_size _new_zeros_with_same_feature_meta
+    pixel_shuffle pixel_unshuffle channel_shuffle block_diag take rot90 complex
     """.split()  # noqa: SIM905
 )
 

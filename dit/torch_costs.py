@@ -39,7 +39,14 @@ LIGHT = frozenset(
     upsample_nearest3d_backward upsample_bilinear2d upsample_bilinear2d_backward upsample_bicubic2d
     upsample_bicubic2d_backward upsample_trilinear3d upsample_trilinear3d_backward grid_sampler_2d
     grid_sampler_2d_backward grid_sampler_3d grid_sampler_3d_backward reflection_pad1d reflection_pad2d
-    reflection_pad2d_backward replication_pad2d replication_pad2d_backward col2im im2col _fft_c2c _fft_r2c
+    reflection_pad2d_backward replication_pad2d replication_pad2d_backward reflection_pad1d_backward reflection_pad3d
+    reflection_pad3d_backward replication_pad1d replication_pad1d_backward replication_pad3d replication_pad3d_backward
+    upsample_linear1d upsample_linear1d_backward _upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward
+    _upsample_nearest_exact3d_backward _upsample_bilinear2d_aa _upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa
+    _upsample_bicubic2d_aa_backward adaptive_max_pool2d adaptive_max_pool2d_backward adaptive_max_pool3d
+    adaptive_max_pool3d_backward _prelu_kernel _prelu_kernel_backward polar unfold_backward masked_scatter_backward put
+    linalg_cross multinomial huber_loss huber_loss_backward binary_cross_entropy binary_cross_entropy_backward
+    binary_cross_entropy_with_logits col2im im2col _fft_c2c _fft_r2c
     _fft_c2r nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward _embedding_bag
     _embedding_bag_backward _embedding_bag_dense_backward
     _linalg_check_errors addr glu glu_backward cummax cummin logcumsumexp kthvalue median mode
@@ -106,9 +113,11 @@ _PRODUCTS: dict[str, Formula] = {
     "linear": lambda x, w, *_, **__: 2 * prod(x.shape) * w.shape[0],
     "_int_mm": lambda a, b, *_, **__: _product(a, b),
     "_scaled_mm": lambda a, b, *_, **__: _product(a, b),
+    "_scaled_mm_v2": lambda a, b, *_, **__: _product(a, b),
     "_addmm_activation": lambda _, a, b, *__, **___: _product(a, b),
     "_grouped_mm": _grouped_product,
     "_scaled_grouped_mm": _grouped_product,
+    "_scaled_grouped_mm_v2": _grouped_product,
     "convolution": _convolution,
     "_convolution": _convolution,
     "cudnn_convolution": lambda x, w, *_, out_val, **__: convolution_flops(x.shape[0], out_val.shape[2:], w.shape),
@@ -118,6 +127,8 @@ _PRODUCTS: dict[str, Formula] = {
     "_native_multi_head_attention": _multi_head,
     "_transformer_encoder_layer_fwd": _encoder_layer,
 }
+# Those that write into what they add to: `x.addmm_(a, b)`.
+_PRODUCTS |= {f"{name}_": _PRODUCTS[name] for name in ("addmm", "baddbmm", "addbmm", "addmv")}
 # Operators of ditscale.kernels by family; each ends in what it does ("_fwd", "_bwd", "_infer").
 _OWN_NAMESPACES = ("ditscale", "ditscale_triton", "ditscale_onednn")
 _OWN_ATTENTION = ("attention", "attention_qkv")
@@ -202,6 +213,8 @@ def all_cost(
     name = packet.__name__.rstrip("_") if packet.__name__ not in ew.FREE else packet.__name__
     if packet in formulas:
         return formulas[packet](*args, **kwargs, out_val=out) + _bias(name, args, out)
+    if name.rstrip("_") in ew.ACCUMULATING and (args[3] if len(args) > 3 else kwargs.get("accumulate", False)):
+        return _added(args[0], args[1], args[2])
     if name in ew.FREE:
         return 0
     result = out[0] if isinstance(out, (tuple, list)) else out
@@ -231,6 +244,17 @@ def all_cost(
         weight, bias = args[5] is not None, args[6] is not None and args[7][2]
         return ew.layer_norm(rows, width, affine=False)[1] + rows * width * (3 * weight + bias)
     return None
+
+
+def _added(into: Tensor, indices: Sequence[Tensor | None], values: Tensor) -> int:
+    """Elements that ``index_put`` adds: each of ``values``, as often as it is shared."""
+    places = [i for i in indices if i is not None]
+    if any(
+        i.dtype in (torch.bool, torch.uint8) for i in places
+    ):  # a mask: how many are chosen, its shape does not tell
+        return int(values.numel())
+    whole = [n for d, n in enumerate(into.shape) if d >= len(indices) or indices[d] is None]
+    return prod(torch.broadcast_shapes(*(i.shape for i in places))) * prod(whole)
 
 
 def is_light(func: Any) -> bool:

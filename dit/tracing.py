@@ -9,6 +9,7 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -230,9 +231,11 @@ class Watch(TorchDispatchMode):
 
 
 class _OuterProducts:
-    """Finds matrix products written as a broadcast multiplication and a sum: ``(a[:, :, None] *
-    b[None]).sum(1)``.
+    """Finds matrix products written as a broadcast multiplication and a sum: ``(a[:, :, None] * b[None]).sum(1)``, also where
+    what is summed was scaled, cast or copied on its way.
     """
+
+    _CARRIES = ("mul", "div", "neg", "clone", "_to_copy", "_unsafe_view")
 
     def __init__(self) -> None:
         self._marked: dict[int, Tensor] = {}
@@ -241,16 +244,25 @@ class _OuterProducts:
         """Whether this operation sums up a product that was larger than both of its factors."""
         name = func._overloadpacket.__name__
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if name == "mul" and len(tensors) == 2 and out.is_floating_point():
-            if out.numel() > max(t.numel() for t in tensors):
-                self._marked[id(out)] = out  # kept alive, so its id is its own
+        factors = name == "mul" and len(tensors) == 2 and out.is_floating_point()
+        if factors and out.numel() > max(_numbers(t) for t in tensors):
+            self._marked[id(out)] = out  # kept alive, so its id is its own
+        found = next((t for t in tensors if id(t) in self._marked), None)
+        if found is None:
             return False
-        if not tensors or id(tensors[0]) not in self._marked:
-            return False
-        if func.is_view and isinstance(out, Tensor):
+        if isinstance(out, Tensor) and (func.is_view or (name in self._CARRIES and out.numel() == found.numel())):
             self._marked[id(out)] = out
             return False
-        return name in ("sum", "mean") and out.numel() < tensors[0].numel()
+        return found is tensors[0] and name in ("sum", "mean") and out.numel() < found.numel()
+
+
+def _numbers(t: Tensor) -> int:
+    """Of a factor in the forward pass: an expanded one holds no more than before. Gradients of sums come expanded, too, but what
+    they are multiplied by is no matrix product's other factor.
+    """
+    if torch._C._current_autograd_node() is not None:
+        return t.numel()
+    return prod(n for n, step in zip(t.shape, t.stride(), strict=True) if step != 0)
 
 
 class _Entrance(TorchDispatchMode):

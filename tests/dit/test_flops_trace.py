@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -114,6 +115,54 @@ def test_repairs_products_of_vectors(function, shape, inputs, forward, backward)
     assert (report.forward, report.backward) == (forward, backward)
 
 
+@pytest.mark.parametrize("name", ["addmm_", "baddbmm_", "addbmm_", "addmv_"])
+def test_repairs_products_written_in_place(name: str) -> None:
+    """Torch's counter knows none of them, and took their work for nothing."""
+    x, w, v = (torch.zeros(*shape) for shape in ((2, 4, 4), (4, 4), (4,)))
+    into, a, b = {"addmm_": (w, w, w), "baddbmm_": (x, x, x), "addbmm_": (w, x, x), "addmv_": (v, w, v)}[name]
+    products = 2 * a.numel() * (1 if name == "addmv_" else 4)
+    with FlopCounterMode(display=False, custom_mapping=matmul_formulas()) as counter:
+        getattr(into.clone(), name)(a, b)
+    assert counter.get_total_flops() == products
+    model = Calls(lambda w, into, a, b: getattr(into * w, name)(a, b), 1)
+    assert trace(model, into, a, b, backward=False).forward == products
+    assert trace(model, into, a, b, backward=False, convention="all").forward == products + 2 * into.numel()
+
+
+def test_scaled_products_of_both_kinds() -> None:
+    x, one = torch.zeros(32, 32).to(torch.float8_e4m3fn), torch.ones(())
+    old = Calls(lambda w, x, s: w * torch._scaled_mm(x, x.t(), s, s, out_dtype=torch.bfloat16), 1)
+    assert trace(old, x, one, backward=False).forward == 2 * 32**3
+    if hasattr(F, "scaled_mm"):  # torch 2.10
+        kind = F.ScalingType.TensorWise
+        new = Calls(lambda w, x, s: w * F.scaled_mm(x, x.t(), s, kind, s, kind, output_dtype=torch.bfloat16), 1)
+        assert trace(new, x, one, backward=False).forward == 2 * 32**3
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, x: F.pixel_shuffle(w, 2),
+        lambda w, x: F.interpolate(w, scale_factor=2, mode="bilinear", antialias=True),
+        lambda w, x: F.pad(w, (1, 1, 1, 1, 1, 1), mode="replicate"),
+        lambda w, x: F.prelu(w, x),
+        lambda w, x: torch.view_as_real(torch.polar(x, x)) * w[0, 0, 0, 0],
+    ],
+    ids=["pixel shuffle", "antialias", "padding", "prelu", "polar"],
+)
+def test_light_work_of_image_models(function: Callable[..., Tensor]) -> None:
+    assert trace(Calls(function, 2, 4, 6, 6), torch.zeros(4)).train == 0
+
+
+def test_forward_mode_inside_a_model() -> None:
+    """A product, and in PyTorch's formula of its tangent one for each factor."""
+
+    def along(w: Tensor, x: Tensor) -> Tensor:
+        return torch.func.jvp(lambda a: a @ w.detach(), (x,), (x,))[1] + w.sum()
+
+    assert trace(Calls(along, 4, 4), torch.zeros(3, 4), backward=False).forward == 3 * 96
+
+
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_repairs_grouped_convolutions(groups: int, transposed: bool) -> None:
@@ -169,10 +218,13 @@ def test_an_unknown_operation_is_an_error_that_names_it() -> None:
     [
         lambda w, x: (w[:, :, None] * x[None]).sum(1),
         lambda w, x: (w.unsqueeze(-1) * x).mean(dim=-2),
+        lambda w, x: (2 * (w[:, :, None] * x).double()).sum(1),
+        lambda w, x: (w[:, :, None] * x).transpose(1, 2).reshape(-1, 4).sum(-1),
+        lambda w, x: torch.mul(*torch.broadcast_tensors(w[:, :, None], x)).sum(1),
         lambda w, x: torch.cdist(w, x.t().contiguous()),
         lambda w, x: torch.linalg.solve(w @ w.T + torch.eye(3, device=w.device), w),
     ],
-    ids=["multiply and sum", "multiply and average", "distances", "solve"],
+    ids=["multiply and sum", "multiply and average", "cast", "copied", "expanded", "distances", "solve"],
 )
 def test_matrix_products_in_disguise_are_errors(function) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InputError, match="expected operations whose cost is known"):
@@ -182,7 +234,9 @@ def test_matrix_products_in_disguise_are_errors(function) -> None:  # type: igno
 def test_broadcasts_that_are_no_products_pass() -> None:
     rows = trace(Calls(lambda w, x: (x * w).sum(1), 4), torch.zeros(3, 5, 4))
     table = trace(Calls(lambda w, x: (x[:, None] * w).cos(), 4), torch.zeros(3))
-    assert rows.train == table.train == 0
+    # Its gradients are sums of products with one that is expanded.
+    added = trace(Calls(lambda w, x: (x[:, None] * w + 1).sum(1), 4), torch.zeros(3, requires_grad=True))
+    assert rows.train == table.train == added.train == 0
 
 
 def test_frozen_parameters_take_no_gradient() -> None:
@@ -256,5 +310,12 @@ def test_all_convention_of_a_model() -> None:
     products = 2 * 4 * (8 * 16 + 16 * 3)
     assert report.forward == products + 4 * 16 + 8 * 4 * 16 + 4 * 3
     assert report.backward == 2 * products - 2 * 4 * 8 * 16 + 4 * 16 + 16 * 4 * 16 + 4 * 3
+    for look_up in (
+        lambda w, x: w[x],
+        F.embedding,
+        lambda w, x: w.new_zeros(9, 3).index_put((x,), w[:4], accumulate=True),
+    ):
+        swapped = Calls(lambda w, x, f=look_up: f(x, w) if f is F.embedding else f(w, x), 5, 3)
+        assert trace(swapped, torch.zeros(4).long(), convention="all").train == 4 * 3  # each number is added once
     with pytest.raises(InputError, match="native_group_norm"):
         trace(nn.GroupNorm(2, 8), torch.zeros(1, 8, 4), convention="all")
