@@ -212,3 +212,10 @@ def test_quality_measured_in_two_ways_is_not_pooled(tmp_path: Path) -> None:
         fit_quality_of_runs(runs, feature_network="inception-v3")
     with pytest.raises(InputError, match="fid: expected a column of that name"):
         fit_quality_of_runs(runs, metric="fid")
+
+
+def test_a_table_s_loss_against_its_flops_is_the_default() -> None:
+    flops = np.geomspace(1e15, 1e18, 6)
+    columns = {"flops": flops, "params": flops**0.5, "loss": 3 * flops**-0.05, "fid": 9 * flops**-0.2}
+    by_default = fit_power(RunTable.from_columns(columns))
+    assert by_default.params == fit_power(flops, columns["loss"]).params
