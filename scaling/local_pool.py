@@ -96,9 +96,8 @@ class LocalPool:
         self._stop.value = 1
         for worker in self._workers:
             worker.process.join(timeout=5)
-            if worker.process.is_alive():
-                worker.process.terminate()
-                worker.process.join()
+            worker.process.terminate()
+            worker.process.join()
             worker.pipe.close()
 
 
@@ -145,8 +144,6 @@ def _environment(threads: int, place: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+        for name in before:
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

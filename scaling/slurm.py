@@ -12,8 +12,6 @@ from typing import Any
 from ditscale.errors import InputError
 from ditscale.scaling.jobs import Attempts, EngineOptions, Job, News, do_job
 
-_STOP_SECONDS = 120.0
-
 
 class _Resumable:
     """What submitit runs. Where Slurm takes the node away or the time is up, it queues the same job again."""
@@ -57,43 +55,36 @@ class Slurm:
             defaults = {"name": f"ditscale-{folder.name}", "timeout_min": 24 * 60, "cpus_per_task": threads}
             self._executor.update_parameters(**defaults | options.values)
         except (NameError, TypeError, ValueError) as error:
-            source = options.source(error)
-            raise InputError(f"{source}: expected parameters of submitit's executor, got {error}") from error
+            raise InputError(f"{options.source(error)}: expected submitit's parameters, got {error}") from error
         self._jobs: list[tuple[Job, Any]] = []
         self._attempts = Attempts()
         self._missing: set[str] = set()
 
     def start(self, jobs: Sequence[Job]) -> None:
-        kept = self._adopt(jobs)
-        self._submit([job for job in jobs if job not in kept])
+        self._adopt(jobs)
+        if new := [job for job in jobs if job not in [followed for followed, _ in self._jobs]]:
+            self._submit(new)
 
-    def _adopt(self, jobs: Sequence[Job]) -> list[Job]:
-        """Follow those of the jobs that are in the queue since an earlier call, which was killed; the others that it left, such
-        as those of another ``execution``, are cancelled. Begun beside them, jobs would find their runs' folders in use.
+    def _adopt(self, jobs: Sequence[Job]) -> None:
+        """Follow what a killed call left in the queue: beside it, jobs would find their runs' folders in use. What is another
+        job by now, as by another ``execution``, is cancelled.
         """
         import submitit
 
         # The study's folder is locked, so nobody else waits for them.
         names = {path.name.removesuffix("_submitted.pkl") for path in self._folder.glob("*_submitted.pkl")}
-        left = [submitit.SlurmJob(self._folder, name) for name in sorted(names & (_queued() or set()))]
-        kept: list[Job] = []
         unwanted: list[str] = []
-        for submitted in left:
+        for name in sorted(names & (_queued() or set())):
+            submitted = submitit.SlurmJob(self._folder, name)
             job = submitted.submission().args[0]
-            if job in jobs and job not in kept:
-                kept.append(job)
+            if job in jobs and job not in [other for other, _ in self._jobs]:
                 self._attempts.begin(job)
                 self._jobs.append((job, submitted))
             else:
-                unwanted.append(submitted.job_id)
-        if unwanted:
-            subprocess.run(["scancel", *unwanted], capture_output=True)
-            _wait_until_gone(unwanted, self.poll_seconds)
-        return kept
+                unwanted.append(name)
+        self._cancel(unwanted)
 
     def _submit(self, jobs: Sequence[Job]) -> None:
-        if not jobs:
-            return
         for job in jobs:
             self._attempts.begin(job)
         try:
@@ -112,8 +103,7 @@ class Slurm:
             if job.done:
                 continue
             if submitted.paths.result_pickle.exists():
-                failed = str(submitted.exception() or "") or submitted.result()
-                if failed:
+                if failed := str(submitted.exception() or "") or submitted.result():
                     return News(False, said, f"{job.run_id}: {failed}")
             elif queued is None or submitted.job_id in queued:
                 self._missing.discard(submitted.job_id)
@@ -128,22 +118,28 @@ class Slurm:
                 said.append(f"{job.run_id}: Slurm's job {submitted.job_id} died; it goes on in another")
                 again.append(job)
         self._jobs = left
-        self._submit(again)
+        if again:
+            self._submit(again)
         return News(bool(self._jobs), said)
 
     def stop(self) -> None:
         # The jobs in work read the stop file; those in the queue need not begin.
-        subprocess.run(["scancel", "--state=PENDING", *self._ids()], capture_output=True)
-        _wait_until_gone(self._ids(), self.poll_seconds)
+        self._cancel(self._ids(), "--state=PENDING")
 
     def close(self) -> None:
         queued = _queued()
-        for identity in self._ids():
-            if queued is None or identity in queued:
-                subprocess.run(["scancel", identity], capture_output=True)
+        self._cancel([i for i in self._ids() if queued is None or i in queued], wait=0.0)
 
     def _ids(self) -> list[str]:
         return [submitted.job_id for _, submitted in self._jobs]
+
+    def _cancel(self, ids: Sequence[str], *options: str, wait: float = 120.0) -> None:
+        """Cancel jobs, those that the options choose, and wait until all of them have left the queue."""
+        if ids:  # Slurm takes options without a job for all of the user's jobs
+            subprocess.run(["scancel", *options, *ids], capture_output=True)
+        deadline = time.monotonic() + wait
+        while ids and time.monotonic() < deadline and set(ids) & (_queued() or set()):
+            time.sleep(self.poll_seconds)
 
 
 def _queued() -> set[str] | None:
@@ -151,10 +147,3 @@ def _queued() -> set[str] | None:
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
     answer = subprocess.run(command, capture_output=True, text=True)
     return set(answer.stdout.split()) if answer.returncode == 0 else None
-
-
-def _wait_until_gone(ids: Sequence[str], poll_seconds: float) -> None:
-    """Wait until jobs neither wait nor run, or for a while."""
-    deadline = time.monotonic() + _STOP_SECONDS
-    while time.monotonic() < deadline and set(ids) & (_queued() or set()):
-        time.sleep(poll_seconds)

@@ -234,7 +234,7 @@ def test_options_of_the_study_and_of_the_call_are_merged_and_told_apart(tmp_path
         ({"timeout_min": 5}, {"partition": "bad"}, "--option partition"),
         ({"partition": "gpu"}, {"partition": "bad"}, "--option partition"),
     ):
-        with pytest.raises(InputError, match=f"^{source}: expected parameters of submitit's executor, got .*partition"):
+        with pytest.raises(InputError, match=f"^{source}: expected submitit's parameters, got .*partition"):
             opened(call=call, **theirs)
     local = Study.create(tmp_path / "study", small(engine="slurm", engine_options={"slurm_partition": "gpu"}))
     assert isinstance(open_engine("local", local, workers=1, threads=1), LocalPool)
@@ -302,6 +302,11 @@ def test_jobs_that_a_killed_call_left_in_slurm_s_queue_go_on(tmp_path, monkeypat
     engine.start(wanted)
     assert submitted == wanted[1:] and sorted(cancelled) == ["1_1", "1_2"] and "7" in queue
     assert engine._ids() == ["1_0", "2_1", "2_2"] and engine.poll().working
+    monkeypatch.setattr(
+        "subprocess.run", lambda command, **_: pytest.fail(f"{command} is about all of the user's jobs")
+    )
+    idle = Slurm(tmp_path, 1, EngineOptions())
+    idle.stop()
 
 
 CONFIGURATION = """
