@@ -50,7 +50,7 @@ __device__ __forceinline__ float dot_16_bytes(const T* a, const T* b) {
   const Pack<T, LANES<T>> x = fetch<T, LANES<T>>(a), y = fetch<T, LANES<T>>(b);
   float sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < LANES<T>; ++i) sum += widen(x.v[i]) * widen(y.v[i]);
+  for (int i = 0; i < LANES<T>; ++i) sum += x[i] * y[i];
   return sum;
 }
 

@@ -15,6 +15,8 @@
 
 #include "../common/adaln_args.h"
 
+#include <type_traits>
+
 namespace ditscale::cuda {
 
 // The shared memory that a launch asks for, on a 16-byte boundary.
@@ -89,22 +91,66 @@ __device__ __forceinline__ void narrow(float a, float* out) {
 template <class T>
 constexpr int LANES = 16 / static_cast<int>(sizeof(T));
 
-// N neighbouring elements as they are stored, read and written in one access: of 16 bytes (LANES<T>), 8, or one element.
+#ifdef DITSCALE_HOST_SHIM
+template <class T>
+uint32_t pack(float low, float high) {
+  T l, h;
+  narrow(low, &l);
+  narrow(high, &h);
+  return l.bits | static_cast<uint32_t>(h.bits) << 16;
+}
+#else
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t pack<f16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+#endif
+
+// N neighbouring elements as they are stored, read and written in one access: of 16 bytes (LANES<T>), 8, or one element. Two of
+// 16 bits keep to their word until they are widened: taken apart when they are read they would fill twice the registers, and
+// a thread would wait for each load before it asks for the next.
 template <class T, int N>
-struct alignas(N * sizeof(T)) Pack {
-  T v[N];
+struct Pack {
+  static constexpr int WORDS = (N * static_cast<int>(sizeof(T)) + 3) / 4;
+  uint32_t word[WORDS];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(word[i]);
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      return __uint_as_float(i % 2 == 0 ? word[i / 2] << 16 : word[i / 2] & 0xFFFF0000u);
+    } else {
+      return widen(T{static_cast<uint16_t>(i % 2 == 0 ? word[i / 2] : word[i / 2] >> 16)});
+    }
+  }
 };
 
-template <int BYTES>
-struct RawOf {
-  using type = uint4;
-};
-template <>
-struct RawOf<8> {
-  using type = uint2;
-};
 template <class T, int N>
-using Raw = typename RawOf<N * static_cast<int>(sizeof(T))>::type;
+__device__ __forceinline__ Pack<T, N> packed(const float (&value)[N]) {
+  Pack<T, N> out;
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out.word[i] = __float_as_uint(value[i]);
+  } else if constexpr (N == 1) {
+    T one;
+    narrow(value[0], &one);
+    out.word[0] = one.bits;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) out.word[i] = pack<T>(value[2 * i], value[2 * i + 1]);
+  }
+  return out;
+}
 
 // Wide accesses fault on a GPU where they are not aligned; the host would not notice.
 __device__ __forceinline__ void note_access([[maybe_unused]] const void* p, [[maybe_unused]] int bytes) {
@@ -116,40 +162,74 @@ __device__ __forceinline__ void note_access([[maybe_unused]] const void* p, [[ma
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> fetch(const T* p) {
   note_access(p, N * static_cast<int>(sizeof(T)));
-  if constexpr (N == 1) {
-    return {{*p}};
+  if constexpr (N == 1 && sizeof(T) == 4) {
+    return {{__float_as_uint(*p)}};
+  } else if constexpr (N == 1) {
+    return {{p->bits}};
+  } else if constexpr (Pack<T, N>::WORDS == 2) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(p);
+    return {{raw.x, raw.y}};
   } else {
-    union {
-      Raw<T, N> raw;
-      Pack<T, N> pack;
-    } u;
-    u.raw = *reinterpret_cast<const Raw<T, N>*>(p);
-    return u.pack;
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    return {{raw.x, raw.y, raw.z, raw.w}};
   }
 }
 
+// By instructions of their own: the compiler may take an assignment apart again, and did, into stores of 4 bytes.
+template <class T, int N>
+__device__ __forceinline__ void store(T* p, const Pack<T, N>& from) {
+  note_access(p, N * static_cast<int>(sizeof(T)));
+  if constexpr (N == 1 && sizeof(T) == 4) {
+    *p = __uint_as_float(from.word[0]);
+  } else if constexpr (N == 1) {
+    p->bits = static_cast<uint16_t>(from.word[0]);
+  } else if constexpr (Pack<T, N>::WORDS == 2) {
+    __stwb(reinterpret_cast<uint2*>(p), uint2{from.word[0], from.word[1]});
+  } else {
+    __stwb(reinterpret_cast<uint4*>(p), uint4{from.word[0], from.word[1], from.word[2], from.word[3]});
+  }
+}
 template <class T, int N>
 __device__ __forceinline__ void put(T* p, const float (&value)[N]) {
-  note_access(p, N * static_cast<int>(sizeof(T)));
-  if constexpr (N == 1) {
-    narrow(value[0], p);
-  } else {
-    union {
-      Raw<T, N> raw;
-      Pack<T, N> pack;
-    } u;
+  store(p, packed<T, N>(value));
+}
+
+// Asks for what is read later: from memory to the L2, past the registers.
+__device__ __forceinline__ void ask_for([[maybe_unused]] const void* p) {
+#ifndef DITSCALE_HOST_SHIM
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
+// N neighbouring elements widened, of any address: in as few accesses as it fits.
+template <class T, int N>
+__device__ __forceinline__ void widened_from(const T* p, float (&to)[N]) {
+  constexpr int WIDE = N < LANES<T> ? N : LANES<T>;
+  if (WIDE > 1 && reinterpret_cast<uintptr_t>(p) % (WIDE * sizeof(T)) == 0) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) narrow(value[i], &u.pack.v[i]);
-    *reinterpret_cast<Raw<T, N>*>(p) = u.raw;
+    for (int i = 0; i < N; i += WIDE) {
+      const Pack<T, WIDE> part = fetch<T, WIDE>(p + i);
+#pragma unroll
+      for (int j = 0; j < WIDE; ++j) to[i + j] = part[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = widen(p[i]);
   }
 }
 
-// Modulation is stored as any of the three; it is read once for many rows, so element by element costs nothing.
-__device__ __forceinline__ float modulation_at(const Strided& m, int storage, int64_t b, int64_t t, int64_t d) {
+// Modulation is stored as any of the three. One branch for all N numbers: with one for each every load waits for the one before.
+template <int N>
+__device__ __forceinline__ void modulation_at(
+    const Strided& m, int storage, int64_t b, int64_t t, int64_t d, float (&to)[N]) {
   const int64_t at = b * m.b + t * m.t + d;
-  if (storage == 0) return static_cast<const float*>(m.data)[at];
-  if (storage == 1) return widen(static_cast<const bf16*>(m.data)[at]);
-  return widen(static_cast<const f16*>(m.data)[at]);
+  if (storage == 0) {
+    widened_from(static_cast<const float*>(m.data) + at, to);
+  } else if (storage == 1) {
+    widened_from(static_cast<const bf16*>(m.data) + at, to);
+  } else {
+    widened_from(static_cast<const f16*>(m.data) + at, to);
+  }
 }
 __device__ __forceinline__ void store_any(void* p, int storage, int64_t at, float value) {
   if (storage == 0) {
@@ -161,10 +241,12 @@ __device__ __forceinline__ void store_any(void* p, int storage, int64_t at, floa
   }
 }
 
-// N neighbouring ones, of an address that 16-byte accesses fit: in as few of them as hold the numbers.
+// N neighbouring ones, more than one of an address that 16-byte accesses fit: in as few of them as hold the numbers.
 template <int N>
 __device__ __forceinline__ void put_any(void* p, int storage, int64_t at, const float (&value)[N]) {
-  if (storage == 1) {
+  if constexpr (N == 1) {
+    store_any(p, storage, at, value[0]);
+  } else if (storage == 1) {
     put<bf16, N>(static_cast<bf16*>(p) + at, value);
   } else if (storage == 2) {
     put<f16, N>(static_cast<f16*>(p) + at, value);

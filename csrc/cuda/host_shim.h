@@ -214,6 +214,10 @@ inline float __shfl_xor_sync(uint32_t, float value, int mask) {
   return got;
 }
 
+template <class V>
+void __stwb(V* to, V value) {
+  *to = value;
+}
 inline float __uint_as_float(uint32_t a) {
   float f;
   std::memcpy(&f, &a, 4);

@@ -39,7 +39,7 @@ __device__ __forceinline__ void row_moments(
     for (int i = 0; i < ROWS; ++i) {
       total[i] = 0.f;
 #pragma unroll
-      for (int j = 0; j < N; ++j) total[i] += active ? widen(x[i].v[j]) : 0.f;
+      for (int j = 0; j < N; ++j) total[i] += active ? x[i][j] : 0.f;
     }
     block_sum<ROWS>(total, buffer[0]);
 #pragma unroll
@@ -51,7 +51,7 @@ __device__ __forceinline__ void row_moments(
     centred[2 * i] = centred[2 * i + 1] = 0.f;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float c = active ? widen(x[i].v[j]) - mean[i] : 0.f;
+      const float c = active ? x[i][j] - mean[i] : 0.f;
       centred[2 * i] += c;
       centred[2 * i + 1] += c * c;
     }
@@ -69,12 +69,13 @@ __global__ void __launch_bounds__(FAST_THREADS<T>) forward_fast(ForwardArgs a, i
   const int64_t last = first + chunk < a.T ? first + chunk : a.T;
   const int64_t d = static_cast<int64_t>(threadIdx.x) * N;
   const bool active = d < a.D;
-  float factor[N], shift[N], gate[N];
+  float factor[N] = {0.f}, shift[N] = {0.f}, gate[BRANCH ? N : 1] = {0.f};
+  if (active) {
+    modulation_at(a.scale, a.modulation, b, 0, d, factor);
+    modulation_at(a.shift, a.modulation, b, 0, d, shift);
+    if constexpr (BRANCH) modulation_at(a.gate, a.modulation, b, 0, d, gate);
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    factor[j] = active ? a.scale_base + modulation_at(a.scale, a.modulation, b, 0, d + j) : 0.f;
-    shift[j] = active ? modulation_at(a.shift, a.modulation, b, 0, d + j) : 0.f;
-    if constexpr (BRANCH) gate[j] = active ? modulation_at(a.gate, a.modulation, b, 0, d + j) : 0.f;
+    for (int j = 0; j < N; ++j) factor[j] += a.scale_base;
   }
   for (int64_t t0 = first; t0 < last; t0 += ROWS) {
     Pack<T, N> x[ROWS], branch[BRANCH ? ROWS : 1];
@@ -92,11 +93,9 @@ __global__ void __launch_bounds__(FAST_THREADS<T>) forward_fast(ForwardArgs a, i
       for (int i = 0; i < ROWS; ++i) {
         float sum[N];
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          sum[j] = widen(x[i].v[j]) + gate[j] * widen(branch[i].v[j]);
-          narrow(sum[j], &x[i].v[j]);  // the norm sees what is stored
-        }
-        if (active && t0 + i < last) put<T, N>(static_cast<T*>(a.x_new) + (b * a.T + t0 + i) * a.D + d, sum);
+        for (int j = 0; j < N; ++j) sum[j] = x[i][j] + gate[j] * branch[i][j];
+        x[i] = packed<T, N>(sum);  // the norm sees what is stored
+        if (active && t0 + i < last) store(static_cast<T*>(a.x_new) + (b * a.T + t0 + i) * a.D + d, x[i]);
       }
     }
     float mean[ROWS], rstd[ROWS];
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(FAST_THREADS<T>) forward_fast(ForwardArgs a, i
       const int64_t row = b * a.T + t0 + i;
       float y[N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) y[j] = (widen(x[i].v[j]) - mean[i]) * rstd[i] * factor[j] + shift[j];
+      for (int j = 0; j < N; ++j) y[j] = (x[i][j] - mean[i]) * rstd[i] * factor[j] + shift[j];
       if (active) put<T, N>(static_cast<T*>(a.y) + row * a.D + d, y);
       if (a.rstd != nullptr && threadIdx.x == 0) {
         a.mean[row] = mean[i];
@@ -130,11 +129,10 @@ __global__ void __launch_bounds__(ANY_THREADS) forward_any(ForwardArgs a) {
     T* x_new = static_cast<T*>(a.x_new) + row * a.D;
     for (int64_t d = start; d < a.D; d += step) {
       const Pack<T, N> p = fetch<T, N>(x + d), q = fetch<T, N>(branch + d);
-      float sum[N];
+      float gate[N], sum[N];
+      modulation_at(a.gate, a.modulation, b, t, d, gate);
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        sum[j] = widen(p.v[j]) + modulation_at(a.gate, a.modulation, b, t, d + j) * widen(q.v[j]);
-      }
+      for (int j = 0; j < N; ++j) sum[j] = p[j] + gate[j] * q[j];
       put<T, N>(x_new + d, sum);
     }
     x = x_new;
@@ -144,7 +142,7 @@ __global__ void __launch_bounds__(ANY_THREADS) forward_any(ForwardArgs a) {
     for (int64_t d = start; d < a.D; d += step) {
       const Pack<T, N> p = fetch<T, N>(x + d);
 #pragma unroll
-      for (int j = 0; j < N; ++j) total[0] += widen(p.v[j]);
+      for (int j = 0; j < N; ++j) total[0] += p[j];
     }
     block_sum<1>(total, buffer[0]);
     mean = total[0] / static_cast<float>(a.D);
@@ -154,7 +152,7 @@ __global__ void __launch_bounds__(ANY_THREADS) forward_any(ForwardArgs a) {
     const Pack<T, N> p = fetch<T, N>(x + d);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float c = widen(p.v[j]) - mean;
+      const float c = p[j] - mean;
       centred[0] += c;
       centred[1] += c * c;
     }
@@ -168,12 +166,11 @@ __global__ void __launch_bounds__(ANY_THREADS) forward_any(ForwardArgs a) {
   T* out = static_cast<T*>(a.y) + row * a.D;
   for (int64_t d = start; d < a.D; d += step) {
     const Pack<T, N> p = fetch<T, N>(x + d);
-    float y[N];
+    float scale[N], shift[N], y[N];
+    modulation_at(a.scale, a.modulation, b, t, d, scale);
+    modulation_at(a.shift, a.modulation, b, t, d, shift);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      y[j] = (widen(p.v[j]) - mean) * rstd * (a.scale_base + modulation_at(a.scale, a.modulation, b, t, d + j)) +
-          modulation_at(a.shift, a.modulation, b, t, d + j);
-    }
+    for (int j = 0; j < N; ++j) y[j] = (p[j] - mean) * rstd * (a.scale_base + scale[j]) + shift[j];
     put<T, N>(out + d, y);
   }
 }
@@ -190,13 +187,12 @@ __global__ void __launch_bounds__(FAST_THREADS<T>)
   const int64_t d = static_cast<int64_t>(threadIdx.x) * N;
   const bool active = d < a.D;
   int64_t row = segment * segment_rows + first, b = row / a.T, t = row % a.T;
-  float factor[N], gate[BRANCH ? N : 1], s0[N], s1[N], s2[BRANCH ? N : 1];
+  float factor[N] = {0.f}, gate[BRANCH ? N : 1] = {0.f}, s0[N] = {0.f}, s1[N] = {0.f}, s2[BRANCH ? N : 1] = {0.f};
+  if (active) {  // a segment has one modulation, so any of its samples will do
+    modulation_at(a.scale, a.modulation, b, 0, d, factor);
+    if constexpr (BRANCH) modulation_at(a.gate, a.modulation, b, 0, d, gate);
 #pragma unroll
-  for (int j = 0; j < N; ++j) {  // a segment has one modulation, so any of its samples will do
-    factor[j] = active ? a.scale_base + modulation_at(a.scale, a.modulation, b, 0, d + j) : 0.f;
-    if constexpr (BRANCH) gate[j] = active ? modulation_at(a.gate, a.modulation, b, 0, d + j) : 0.f;
-    s0[j] = s1[j] = 0.f;
-    if constexpr (BRANCH) s2[j] = 0.f;
+    for (int j = 0; j < N; ++j) factor[j] += a.scale_base;
   }
   const int64_t end = segment * segment_rows + last;
   for (int parity = 0; row < end; row += ROWS, parity ^= 1) {
@@ -226,15 +222,32 @@ __global__ void __launch_bounds__(FAST_THREADS<T>)
         ++b;
       }
     }
+    // Registers hold no more rows, and blocks are few, for each keeps sums: the next rows come nearer while these are summed.
+    int64_t next_b = b, next_t = t;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      if (active && row + ROWS + i < end) {
+        ask_for(row_of<T>(a.x, next_b, next_t) + d);
+        ask_for(row_of<T>(a.dy, next_b, next_t) + d);
+        if constexpr (BRANCH) {
+          ask_for(row_of<T>(a.branch, next_b, next_t) + d);
+          if (a.dresidual.data != nullptr) ask_for(row_of<T>(a.dresidual, next_b, next_t) + d);
+        }
+      }
+      if (++next_t == a.T) {
+        next_t = 0;
+        ++next_b;
+      }
+    }
     if (a.rstd == nullptr) row_moments<T, N, ROWS>(x, active, a.D, a.eps, a.rms, buffer, 1, mean, rstd);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       pair[2 * i] = pair[2 * i + 1] = 0.f;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float g = widen(dy[i].v[j]) * factor[j];
+        const float g = dy[i][j] * factor[j];
         pair[2 * i] += g;
-        pair[2 * i + 1] += active ? g * ((widen(x[i].v[j]) - mean[i]) * rstd[i]) : 0.f;
+        pair[2 * i + 1] += active ? g * ((x[i][j] - mean[i]) * rstd[i]) : 0.f;
       }
     }
     block_sum<2 * ROWS>(pair, pair_buffer[parity]);
@@ -245,14 +258,14 @@ __global__ void __launch_bounds__(FAST_THREADS<T>)
       float dx[N], dbranch[BRANCH ? N : 1];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float grad = widen(dy[i].v[j]), normed = (widen(x[i].v[j]) - mean[i]) * rstd[i];
+        const float grad = dy[i][j], normed = (x[i][j] - mean[i]) * rstd[i];
         dx[j] = rstd[i] * (grad * factor[j] - c1 - normed * c2);
         s0[j] += grad;
         s1[j] += grad * normed;
         if constexpr (BRANCH) {
-          dx[j] += widen(residual[i].v[j]);
+          dx[j] += residual[i][j];
           dbranch[j] = dx[j] * gate[j];
-          s2[j] += dx[j] * widen(branch[i].v[j]);
+          s2[j] += dx[j] * branch[i][j];
         }
       }
       if (!active) continue;
@@ -268,13 +281,10 @@ __global__ void __launch_bounds__(FAST_THREADS<T>)
     if constexpr (BRANCH) put_any<N>(a.dgate, a.modulation, at, s2);
     return;
   }
-  float* out = partial + static_cast<int64_t>(blockIdx.x) * SUMS * a.D + d;
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    out[j] = s0[j];
-    out[a.D + j] = s1[j];
-    if constexpr (BRANCH) out[2 * a.D + j] = s2[j];
-  }
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * SUMS * a.D + d;
+  put_any<N>(partial, 0, at, s0);
+  put_any<N>(partial, 0, at + a.D, s1);
+  if constexpr (BRANCH) put_any<N>(partial, 0, at + 2 * a.D, s2);
 }
 
 // One row a block: dx, dbranch, per-token gradients of the modulation, and what the sums over columns need of the row.
@@ -295,7 +305,7 @@ __global__ void __launch_bounds__(ANY_THREADS) backward_any_rows(BackwardArgs a,
       for (int64_t d = start; d < a.D; d += step) {
         const Pack<T, N> p = fetch<T, N>(x + d);
 #pragma unroll
-        for (int j = 0; j < N; ++j) total[0] += widen(p.v[j]);
+        for (int j = 0; j < N; ++j) total[0] += p[j];
       }
       block_sum<1>(total, buffer[0]);
       mean = total[0] / static_cast<float>(a.D);
@@ -305,7 +315,7 @@ __global__ void __launch_bounds__(ANY_THREADS) backward_any_rows(BackwardArgs a,
       const Pack<T, N> p = fetch<T, N>(x + d);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float c = widen(p.v[j]) - mean;
+        const float c = p[j] - mean;
         centred[0] += c;
         centred[1] += c * c;
       }
@@ -316,11 +326,13 @@ __global__ void __launch_bounds__(ANY_THREADS) backward_any_rows(BackwardArgs a,
   float pair[2] = {0.f, 0.f};
   for (int64_t d = start; d < a.D; d += step) {
     const Pack<T, N> p = fetch<T, N>(x + d), q = fetch<T, N>(dy + d);
+    float scale[N];
+    modulation_at(a.scale, a.modulation, b, t, d, scale);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float g = widen(q.v[j]) * (a.scale_base + modulation_at(a.scale, a.modulation, b, t, d + j));
+      const float g = q[j] * (a.scale_base + scale[j]);
       pair[0] += g;
-      pair[1] += g * ((widen(p.v[j]) - mean) * rstd);
+      pair[1] += g * ((p[j] - mean) * rstd);
     }
   }
   block_sum<2>(pair, pair_buffer);
@@ -338,22 +350,25 @@ __global__ void __launch_bounds__(ANY_THREADS) backward_any_rows(BackwardArgs a,
     Pack<T, N> res{}, br{};
     if (residual != nullptr) res = fetch<T, N>(residual + d);
     if (branch != nullptr && a.per_token) br = fetch<T, N>(branch + d);
-    float dx[N], dbranch[N];
+    float scale[N], gate[N] = {0.f}, dx[N], dbranch[N], dshift[N], dscale[N], dgate[N];
+    modulation_at(a.scale, a.modulation, b, t, d, scale);
+    if (branch != nullptr) modulation_at(a.gate, a.modulation, b, t, d, gate);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float grad = widen(q.v[j]), normed = (widen(p.v[j]) - mean) * rstd;
-      const float factor = a.scale_base + modulation_at(a.scale, a.modulation, b, t, d + j);
-      dx[j] = rstd * (grad * factor - c1 - normed * c2) + widen(res.v[j]);
-      dbranch[j] = branch != nullptr ? dx[j] * modulation_at(a.gate, a.modulation, b, t, d + j) : 0.f;
-      if (a.per_token) {
-        const int64_t at = row * a.D + d + j;
-        store_any(a.dshift, a.modulation, at, grad);
-        store_any(a.dscale, a.modulation, at, grad * normed);
-        if (branch != nullptr) store_any(a.dgate, a.modulation, at, dx[j] * widen(br.v[j]));
-      }
+      const float grad = q[j], normed = (p[j] - mean) * rstd;
+      dx[j] = rstd * (grad * (a.scale_base + scale[j]) - c1 - normed * c2) + res[j];
+      dbranch[j] = dx[j] * gate[j];
+      dshift[j] = grad;
+      dscale[j] = grad * normed;
+      dgate[j] = dx[j] * br[j];
     }
-    put<T, N>(static_cast<T*>(a.dx) + row * a.D + d, dx);
-    if (branch != nullptr) put<T, N>(static_cast<T*>(a.dbranch) + row * a.D + d, dbranch);
+    const int64_t at = row * a.D + d;
+    put<T, N>(static_cast<T*>(a.dx) + at, dx);
+    if (branch != nullptr) put<T, N>(static_cast<T*>(a.dbranch) + at, dbranch);
+    if (!a.per_token) continue;
+    put_any<N>(a.dshift, a.modulation, at, dshift);
+    put_any<N>(a.dscale, a.modulation, at, dscale);
+    if (branch != nullptr) put_any<N>(a.dgate, a.modulation, at, dgate);
   }
 }
 
@@ -368,8 +383,9 @@ __global__ void __launch_bounds__(ANY_THREADS) backward_any_columns(
   const int64_t segment = part / chunks, first = (part % chunks) * chunk;
   const int64_t last = first + chunk < segment_rows ? first + chunk : segment_rows;
   int64_t row = segment * segment_rows + first, b = row / a.T, t = row % a.T;
-  const float factor = a.scale_base + modulation_at(a.scale, a.modulation, b, 0, d);
-  float s0 = 0.f, s1 = 0.f, s2 = 0.f;
+  float scale[1], s0 = 0.f, s1 = 0.f, s2 = 0.f;
+  modulation_at(a.scale, a.modulation, b, 0, d, scale);
+  const float factor = a.scale_base + scale[0];
   for (const int64_t end = segment * segment_rows + last; row < end; ++row) {
     const float* st = row_stats + 4 * row;
     const float grad = widen(row_of<T>(a.dy, b, t)[d]), normed = (widen(row_of<T>(a.x, b, t)[d]) - st[0]) * st[1];

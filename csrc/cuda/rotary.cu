@@ -68,7 +68,7 @@ struct Part {
   }
   static __device__ __forceinline__ void widened(const Pack<T, N> (&from)[2], float (&to)[2 * N]) {
 #pragma unroll
-    for (int i = 0; i < 2 * N; ++i) to[i] = widen(from[access(i)].v[place(i)]);
+    for (int i = 0; i < 2 * N; ++i) to[i] = from[access(i)][place(i)];
   }
   __device__ __forceinline__ void write(T* row, const float (&from)[2 * N]) const {
     float out[2][N];
@@ -82,8 +82,15 @@ struct Part {
   // Weights as they belong to the elements; 1 where there are none.
   __device__ __forceinline__ void weights(const float* weight, float (&to)[2 * N]) const {
 #pragma unroll
-    for (int i = 0; i < 2 * N; ++i) {
-      to[i] = weight != nullptr && has[access(i)] ? weight[first[access(i)] + place(i)] : 1.f;
+    for (int s = 0; s < 2; ++s) {
+      float part[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) part[j] = 1.f;
+      if (weight != nullptr && has[s]) widened_from(weight + first[s], part);
+#pragma unroll
+      for (int i = 0; i < 2 * N; ++i) {
+        if (access(i) == s) to[i] = part[place(i)];
+      }
     }
   }
 };
@@ -96,7 +103,7 @@ __device__ __forceinline__ void angles(const float* row, int64_t pair, int64_t h
     Pack<float, 4> p{};
     if (pair + i < half) p = fetch<float, 4>(row + pair + i);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) to[i + j] = p.v[j];
+    for (int j = 0; j < 4; ++j) to[i + j] = p[j];
   }
 }
 

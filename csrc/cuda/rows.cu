@@ -28,32 +28,27 @@ __global__ void __launch_bounds__(THREADS) residual_kernel(
   const Part p = part_of<N>(segment_rows, chunk, chunks, column_blocks);
   if (p.d >= a.D) return;
   int64_t b = p.row / a.T, t = p.row % a.T;
-  float gate[N], sum[N];
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    gate[j] = modulation_at(a.gate, a.modulation, b, t, p.d + j);
-    sum[j] = 0.f;
-  }
+  float gate[N], sum[N] = {0.f};
+  modulation_at(a.gate, a.modulation, b, t, p.d, gate);
 #pragma unroll 4
   for (int64_t row = p.row; row < p.end; ++row) {
-    if (a.per_token && row != p.row) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) gate[j] = modulation_at(a.gate, a.modulation, b, t, p.d + j);
-    }
+    if (a.per_token && row != p.row) modulation_at(a.gate, a.modulation, b, t, p.d, gate);
     const Pack<T, N> x = fetch<T, N>(row_of<T>(a.x, b, t) + p.d), branch = fetch<T, N>(row_of<T>(a.branch, b, t) + p.d);
-    float out[N];
+    float out[N], dgate[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       if constexpr (BACKWARD) {
-        const float dgate = widen(x.v[j]) * widen(branch.v[j]);
-        out[j] = widen(x.v[j]) * gate[j];
-        sum[j] += dgate;
-        if (a.per_token) store_any(a.dgate, a.modulation, row * a.D + p.d + j, dgate);
+        dgate[j] = x[j] * branch[j];
+        out[j] = x[j] * gate[j];
+        sum[j] += dgate[j];
       } else {
-        out[j] = widen(x.v[j]) + gate[j] * widen(branch.v[j]);
+        out[j] = x[j] + gate[j] * branch[j];
       }
     }
     put<T, N>(static_cast<T*>(a.out) + row * a.D + p.d, out);
+    if constexpr (BACKWARD) {
+      if (a.per_token) put_any<N>(a.dgate, a.modulation, row * a.D + p.d, dgate);
+    }
     if (++t == a.T) {
       t = 0;
       ++b;
@@ -65,8 +60,7 @@ __global__ void __launch_bounds__(THREADS) residual_kernel(
     if constexpr (N > 1) {
       if (partial == nullptr) return put_any<N>(a.dgate, a.modulation, at, sum);
     }
-#pragma unroll
-    for (int j = 0; j < N; ++j) partial[at + j] = sum[j];
+    put_any<N>(partial, 0, at, sum);
   }
 }
 
@@ -91,12 +85,8 @@ __global__ void __launch_bounds__(THREADS)
   const Part p = part_of<N>(rows, chunk, chunks, column_blocks);
   if (p.d >= a.D) return;
   const Strided bias_view{a.bias, 0, 0};
-  float bias[N], sum[N];
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    bias[j] = modulation_at(bias_view, a.modulation, 0, 0, p.d + j);
-    sum[j] = 0.f;
-  }
+  float bias[N], sum[N] = {0.f};
+  modulation_at(bias_view, a.modulation, 0, 0, p.d, bias);
 #pragma unroll 2
   for (int64_t row = p.row; row < p.end; ++row) {
     const Pack<T, N> x = fetch<T, N>(static_cast<const T*>(a.x) + row * a.x_stride + p.d);
@@ -105,9 +95,9 @@ __global__ void __launch_bounds__(THREADS)
     float out[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float z = widen(x.v[j]) + bias[j];
+      const float z = x[j] + bias[j];
       if constexpr (BACKWARD) {
-        out[j] = widen(dy.v[j]) * gelu_at<true>(z);
+        out[j] = dy[j] * gelu_at<true>(z);
         sum[j] += out[j];
       } else {
         out[j] = gelu_at<false>(z);
@@ -115,10 +105,7 @@ __global__ void __launch_bounds__(THREADS)
     }
     put<T, N>(static_cast<T*>(a.out) + row * a.D + p.d, out);
   }
-  if constexpr (BACKWARD) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) partial[p.part * a.D + p.d + j] = sum[j];
-  }
+  if constexpr (BACKWARD) put_any<N>(partial, 0, p.part * a.D + p.d, sum);
 }
 
 struct Outputs {

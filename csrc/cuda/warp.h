@@ -66,13 +66,6 @@ void multiply_half(float (&d)[4], const uint32_t (&a)[2], const uint32_t* b) {
 inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
   shim::product<8, 1>(d, a, b, tf32_element);
 }
-template <class T>
-uint32_t pack(float low, float high) {
-  T l, h;
-  narrow(low, &l);
-  narrow(high, &h);
-  return l.bits | static_cast<uint32_t>(h.bits) << 16;
-}
 inline uint32_t to_tf32(float a) {
   return (__float_as_uint(a) + 0x1000u) & 0xFFFFE000u;
 }
@@ -161,20 +154,6 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const uint32_t (&a)
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-template <>
-__device__ __forceinline__ uint32_t pack<f16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
 }
 __device__ __forceinline__ uint32_t to_tf32(float a) {
   uint32_t r;

@@ -55,6 +55,21 @@ def test_every_kernel_compiled_anew_meets_its_budget() -> None:
     assert code == 0
 
 
+def test_rows_of_cuda_kernels_are_written_in_whole_accesses() -> None:
+    # The compiler took some apart, into four of 4 bytes each.
+    found = {e.key: e for family in ("norm", "rotary", "rows") for e in budget.load(f"cuda-{family}").values()}.values()
+    rows = [e for e in found if e.kernel == "rotary_forward" or (e.kernel == "gelu_kernel" and ", 1," not in e.case)]
+    assert len({e.kernel for e in rows}) == 2
+    for entry in rows:
+        assert entry.resources is not None
+        half = entry.case in ("bf16, 4, true", "f16, 4, true")
+        assert set(entry.resources["stores"]) == {64 if half else 128}, entry.key
+    for entry in found:
+        if entry.kernel in ("rotary_backward", "backward_fast") and entry.resources is not None:
+            whole = sum(n for bits, n in entry.resources["stores"].items() if bits >= 64)
+            assert whole >= 4, entry.key
+
+
 def test_instructions_are_counted() -> None:
     kernel = sass._count(sass.Kernel("a_kernel", 32, 0, 0), SASS)
     assert kernel.loads == {16: 1, 128: 2}

@@ -56,6 +56,29 @@ def test_rows_of_modulation_are_read_in_place():
     assert [t.data_ptr() for t in _modulations(x, ("a", "b", "c"), parts)] == [t.data_ptr() for t in parts]
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=NAME.get)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
+def test_modulation_at_any_address_is_read_by_accesses_that_are_aligned(emulated_operators, shim_counts, dtype, kind):
+    ops = emulated_operators
+    x, branch, dy = (torch.randn(2, 9, 24).to(dtype) for _ in range(3))
+    for lead in ((2,), (2, 9)):
+        table = torch.randn(*lead, 81).to(kind)
+        results = []
+        for first in (0, 1, 2, 4):  # the same numbers, 16 bytes apart, 2, 4 and 8
+            moved = torch.empty(*lead, 96).to(kind)
+            moved[..., first : first + 81] = table
+            shift, scale, gate = moved[..., first : first + 72].chunk(3, dim=-1)
+            new, y, stats = ops.gate_residual_layernorm_modulate_fwd(x, branch, gate, shift, scale)
+            grads = ops.gate_residual_layernorm_modulate_bwd(dy, x, new, branch, gate, scale, stats)
+            of_gate = ops.gate_residual_bwd(dy, branch, gate)
+            gelu = ops.bias_gelu_bwd(dy, x, shift.reshape(-1, 24)[1])
+            results.append((new, y, *grads, ops.gate_residual_fwd(x, branch, gate), *of_gate, *gelu))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), lead
+    races, conflicts, misaligned, _ = shim_counts()
+    assert (races, conflicts, misaligned) == (0, 0, 0)
+
+
 def test_mixed_ranks_of_modulation(backend):
     x = torch.randn(2, 5, 8)
     shift, scale = torch.randn(8), torch.randn(2, 8)
