@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from law_helpers import CHINCHILLA, lawdata, optimum, study
+from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable, fit_isoflop
@@ -137,6 +138,27 @@ def test_intervals_come_from_runs_not_only_from_five_points() -> None:
     noisy = fit_isoflop(study(noise=0.01)).intervals["N_exponent"]
     assert noisy[1] - noisy[0] > 3 * (quiet[1] - quiet[0])
     assert fit_isoflop(study(noise=0.01)).intervals["N_exponent"] == noisy  # seeded
+
+
+@pytest.mark.parametrize("space", ["raw", "log"])
+def test_the_bootstrap_draws_lie_about_the_laws_themselves(space: str) -> None:
+    fit = fit_isoflop(study(noise=0.003), space=space, with_surface=False)
+    for name, value in fit.params.items():
+        middle = np.log(value) if name.endswith("coefficient") else value  # as which the draws are kept
+        assert abs(np.median(fit.bootstrap[name]) - middle) < 0.5 * fit.bootstrap[name].std(), name
+
+
+def test_an_interval_is_the_wider_of_two() -> None:
+    """Of the line's own and the bootstrap's, whichever that is."""
+    wider = []
+    for seed in (1, 2):
+        fit = fit_isoflop(study(noise=0.01, seed=seed), with_surface=False)
+        line = fit.n_law.interval("exponent")
+        mine = 2 * stats.t.ppf(0.975, fit.vertices[0].dof) * fit.bootstrap["N_exponent"].std(ddof=1)
+        low, high = fit.intervals["N_exponent"]
+        assert high - low == pytest.approx(max(mine, line.high - line.low), rel=1e-6)
+        wider.append(mine > line.high - line.low)
+    assert wider == [False, True]
 
 
 def test_gemstones_have_no_budgets_and_say_so() -> None:
