@@ -227,5 +227,7 @@ def _told(file: Path, names: set[str]) -> dict[str, str]:
             raise InputError(
                 f"{file}, line {number}: expected the name of an image beside or below it, got {line[:80]!r}"
             )
+        if told.get(name, caption) != caption:
+            raise InputError(f"{file}, line {number}: expected one caption of {name}, got a second, {caption[:80]!r}")
         told[name] = caption
     return told

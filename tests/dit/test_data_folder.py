@@ -185,6 +185,15 @@ def test_caption_lines_end_at_newlines_only(folder: Path, ending: str) -> None:
     assert ImageFolder(folder, 8).captions.count(caption) == 2
 
 
+def test_a_second_caption_of_an_image_is_not_taken_in_silence(folder: Path) -> None:
+    rows = [json.dumps({"file": "cats/0.png", "caption": caption}) for caption in ("one", "one", "two")]
+    (folder / "captions.jsonl").write_text("\n".join(rows[:2]))
+    assert "one" in ImageFolder(folder, 8).captions
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    with pytest.raises(InputError, match=r"line 3: expected one caption of cats/0.png, got a second, 'two'"):
+        ImageFolder(folder, 8)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
