@@ -76,10 +76,11 @@ DS_INLINE RowNorm row_norm(const float* x, int64_t K, int norm, float eps) {
     });
   };
   float mean = 0.f;
-  if (norm == (int)HeadNorm::layer) {
+  // What the first sum leaves of the mean corrects it, so that a constant row is centred to zeros.
+  for (int pass = 0; norm == (int)HeadNorm::layer && pass < 2; ++pass) {
     Total total;
-    for_pieces([&](auto piece) { total.add(piece); });
-    mean = total.get() / (float)K;
+    for_pieces([&](auto piece) { total.add(piece - mean); });
+    mean += total.get() / (float)K;
   }
   Total squares;
   for_pieces([&](auto piece) {

@@ -119,16 +119,17 @@ __device__ __forceinline__ void row_norms(
   if (a.norm == static_cast<int>(HeadNorm::none)) return;
   const float n = static_cast<float>(a.K);
   float total[ROWS];
-  if (a.norm == static_cast<int>(HeadNorm::layer)) {
+  // What the first sum leaves of the mean corrects it, so that a constant row is centred to zeros.
+  for (int pass = 0; a.norm == static_cast<int>(HeadNorm::layer) && pass < 2; ++pass) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       total[r] = 0.f;
 #pragma unroll
-      for (int i = 0; i < 2 * N; ++i) total[r] += x[r][i];
+      for (int i = 0; i < 2 * N; ++i) total[r] += part.has[P::access(i)] ? x[r][i] - mean[r] : 0.f;
     }
     lane_sum<ROWS>(total, lanes);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) mean[r] = total[r] / n;
+    for (int r = 0; r < ROWS; ++r) mean[r] += total[r] / n;
   }
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -317,11 +318,11 @@ __global__ void __launch_bounds__(THREADS) rotary_any(RotaryArgs a, int64_t rows
     const int64_t token = divide(row, a.H), h = row - token * a.H, b = divide(token, a.T), t = token - b * a.T;
     const T* x = row_at<const T>(a.x, b, h, t);
     float mean = 0.f, rstd = 1.f, total[1];
-    if (a.norm == static_cast<int>(HeadNorm::layer)) {
+    for (int pass = 0; a.norm == static_cast<int>(HeadNorm::layer) && pass < 2; ++pass) {  // as in row_norms
       total[0] = 0.f;
-      for (int64_t d = lane; d < a.K; d += 32) total[0] += widen(x[d]);
+      for (int64_t d = lane; d < a.K; d += 32) total[0] += widen(x[d]) - mean;
       lane_sum<1>(total, 32);
-      mean = total[0] / n;
+      mean += total[0] / n;
     }
     if (a.norm != static_cast<int>(HeadNorm::none)) {
       total[0] = 0.f;

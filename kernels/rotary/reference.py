@@ -27,6 +27,7 @@ def norm_rope_ref(
     a = _wide(x)
     if norm == "layer":
         a = a - a.mean(-1, keepdim=True)
+        a = a - a.mean(-1, keepdim=True)  # what was left of the mean: a constant row is centred to zeros
     if norm != "none":
         a = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + eps)
     if weight is not None:

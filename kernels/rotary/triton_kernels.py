@@ -93,10 +93,12 @@ def _norm_rope_kernel(
         b_x1, b_x2 = _read(x_ptr + (i_b * stride_x_b + i_h * stride_x_h + i_t * stride_x_t) * UNIT, m, K, PAIRS, BH)
         rstd = tl.full([BR, 1], 1.0, tl.float32)
         if NORM == 2:
-            mean = ((tl.sum(b_x1, 1) + tl.sum(b_x2, 1)) / K)[:, None]
             HALF: tl.constexpr = K - K // 2
-            b_x1 = tl.where((o_h < HALF)[None, :], b_x1 - mean, 0.0)
-            b_x2 = tl.where((o_h < K // 2)[None, :], b_x2 - mean, 0.0)
+            # What the first sum leaves of the mean is taken too, so that a constant row is centred to zeros.
+            for _ in tl.static_range(2):
+                mean = ((tl.sum(b_x1, 1) + tl.sum(b_x2, 1)) / K)[:, None]
+                b_x1 = tl.where((o_h < HALF)[None, :], b_x1 - mean, 0.0)
+                b_x2 = tl.where((o_h < K // 2)[None, :], b_x2 - mean, 0.0)
         if NORM > 0:
             square = (tl.sum(b_x1 * b_x1, 1) + tl.sum(b_x2 * b_x2, 1)) / K
             rstd = (1.0 / tl.sqrt(square + eps))[:, None]

@@ -110,6 +110,18 @@ def test_values_and_gradients(backend, shape, norm, rotated, dtype):
         judge_draws(name, draws)
 
 
+@pytest.mark.parametrize("width", [26, 66, 72])
+def test_constant_rows_are_centred_to_zeros(backend, width):
+    """A sum of equal numbers is seldom their multiple: what is left of the mean would be divided by sqrt(eps)."""
+    x = torch.tensor([123.456, 45678.9, -7.7]).view(1, 1, 3, 1).repeat(1, 2, 1, width)
+    for interleaved in (False, True):
+        angles = torch.zeros(3, width // 2)
+        q, _ = kernels.qk_norm_rope(
+            x, x, None, None, angles.cos(), angles.sin(), norm="layer", interleaved=interleaved, backend=backend
+        )
+        assert not q.any()
+
+
 @pytest.mark.native
 def test_the_weights_gradient_over_many_tokens(native):
     """A chunk of the sum has 1,024 rows here: added in turn they lost more than twice what PyTorch's sums lose."""
