@@ -39,7 +39,9 @@ def flops(
     convention: Annotated[
         str, typer.Option(help="What counts: matmul, all, hardware, or a published rule.")
     ] = "matmul",
-    recompute: Annotated[str, typer.Option(help="Activations computed again: none, block or attention.")] = "none",
+    recompute: Annotated[
+        str, typer.Option(help="Activations computed again: none, block, fused-block or attention.")
+    ] = "none",
     compare: Annotated[bool, typer.Option("--compare", help="Every convention beside the exact count.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the ledger as a Markdown table.")] = False,
     as_json: Json = False,

@@ -185,19 +185,21 @@ class Walk(Parts):
     def _skip_last(self, times: int, rows: int, sent: int) -> None:
         """What repeating a block leaves out: it ends once all that its backward pass needs is there again.
 
-        That is before the last addition, and before the last product where no gate needs its result. A
+        That is before the last addition, and before the last product where no gate needs its result in this block. A
         mixture (with ``sent`` rows) adds its experts' results up before the shared experts run.
         """
         c, d = self.config, self.config.width
         self.skip("blocks.mlp.residual", self._last_residual)
-        if c.modulation in ("adaln-zero", "adaln-single"):
+        gated = c.modulation in ("adaln-zero", "adaln-single")
+        name = "blocks.moe.shared" if sent else "blocks.mlp"
+        hidden = c.mlp_width * (c.shared_experts if sent else 1)
+        if not sent or c.shared_experts:
+            self.skip(f"{name}.fc2", 2 * times * rows * hidden * d, fused=gated)
+        if gated:
             return
         if sent and not c.shared_experts:
             self.skip("blocks.moe.dispatch", times * sent * d)
             return
-        name = "blocks.moe.shared" if sent else "blocks.mlp"
-        hidden = c.mlp_width * (c.shared_experts if sent else 1)
-        self.skip(f"{name}.fc2", 2 * times * rows * hidden * d)
         self.skip(f"{name}.bias", times * rows * d)
         if sent:
             self.skip("blocks.moe.dispatch", times * rows * d)
@@ -271,8 +273,10 @@ class Walk(Parts):
         self.body(c.depth * (d * heads * (d // c.heads) + d * d + self._feed_forward_weights()))
         self._modulated_uses += 2 * c.depth + c.single_depth
         # The caption's stream is added to last; where it has stopped, the image's.
-        self.skip("blocks.context.mlp.residual", 2 * sum(n * t for n, t in text) * d * through)
-        self.skip("blocks.mlp.residual", 2 * sum(n * t for n, t in image) * d * (c.depth - through))
+        for name, stream, times in (("blocks.context.mlp", text, through), ("blocks.mlp", image, c.depth - through)):
+            rows_of_stream = sum(n * t for n, t in stream)
+            self.skip(f"{name}.residual", 2 * rows_of_stream * d * times)
+            self.skip(f"{name}.fc2", 2 * rows_of_stream * c.mlp_width * d * times, fused=True)
         if c.single_depth:
             self._single_blocks(both, rows)
 
@@ -310,6 +314,7 @@ class Walk(Parts):
         self.linear("single.linear2", times, rows, d + f, d, "2·L·B·(T+S)·(D+F)·D", "token")
         self._residual("single", times, sequences)
         self.skip("single.residual", self._last_residual)
+        self.skip("single.linear2", 2 * times * rows * (d + f) * d, fused=True)
         self.body(times * (d * inner + (d + f) * d))
 
     # -- output

@@ -87,8 +87,9 @@ def count(
         context_lengths: caption tokens of each sample. Default: ``config.caption_tokens`` for all.
         convention: what counts; see ``ditscale.dit.conventions.CONVENTIONS``. Default: "matmul".
         recompute: forward work that is done again for the backward pass: "none", "block" (torch's checkpoint
-            around each block), "attention" (the two products and the softmax), or names of lines. Default:
-            "none".
+            around each block of a plain model), "fused-block" (around those of ``ditscale.dit.DiT``, which leave
+            their last branch to the next one: its product is not repeated; not under ``all``), "attention" (the
+            two products and the softmax), or names of lines. Default: "none".
         fused: under ``all``, count the operators of ``ditscale.kernels`` as they compute; False counts the
             plain operations that they replace, as autograd runs them. Default: True.
         dtype_bytes: of an element, for the bytes moved. Default: 2.

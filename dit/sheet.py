@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from ditscale.dit.ledger import LedgerLine, ParamCount
 from ditscale.errors import InputError
 
+_BLOCKS = ("block", "fused-block")
+
 
 class Sheet:
     """Lines that add up under their names, in the order in which each was first written.
@@ -24,6 +26,7 @@ class Sheet:
         self._sums: dict[str, list[int]] = {}
         self._labels: dict[str, tuple[str, str]] = {}
         self._unrepeated: dict[str, int] = {}
+        self._unrepeated_fused: dict[str, int] = {}
         self._kernel_repeats: dict[str, int] = {}
         self._params = {"token": 0, "context": 0, "sample": 0, "embedding": 0}
         self._idle = self._body = 0
@@ -103,9 +106,10 @@ class Sheet:
         self._body += weights
         self._idle += idle
 
-    def skip(self, name: str, flops: int) -> None:
-        """Forward work of a line that repeating its block leaves out."""
-        self._unrepeated[name] = self._unrepeated.get(name, 0) + flops
+    def skip(self, name: str, flops: int, *, fused: bool = False) -> None:
+        """Forward work of a line that repeating its block leaves out; ``fused``: only where another adds its last branch."""
+        for sums in (self._unrepeated_fused,) if fused else (self._unrepeated, self._unrepeated_fused):
+            sums[name] = sums.get(name, 0) + flops
 
     def kernel_repeats(self, name: str, repeated: int) -> None:
         """Forward work of a line that a fused kernel does again in its backward pass."""
@@ -115,15 +119,16 @@ class Sheet:
         """The ledger, with the column of repeated work filled in.
 
         Args:
-            recompute: "none", "block", "attention", or names of lines.
+            recompute: "none", "block", "fused-block", "attention", or names of lines.
             hardware: add what fused kernels do again.
         """
         chosen = self._chosen(recompute)
+        left_out = self._unrepeated_fused if recompute == "fused-block" else self._unrepeated
         out = []
         for name, (forward, backward, bytes_forward, bytes_backward) in self._sums.items():
             again = 0
             if name in chosen:
-                again = forward - (self._unrepeated.get(name, 0) if recompute == "block" else 0)
+                again = forward - (left_out.get(name, 0) if recompute in _BLOCKS else 0)
             if hardware:
                 again += self._kernel_repeats.get(name, 0)
             operation, formula = self._labels[name]
@@ -133,12 +138,16 @@ class Sheet:
     def _chosen(self, recompute: str | Sequence[str]) -> set[str]:
         if recompute == "none":
             return set()
-        if recompute == "block":
+        if recompute == "fused-block" and self.elementwise:
+            raise InputError("recompute: expected none, block, attention or names of lines under all, got fused-block")
+        if recompute in _BLOCKS:
             return {name for name in self._sums if name.startswith(("blocks.", "single."))}
         if recompute == "attention":
             return {name for name in self._sums if name.endswith((".scores", ".values", ".softmax"))}
         if isinstance(recompute, str):
-            raise InputError(f"recompute: expected none, block, attention or names of lines, got {recompute!r}")
+            raise InputError(
+                f"recompute: expected none, block, fused-block, attention or names of lines, got {recompute!r}"
+            )
         for name in recompute:
             if name not in self._sums:
                 raise InputError(f"recompute: expected names of lines, got {name!r}")

@@ -24,6 +24,12 @@ from ditscale.dit.update import Updater, UpdateRule
 from ditscale.errors import InputError
 
 
+def repeat_blocks(model: DiT) -> None:
+    """From now on each block's activations are computed again in the backward pass: what the ledger calls "fused-block"."""
+    for block in blocks_of(model):
+        block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
+
+
 class TrainState:
     """Model, optimizer, averaged weights and counters of one run.
 
@@ -45,10 +51,10 @@ class TrainState:
         self.ranks = ranks
         torch.manual_seed(seed_for(config.seed, "weights"))
         self.model = DiT(config.model).to(ranks.device)
-        for block in blocks_of(self.model):
-            if execution.recompute == "block":
-                block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
-            if execution.compile:
+        if execution.recompute == "block":
+            repeat_blocks(self.model)
+        if execution.compile:
+            for block in blocks_of(self.model):
                 block.compile()
         self.called = ranks.distribute(self.model)
         rule = UpdateRule(
@@ -64,7 +70,7 @@ class TrainState:
         self.updater = Updater(self.model, groups, rule, sum_squares=ranks.sum_squares())
         self.meter = FlopMeter(
             config.model,
-            recompute=execution.recompute,
+            recompute="fused-block" if execution.recompute == "block" else "none",
             # The ledger has no line for Muon, whose products depend on the shapes of its matrices.
             optimizer="adamw" if config.optimizer == "adamw" else None,
             ema=True,

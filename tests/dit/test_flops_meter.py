@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from model_variants import VARIANTS, config_of, inputs_of, randomised
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ditscale.dit import DiTConfig
 from ditscale.dit.attribution import EVERYTHING, ModuleAttribution
 from ditscale.dit.encoders import AUTOENCODERS, TEXT_ENCODERS, AutoencoderSpec, TextEncoderSpec
-from ditscale.dit.flops import FlopMeter, count, trace
+from ditscale.dit.flops import FlopMeter, compare, count, trace
 from ditscale.dit.torch_costs import matmul_formulas
 from ditscale.dit.tracing import Watch
+from ditscale.dit.training.state import repeat_blocks
 from ditscale.errors import InputError
 
 SMALL = DiTConfig(image_size=8, latent_factor=1, width=8, depth=2, heads=2, num_classes=3)
@@ -288,3 +291,19 @@ def test_encoders_stand_beside_the_model() -> None:
     assert report.line("autoencoder.encode").forward == 3 * AUTOENCODERS["sd"].encode(8, 8)
     assert report.train == count(CAPTIONS, batch=3).train
     assert report.step == report.train + sum(line.forward for line in report.extras)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_blocks_that_the_trainer_repeats_cost_what_runs(name: str) -> None:
+    """Their last branch is left to the next block's fused operator: its product is not repeated."""
+    config, model = config_of(name), randomised(config_of(name))
+    repeat_blocks(model)
+    with FlopCounterMode(display=False, custom_mapping=matmul_formulas(hardware=True)) as counter:
+        model(*inputs_of(config, 2)).square().sum().backward()
+    assert counter.get_total_flops() == count(config, batch=2, convention="hardware", recompute="fused-block").train
+
+
+def test_repeating_fused_blocks_is_counted_in_products_only() -> None:
+    with pytest.raises(InputError, match="recompute: expected none, block, attention or names of lines under all"):
+        count(SMALL, convention="all", recompute="fused-block")
+    assert compare(SMALL, recompute="fused-block")[-1].train > 0
