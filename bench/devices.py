@@ -17,7 +17,11 @@ from typing import Any
 import ditscale
 
 PEERS = ("liger-kernel", "quack-kernels", "apex", "flash-attn", "xformers", "transformer-engine")
-_GPU_STATE = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_throttle_reasons.active"
+_GPU_STATE = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+_GPU_THROTTLING = (
+    "clocks_event_reasons.active",
+    "clocks_throttle_reasons.active",
+)  # as newer and older drivers call it
 
 
 def version_of(package: str) -> str | None:
@@ -161,9 +165,12 @@ def state(device: str) -> dict[str, Any]:
     """Clock, load, power and temperature now; what the system does not tell is left out."""
     found: dict[str, Any] = {"load_average": round(os.getloadavg()[0], 2)}
     if device == "cuda":
-        values = (_nvidia_smi(_GPU_STATE) or "").split(", ")
-        names = _GPU_STATE.split(",")
-        return found | (dict(zip(names, values, strict=True)) if len(values) == len(names) else {})
+        # One query fails as a whole where a name in it is unknown.
+        for names in (*((*_GPU_STATE, last) for last in _GPU_THROTTLING), _GPU_STATE):
+            values = (_nvidia_smi(",".join(names)) or "").split(", ")
+            if len(values) == len(names):
+                return found | dict(zip(names, values, strict=True))
+        return found
     try:
         clocks = [float(c) for c in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.M)]
         found["clock_mhz"] = round(max(clocks)) if clocks else None

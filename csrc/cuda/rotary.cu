@@ -120,6 +120,7 @@ __device__ __forceinline__ void row_norms(
   const float n = static_cast<float>(a.K);
   float total[ROWS];
   // What the first sum leaves of the mean corrects it, so that a constant row is centred to zeros.
+#pragma unroll 1
   for (int pass = 0; a.norm == static_cast<int>(HeadNorm::layer) && pass < 2; ++pass) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -318,6 +319,7 @@ __global__ void __launch_bounds__(THREADS) rotary_any(RotaryArgs a, int64_t rows
     const int64_t token = divide(row, a.H), h = row - token * a.H, b = divide(token, a.T), t = token - b * a.T;
     const T* x = row_at<const T>(a.x, b, h, t);
     float mean = 0.f, rstd = 1.f, total[1];
+#pragma unroll 1
     for (int pass = 0; a.norm == static_cast<int>(HeadNorm::layer) && pass < 2; ++pass) {  // as in row_norms
       total[0] = 0.f;
       for (int64_t d = lane; d < a.K; d += 32) total[0] += widen(x[d]) - mean;
@@ -377,6 +379,7 @@ __global__ void __launch_bounds__(THREADS) rotary_any(RotaryArgs a, int64_t rows
         if (c.both) narrow((g[1] - c1 - normed[1] * c2) * rstd, out + c.second);
       }
     } else {
+#pragma unroll 1  // loads do not pass stores that may alias: unrolled it holds more registers, no more accesses in flight
       for (int64_t p = lane; p < pairs; p += 32) {
         const Pair c = pair_of(a, p);
         float first = (widen(x[c.first]) - mean) * rstd, second = c.both ? (widen(x[c.second]) - mean) * rstd : 0.f;

@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditscale.bench import ceilings, fits, models, operators, subjects, timing
+from ditscale.bench import ceilings, devices, fits, models, operators, subjects, timing
 from ditscale.bench.cases import Case, Work, block_case, cases, step_case
 from ditscale.bench.plain_dit import PlainDiT
 from ditscale.bench.rows import REQUIRED, STATUSES
@@ -248,3 +248,18 @@ def test_a_slow_peer_of_the_fits_is_left_out_where_its_turn_comes_too_late(
     }
     assert seen == ["ours"] and rows["ours"]["status"] == "measured"
     assert rows["scipy"]["status"] == ("measured" if in_time else "skipped")
+
+
+@pytest.mark.parametrize("known", ["clocks_event_reasons.active", "clocks_throttle_reasons.active", None])
+def test_a_gpu_s_state_is_told_by_drivers_of_any_age(monkeypatch, known):
+    """One that does not know a name answers nothing at all."""
+
+    def answer(query):
+        names = query.split(",")
+        reasons = [name for name in names if "reasons" in name]
+        return None if reasons not in ([], [known]) else ", ".join(f"<{name}>" for name in names)
+
+    monkeypatch.setattr(devices, "_nvidia_smi", answer)
+    told = devices.state("cuda")
+    assert told["clocks.sm"] == "<clocks.sm>" and told["power.draw"] == "<power.draw>"
+    assert [name for name in told if "reasons" in name] == ([] if known is None else [known])
