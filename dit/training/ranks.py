@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -68,6 +69,11 @@ class Ranks:
         if self.mode != "none":
             from torch.distributed.fsdp import fully_shard
 
+            # Gates, which blocks hand on, are parts of one projection; nobody writes them in place.
+            kinds = "|".join(sorted({f"FSDP{type(module).__name__}" for module in (model, *blocks_of(model))}))
+            warnings.filterwarnings(
+                "ignore", rf"FSDP2-wrapped module \(({kinds})\) returned a view tensor", UserWarning
+            )
             for block in blocks_of(model):
                 fully_shard(block, mesh=self._mesh)
             fully_shard(model, mesh=self._mesh)
