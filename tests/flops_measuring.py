@@ -11,6 +11,7 @@ from fractions import Fraction
 from itertools import zip_longest
 from typing import Any
 
+import model_variants
 import torch
 from flops_variants import Inputs, Variant
 from torch import Tensor
@@ -22,6 +23,7 @@ from ditscale.dit.attribution import EVERYTHING, ModuleAttribution
 from ditscale.dit.flops import ParamCount, condition_tokens
 from ditscale.dit.torch_costs import matmul_formulas
 from ditscale.dit.tracing import Watch
+from ditscale.dit.training.state import repeat_blocks
 
 FORMULAS = matmul_formulas()
 
@@ -226,3 +228,13 @@ def kind_of(name: str, config: DiTConfig) -> str:
     if "context" in parts or (parts[-3:-1] == ["cross", "kv"]) or ("cross" in parts and "k_norm" in parts):
         return "context"
     return "token"
+
+
+@functools.cache
+def hardware_of_repeated_blocks(name: str) -> int:
+    """What a variant of our own model runs forward and backward, two samples, its blocks repeated as the trainer does it."""
+    config, model = model_variants.config_of(name), model_variants.randomised(model_variants.config_of(name))
+    repeat_blocks(model)
+    with FlopCounterMode(display=False, custom_mapping=matmul_formulas(hardware=True)) as counter:
+        model(*model_variants.inputs_of(config, 2)).square().sum().backward()
+    return int(counter.get_total_flops())

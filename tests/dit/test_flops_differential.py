@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flops_measuring import Measured, inputs_of, measure
+from flops_measuring import Measured, hardware_of_repeated_blocks, inputs_of, measure
 from flops_mutants import mutants
+from model_variants import VARIANTS, config_of
 
 from ditscale.dit import DiTConfig
 from ditscale.dit.flops import FlopReport, count
@@ -274,7 +275,7 @@ def survivors(modules: list[str], numbers: range) -> list[str]:
             walker = rebuilt(name, mutant)
             flops.Walk, flops.Workload = walker.Walk, walker.Workload
             try:
-                caught = any(notices(n) for n in numbers)
+                caught = any(notices(n) for n in numbers) or any(notices_repeats(variant) for variant in VARIANTS)
             finally:
                 flops.Walk, flops.Workload = truth
             if not caught and not any(fragment in what for fragment in EQUIVALENT):
@@ -286,6 +287,15 @@ def notices(number: int) -> bool:
     try:
         return bool(differences(number))
     except Exception:  # a crash is noticed too
+        return True
+
+
+def notices_repeats(name: str) -> bool:
+    """Of the blocks of our own model, whose last branch is the next one's."""
+    try:
+        report = count(config_of(name), batch=2, convention="hardware", recompute="fused-block")
+        return report.train != hardware_of_repeated_blocks(name)
+    except Exception:
         return True
 
 
@@ -319,5 +329,6 @@ def rebuilt(name: str, mutant: types.ModuleType) -> types.ModuleType:
 def test_a_mutation_of_any_formula_is_noticed(modules: list[str]) -> None:
     numbers = range(FIRST)
     assert not any(differences(n) for n in numbers), "a ledger that is wrong as it stands notices nothing"
+    assert not any(notices_repeats(variant) for variant in VARIANTS)
     alive = survivors(modules, numbers)
     assert not alive, "\n".join(alive)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_variants import VARIANTS, config_of, inputs_of, randomised
+from flops_measuring import hardware_of_repeated_blocks
+from model_variants import VARIANTS, config_of
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ditscale.dit import DiTConfig
 from ditscale.dit.attribution import EVERYTHING, ModuleAttribution
@@ -17,7 +17,6 @@ from ditscale.dit.encoders import AUTOENCODERS, TEXT_ENCODERS, AutoencoderSpec, 
 from ditscale.dit.flops import FlopMeter, compare, count, trace
 from ditscale.dit.torch_costs import matmul_formulas
 from ditscale.dit.tracing import Watch
-from ditscale.dit.training.state import repeat_blocks
 from ditscale.errors import InputError
 
 SMALL = DiTConfig(image_size=8, latent_factor=1, width=8, depth=2, heads=2, num_classes=3)
@@ -296,11 +295,8 @@ def test_encoders_stand_beside_the_model() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_blocks_that_the_trainer_repeats_cost_what_runs(name: str) -> None:
     """Their last branch is left to the next block's fused operator: its product is not repeated."""
-    config, model = config_of(name), randomised(config_of(name))
-    repeat_blocks(model)
-    with FlopCounterMode(display=False, custom_mapping=matmul_formulas(hardware=True)) as counter:
-        model(*inputs_of(config, 2)).square().sum().backward()
-    assert counter.get_total_flops() == count(config, batch=2, convention="hardware", recompute="fused-block").train
+    report = count(config_of(name), batch=2, convention="hardware", recompute="fused-block")
+    assert report.train == hardware_of_repeated_blocks(name)
 
 
 def test_repeating_fused_blocks_is_counted_in_products_only() -> None:
