@@ -1,5 +1,5 @@
 // Clipping, AdamW and the weights' moving average in one pass: five numbers read and four written a weight, where passes of their own
-// read eight and write five.
+// read seven and write five.
 #include "adamw_rows.h"
 #include "vec.h"
 

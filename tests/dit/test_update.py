@@ -15,6 +15,7 @@ from ditscale.dit.muon import orthogonal
 from ditscale.dit.optim import parameter_groups
 from ditscale.dit.update import Updater, UpdateRule
 from ditscale.errors import InputError
+from ditscale.kernels.adamw.native import AVAILABLE
 
 
 class Small(nn.Module):
@@ -89,6 +90,7 @@ def test_steps_are_those_of_the_restatement(muon, clip, kernel, monkeypatch):
     decays = {n: 0.1 if p.ndim > 1 else 0.0 for n, p in model.named_parameters()}
     start = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
     updater = Updater(model, groups, rule)
+    assert updater._in_one_pass == (kernel and not muon and AVAILABLE)
     gradients = []
     for _ in range(6):
         for parameter in model.parameters():
