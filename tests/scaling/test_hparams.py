@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from law_helpers import cells as _cells
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable, fit_hparams, plan
 from ditscale.scaling.cells import NEAR_OPTIMAL
-from ditscale.scaling.hparams import _known
+from ditscale.scaling.hparams import _regress
 from ditscale.scaling.laws import SURFACE
 
 
@@ -114,6 +115,13 @@ def test_tuned_runs_carry_a_surface_and_intervals_reach_the_plan(tmp_path: Path)
         plan("liang2024", budget=1e20, hparams=str(path))
 
 
-def test_a_cell_without_an_error_of_its_own_does_not_count_as_exact() -> None:
-    assert _known([float("nan"), 1e-4, 4e-4]).tolist() == [4e-4, 1e-4, 4e-4]
-    assert _known([float("nan"), float("nan")]).tolist() == [0.0, 0.0]
+def test_a_cell_without_an_error_of_its_own_counts_as_the_worst_of_the_others() -> None:
+    cells = fit_hparams(_cells(noise=0.002, wander=0.05, seed=1), bootstrap=40).cells
+    worst = max((c.covariance for c in cells[1:]), key=lambda covariance: covariance[0][0])
+    laws = [
+        _regress([replace(cells[0], covariance=own), *cells[1:]], "lr", [], 40, 0).law
+        for own in (np.full((2, 2), np.nan), worst, np.zeros((2, 2)))
+    ]
+    unknown, as_worst, as_exact = ([law.coefficient, *law.exponents.values()] for law in laws)
+    np.testing.assert_allclose(unknown, as_worst, rtol=1e-12)
+    assert not np.allclose(unknown, as_exact, rtol=1e-6), "weights of this cell move the law"
