@@ -37,6 +37,8 @@ class Protocol:
         warm_up_ms: and calls for at least as long.
         seconds: time for all rounds of a case.
         waited_limit: share of a sample that the process's threads may have waited for a core; above, it is disturbed.
+        waited_limit_long: the same for samples of 100 ms and more, whole training steps: a system's own services take a per
+            cent or two of any such stretch, from every candidate alike.
         attempts: times that a disturbed sample is measured again within its round.
         noise_limit: largest (p80 - p20) / median of the calibration loop.
         patience_seconds: how long to wait for a quiet machine before giving up.
@@ -51,13 +53,19 @@ class Protocol:
     warm_up_ms: float = 30.0
     seconds: float = 5.0
     waited_limit: float = 0.01
+    waited_limit_long: float = 0.03
     attempts: int = 6
     noise_limit: float = 0.10
     patience_seconds: float = 20.0
     most_sets: int = 512
     refuse: bool = True
 
+    def calm(self, sample: Sample) -> bool:
+        """Whether no other work disturbed ``sample``. A sample that long is one call, so its ``ms`` is the length of it."""
+        return sample.waited <= (self.waited_limit_long if sample.ms >= _LONG_MS else self.waited_limit)
 
+
+_LONG_MS = 100.0
 _WARM_UP_SECONDS = 1.0  # of a candidate, at most, once it has been through its sets
 # Runs every line in milliseconds; its times mean nothing.
 TINY = Protocol(
@@ -204,9 +212,9 @@ def _rounds(samplers: dict[str, Callable[[], Sample]], protocol: Protocol) -> tu
             found = {}
             for name in names[first:] + names[:first]:
                 found[name], tries = _calmest(samplers[name], protocol)
-                calm = found[name].waited <= protocol.waited_limit
+                calm = protocol.calm(found[name])
                 taken, bad = taken + tries, bad + tries - calm
-            if protocol.refuse and any(sample.waited > protocol.waited_limit for sample in found.values()):
+            if protocol.refuse and not all(map(protocol.calm, found.values())):
                 dropped += 1
                 continue
             kept += 1
@@ -227,7 +235,7 @@ def _calmest(sampler: Callable[[], Sample], protocol: Protocol) -> tuple[Sample,
     """The first undisturbed sample, or the least disturbed of all attempts; and how many were made."""
     best = sampler()
     tries = 1
-    while best.waited > protocol.waited_limit and tries < protocol.attempts:
+    while not protocol.calm(best) and tries < protocol.attempts:
         best = min(best, sampler(), key=lambda sample: sample.waited)
         tries += 1
     return best, tries

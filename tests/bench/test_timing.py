@@ -130,6 +130,12 @@ def test_a_disturbed_sample_is_measured_again() -> None:
     assert disturbed == pytest.approx(2 / 5)
 
 
+def test_a_long_sample_bears_what_the_services_of_a_system_take() -> None:
+    protocol = Protocol()
+    assert protocol.calm(Sample(5.0, 0.01)) and not protocol.calm(Sample(5.0, 0.02))
+    assert protocol.calm(Sample(500.0, 0.02)) and not protocol.calm(Sample(500.0, 0.04))
+
+
 def test_a_round_that_stays_disturbed_is_dropped_for_all_candidates() -> None:
     _, x = _scripted([0.5, 0.5])
     _, y = _scripted([])
