@@ -166,9 +166,8 @@ def layernorm_modulate(
     _check_rows(x)
     rms = _rms(norm)
     dispatch.check_number("eps", eps, least=0.0)
-    eps = float(
-        eps
-    )  # with dynamic=True Dynamo makes a symbol of it, and fails where a second call takes it: here it is a number
+    # With dynamic=True Dynamo makes a symbol of it, and fails where a second call takes it: here it is a number.
+    eps = float(eps)
     shift, scale = _modulations(x, ("shift", "scale"), (shift, scale))
     base = 1.0
     if weight is not None or bias is not None:
