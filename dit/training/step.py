@@ -67,21 +67,22 @@ class Stepper:
             parameter.grad = None
         share = len(inputs.x_0)
         size = self.microbatch or share
-        total = 0.0
+        losses: list[Tensor] = []  # read behind the last pass: a GPU is not waited for between two of them
         for start in range(0, share, size):
             rows = slice(start, start + size)
             part = inputs if size == share else inputs.changed(operator.itemgetter(rows))
             last = start + size >= share
             with contextlib.nullcontext() if last else self.accumulating():
                 loss = self.loss(part)
-                total += loss.detach().item() * size / share
+                losses.append(loss.detach())
                 balance = getattr(self.model, "balance_loss", None)
                 if balance is not None:
                     loss = loss + self.balance_weight * balance
                 if size < share:
                     loss = loss * (size / share)
                 loss.backward()
-        return total, self.updater.gradient_norm()
+        norm = self.updater.gradient_norm()
+        return sum(loss.item() * size / share for loss in losses), norm
 
     def __call__(self, inputs: StepInputs, rate: float = 1.0) -> float:
         """One whole step; returns the loss."""

@@ -51,6 +51,18 @@ def test_bfloat16_multiplies_in_bfloat16_and_keeps_its_weights_in_float32(tmp_pa
     assert {p.dtype for p in load_weights(tmp_path / "low/weights.safetensors")[0].parameters()} == {torch.float32}
 
 
+def test_no_loss_is_read_before_the_last_pass_of_a_step(tmp_path, monkeypatch):
+    """Reading one waits for a GPU, which then idles until the next pass is launched."""
+    order, config = [], tiny()
+    item, backward = torch.Tensor.item, torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: (order.append("read"), item(t))[1])
+    monkeypatch.setattr(torch.Tensor, "backward", lambda t, *a, **k: (order.append("pass"), backward(t, *a, **k))[1])
+    train(config, tmp_path / "run", execution=Execution(microbatch=config.batch // 2))
+    steps = [i for i, what in enumerate(order) if what == "pass"]
+    assert len(steps) == 2 * config.steps
+    assert all(order[i + 1] == "pass" for i in steps[::2])
+
+
 def test_recomputed_blocks_change_no_bit_and_are_charged(tmp_path):
     plain = train(tiny(), tmp_path / "plain")
     again = train(tiny(), tmp_path / "again", execution=Execution(recompute="block"))
