@@ -23,6 +23,7 @@ from ditscale.kernels.attn.reference import same_sequence
 # written for it first. Version 4 knows Hopper and Blackwell, version 3 Hopper alone.
 _FLASH: Final = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
 _FLASH_ORDER: Final = {9: (3, 4, 2), 10: (4, 2), 11: (4, 2)}
+GREATEST_BIAS: Final = 2e38  # times log2(e) it is a float32 number still, with room for a score
 
 
 def call(
@@ -113,7 +114,7 @@ def sdpa(
         counts = allowed.any(-2).unsqueeze(-1)  # a key that counts for nobody may be NaN, and zero times NaN is NaN
         k, v = torch.where(counts, k, 0.0), torch.where(counts, v, 0.0)
     if key_bias is not None:
-        bias = key_bias.unsqueeze(2)
+        bias = (key_bias if _takes_wide_masks(q.device) else _narrow(key_bias, q.dtype)).unsqueeze(2)
         weighs = bias != float("-inf")
         allowed = weighs if allowed is None else allowed & weighs
     if allowed is None:
@@ -123,11 +124,22 @@ def sdpa(
     q = torch.where(nothing, 0.0, q)  # which may be NaN
     mask = allowed | nothing
     if key_bias is not None:
-        mask = torch.where(allowed, bias, torch.where(nothing, 0.0, float("-inf")))
-        if q.device.type != "cpu":  # PyTorch's kernels for GPUs take a mask in the dtype of q alone
-            mask = mask.to(q.dtype)
+        mask = torch.where(allowed, bias, torch.where(nothing, 0.0, float("-inf")).to(bias.dtype))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return torch.where(nothing, 0.0, out)
+
+
+def _takes_wide_masks(device: torch.device) -> bool:
+    """PyTorch's kernels for GPUs take a mask in the dtype of q alone."""
+    return device.type == "cpu"
+
+
+def _narrow(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to ``dtype``, where what is finite stays so, in the kernels' units of log 2 too: of a row whose every key has the
+    least float32 number they would make NaN, as of one whose every key is at -infinity. Each bias keeps its gradient."""
+    most = min(torch.finfo(dtype).max, GREATEST_BIAS)
+    held = bias.detach().clamp(-most, most) + (bias - bias.detach())
+    return torch.where(bias.isinf(), bias, held).to(dtype)
 
 
 def flash_attn(
@@ -213,7 +225,7 @@ def xformers(
         nothing = (rows == float("-inf")).all(-1)[..., None, None]
         rows = torch.where(nothing[..., 0], 0.0, rows)
         # Its kernels read rows whose memory is a whole number of 8 wide.
-        bias = F.pad(rows, (0, -S % 8)).to(q.dtype)[:, :, None, :S].expand(B, H, T, S)
+        bias = F.pad(_narrow(rows, q.dtype), (0, -S % 8))[:, :, None, :S].expand(B, H, T, S)
         if lengths is not None:
             k, v = (torch.where(counts.unsqueeze(-1), t, 0.0) for t in (k, v))
     if (

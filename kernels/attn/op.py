@@ -22,7 +22,6 @@ _GREATEST_SCALE: Final = 3e38
 _LEAST_SCALE: Final = 1e-30
 _OWN = ("cpu", "triton", "cuda")  # those with the operators of shapes.py; the others bring their own autograd
 _FLOAT32_MAX: Final = torch.finfo(torch.float32).max
-_GREATEST_BIAS: Final = 2e38  # times log2(e) it is a float32 number still, with room for a score
 
 
 def _ops(backend: str) -> Any:
@@ -211,8 +210,8 @@ def _every_bias(key_bias: Tensor | None, q: Tensor, chosen: str) -> Tensor | Non
     if chosen in ("triton", "cuda"):
         # These keep scores in units of log 2, where the least float32 is -infinity and its key left out. What lies beyond
         # is taken off (of infinity a part), as a constant, so that every bias keeps its gradient.
-        beyond = F.softshrink(key_bias.detach(), _GREATEST_BIAS)
-        key_bias = key_bias - beyond.clamp(_GREATEST_BIAS - _FLOAT32_MAX, _FLOAT32_MAX - _GREATEST_BIAS)
+        beyond = F.softshrink(key_bias.detach(), adapters.GREATEST_BIAS)
+        key_bias = key_bias - beyond.clamp(adapters.GREATEST_BIAS - _FLOAT32_MAX, _FLOAT32_MAX - adapters.GREATEST_BIAS)
     return key_bias.expand(q.shape[0], q.shape[1], -1)
 
 

@@ -240,3 +240,33 @@ def test_reasons_when_they_are_absent(monkeypatch):
         assert adapters.missing("sdpa", "cpu") is None
     finally:
         adapters.missing.cache_clear()
+
+
+def masked_in_units_of_log_2(q, k, v, attn_mask=None, scale=None, enable_gqa=False):
+    """As PyTorch's memory-efficient kernel: a mask in the dtype of q, and NaN for a row whose every score is at -infinity."""
+    assert attn_mask.dtype == q.dtype
+    scores = (q.float() @ k.float().transpose(-1, -2) * scale + attn_mask.float()) * 1.4426950408889634
+    weights = torch.exp2(scores - scores.amax(-1, keepdim=True))
+    return (weights / weights.sum(-1, keepdim=True) @ v.float()).to(q.dtype)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "xformers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_finite_masks_over_every_key_stay_finite_in_the_dtype_of_q(install, monkeypatch, dtype, backend):
+    """github.com/pytorch/pytorch/issues/110213: PyTorch's kernels for GPUs make NaN of a whole row of the least number."""
+    install("xformers", Xformers())
+    monkeypatch.setattr(adapters, "_takes_wide_masks", lambda device: False)
+    monkeypatch.setattr(adapters.F, "scaled_dot_product_attention", masked_in_units_of_log_2)
+    call = make(4, 2, 9, 8, dtype)
+    least = torch.finfo(torch.float32).min
+    bias = torch.zeros(4, 9)
+    bias[0], bias[1, 3:], bias[2], bias[3, 2:] = least, least, -1e9, float("-inf")
+    bias.requires_grad_()
+    got, want = (
+        kernels.attention(call.q, call.k, call.v, key_bias=bias, backend=name) for name in (backend, "reference")
+    )
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got[[1, 3]], want[[1, 3]], rtol=0.02, atol=0.02)
+    grads = [torch.autograd.grad(out.float().square().sum(), bias)[0] for out in (got, want)]
+    assert torch.isfinite(grads[0]).all()
+    torch.testing.assert_close(grads[0][[1, 3]], grads[1][[1, 3]], rtol=0.05, atol=0.05)
