@@ -100,13 +100,18 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     key = (op, backend, device_type, dtype)
     chosen = _chosen.get(key)
     if chosen is None:
-        if device_type == "cuda" and backend == "auto" and torch.cuda.is_current_stream_capturing():
+        if device_type == "cuda" and backend == "auto" and _capturing():
             return "reference"  # a self-check cannot run inside a graph capture; warm up before it, as for any kernel
         chosen = _chosen[key] = _auto(op, device_type, dtype) if backend == "auto" else _named(*key)
         # Not Triton's: a launch trusts its arguments, so what the full path checks and converts must have been.
         if chosen in _NAMESPACES and chosen != "triton":
             _quick[key] = operators(chosen)
     return chosen
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured. Asking starts CUDA, which fake tensors of a machine without a GPU do not have."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _auto(op: str, device_type: str, dtype: torch.dtype) -> str:

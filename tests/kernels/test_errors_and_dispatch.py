@@ -169,6 +169,17 @@ def test_later_calls_without_data_are_looked_at_too():
                 call()
 
 
+def test_fake_tensors_of_a_gpu_need_none(monkeypatch):
+    """As a plan for another machine has them. Asking whether a graph is being captured would start CUDA."""
+    forget(monkeypatch)
+    with FakeTensorMode():
+        x, row = torch.empty(2, 3, 8, device="cuda"), torch.empty(2, 8, device="cuda")
+        heads = torch.empty(2, 2, 3, 8, device="cuda")
+        for y in (kernels.layernorm_modulate(x, row, row), *kernels.qk_norm_rope(heads, heads)):
+            assert y.device.type == "cuda"
+        assert kernels.attention(heads, heads, heads).shape == heads.shape
+
+
 @pytest.mark.parametrize("op", ["gate_residual", "attention"])
 def test_triton_launches_where_its_tensors_are(op, monkeypatch):
     """On the current device it would meet the memory of another, and another device's stream."""
