@@ -88,8 +88,10 @@ _chosen: dict[_Key, str] = {}
 _quick: dict[_Key, Any] = {}  # of those, the ones that have operators to call at once
 
 
-def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
+def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype, index: int | None = None) -> str:
     """The backend that serves this kind of call; raises where one was named that cannot.
+
+    ``index``: of the GPU that asks, where a self-check runs; default: the current one.
 
     Raises:
         InputError: no such backend.
@@ -102,7 +104,7 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     if chosen is None:
         if device_type == "cuda" and backend == "auto" and _capturing():
             return "reference"  # a self-check cannot run inside a graph capture; warm up before it, as for any kernel
-        chosen = _chosen[key] = _auto(op, device_type, dtype) if backend == "auto" else _named(*key)
+        chosen = _chosen[key] = _auto(op, device_type, dtype, index) if backend == "auto" else _named(*key)
         # Not Triton's: a launch trusts its arguments, so what the full path checks and converts must have been.
         if chosen in _NAMESPACES and chosen != "triton":
             _quick[key] = operators(chosen)
@@ -114,7 +116,7 @@ def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _auto(op: str, device_type: str, dtype: torch.dtype) -> str:
+def _auto(op: str, device_type: str, dtype: torch.dtype, index: int | None) -> str:
     if dtype in KERNEL_DTYPES:
         for candidate in _order(op, device_type, dtype):
             if unavailable_reason(op, candidate, device_type) is not None:
@@ -123,7 +125,7 @@ def _auto(op: str, device_type: str, dtype: torch.dtype) -> str:
                 return candidate
             # Interpreted Triton is for tests: it is only ever asked for by name.
             if not (candidate == "triton" and device_type == "cpu") and not selfcheck.failure(
-                op, candidate, dtype, device_type
+                op, candidate, dtype, device_type, index
             ):
                 return candidate
     return "sdpa" if "sdpa" in BACKENDS[op] else "reference"
@@ -187,9 +189,9 @@ def choose(op: str, backend: str, x: Tensor) -> str:
     """The backend for a call on ``x``: plain PyTorch inside transforms, else what ``resolve`` says."""
     if in_transform():
         if backend != "auto":  # (no self-check in here: it would be transformed itself)
-            resolve(op, backend, x.device.type, x.dtype)  # a wrong name is still said
+            resolve(op, backend, x.device.type, x.dtype, x.device.index)  # a wrong name is still said
         return "reference"
-    return resolve(op, backend, x.device.type, x.dtype)
+    return resolve(op, backend, x.device.type, x.dtype, x.device.index)
 
 
 _is_compiling = torch.compiler.is_compiling  # found once: looking it up takes a third of calling it

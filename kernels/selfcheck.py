@@ -195,10 +195,16 @@ def _cache_file() -> Path | None:
     return None if folder is None else folder / "selfcheck.json"
 
 
-def _kinds(device_type: str) -> list[int]:
-    """A device of each kind that this process sees: ``auto`` chooses for all of them alike."""
+def _kinds(device_type: str, first: int | None = None) -> list[int]:
+    """A device of each kind that this process sees: ``auto`` chooses for all of them alike.
+
+    Of its own kind ``first``, or the current one: another may be full, and would keep a context of this process for good.
+    """
+    count = torch.cuda.device_count() if device_type == "cuda" else 1
+    if first is None and device_type == "cuda" and count:
+        first = torch.cuda.current_device()
     kinds: dict[tuple[str, ...], int] = {}
-    for index in range(torch.cuda.device_count() if device_type == "cuda" else 1):
+    for index in sorted(range(count), key=lambda index: index != first):
         kinds.setdefault(_kind(device_type, index), index)
     return list(kinds.values())
 
@@ -259,10 +265,12 @@ def _write(key: str, verdict: str | None) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def check(op: str, backend: str, dtype: torch.dtype, device_type: str, *, again: bool = False) -> str | None:
+def check(
+    op: str, backend: str, dtype: torch.dtype, device_type: str, *, first: int | None = None, again: bool = False
+) -> str | None:
     """What is wrong with a kernel on any kind of device here; None: nothing. From the cache or, where that knows nothing or
-    ``again``, by running it."""
-    for index in _kinds(device_type):
+    ``again``, by running it; on the GPU ``first`` before others (default: the current one)."""
+    for index in _kinds(device_type, first):
         key = f"{op} {backend} {str(dtype).removeprefix('torch.')} on {_where(backend, device_type, index)}"
         known = {} if again else _read()
         if key in known:
@@ -277,9 +285,9 @@ def check(op: str, backend: str, dtype: torch.dtype, device_type: str, *, again:
 
 
 @functools.cache
-def failure(op: str, backend: str, dtype: torch.dtype, device_type: str) -> str | None:
+def failure(op: str, backend: str, dtype: torch.dtype, device_type: str, first: int | None = None) -> str | None:
     """What the self-check has against a kernel, said once a process; None where it may be used."""
-    verdict = check(op, backend, dtype, device_type)
+    verdict = check(op, backend, dtype, device_type, first=first)
     if verdict is not None:
         warnings.warn(
             f"ditscale: the {backend} kernel of {op} failed its self-check on {device_type} in "

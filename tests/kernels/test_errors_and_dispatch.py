@@ -321,6 +321,7 @@ class TestSelfCheck:
             return "wrong" if index == 2 else None
 
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(
             torch.cuda,
             "get_device_properties",
@@ -332,6 +333,18 @@ class TestSelfCheck:
         assert selfcheck.check("bias_gelu", "triton", torch.float32, "cuda") == "wrong"
         assert asked == [0, 2]  # a kind once, and kept for both
         assert len(selfcheck._read()) == 2
+        # Of a kind the one that asks, or the current one: every process of a machine would else have a context on the first.
+        monkeypatch.setattr(selfcheck, "_read", dict)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        selfcheck.check("bias_gelu", "triton", torch.float32, "cuda")
+        selfcheck.check("bias_gelu", "triton", torch.float32, "cuda", first=2)
+        assert asked == [0, 2, 1, 2, 2]
+        monkeypatch.setattr(selfcheck, "check", lambda *_, first: asked.append(first) or "wrong")
+        monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: None)
+        forget(monkeypatch)
+        with FakeTensorMode(), pytest.warns(RuntimeWarning, match="failed its self-check on cuda"):
+            kernels.bias_gelu(torch.empty(2, 3, 8, device="cuda:1"), torch.empty(8, device="cuda:1"))
+        assert set(asked[5:]) == {1}
         selfcheck._where.cache_clear()
 
     def test_a_verdict_holds_for_the_sources_of_every_triton_kernel(self):
