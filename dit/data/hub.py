@@ -35,7 +35,8 @@ class HubImages(FiniteImages):
     "label" or "labels", each where a part has it; -1 where a row has no label. Classes without names are counted over all
     parts.
 
-    Raises InputError where ``datasets`` is not installed, the folder holds no data set with images, or a label is none.
+    Raises InputError where ``datasets`` is not installed, the folder holds no data set with images, or a label or caption is
+    none.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class HubImages(FiniteImages):
         else:
             kept = list(parts)
         chosen: dict[str, Any] = {name: parts[name] for name in kept}
-        captions_of_all = [caption for part in parts.values() for caption in _captions(part)]
+        captions = {name: _captions(self.path, part) for name, part in parts.items()}
         if vocabulary is None:
-            vocabulary = Vocabulary.from_captions(captions_of_all, most=words)
+            every = (caption for part in captions.values() for caption in part)
+            vocabulary = Vocabulary.from_captions(every, most=words)
         # Of every part, so that the splits agree on the classes, and none needs the columns of another.
         labels = {name: _labels(self.path, part) for name, part in parts.items()}
         self._rows = [(name, row) for name, part in chosen.items() for row in range(len(part))]
@@ -71,7 +73,7 @@ class HubImages(FiniteImages):
         self._images = {name: _image_column(self.path, part) for name, part in chosen.items()}
         super().__init__(
             keys=[f"{name}/{row}" for name, row in self._rows],
-            captions=[caption for part in chosen.values() for caption in _captions(part)],
+            captions=[caption for name in chosen for caption in captions[name]],
             labels=[label for name in chosen for label in labels[name]],
             classes=_classes(self.path, parts, [label for part in labels.values() for label in part]),
             order_key=f"hub images {seed}",
@@ -148,9 +150,18 @@ def _classes(path: Path, parts: Mapping[str, Any], labels: Sequence[int]) -> Seq
     return list(names)
 
 
-def _captions(part: Any) -> list[str]:
+def _captions(path: Path, part: Any) -> list[str]:
+    """The caption of every row of a part, empty where there is none."""
     column = next((name for name in _CAPTIONS if name in part.features), None)
-    return [str(text or "") for text in part[column]] if column else [""] * len(part)
+    if column is None:
+        return [""] * len(part)
+    captions = []
+    for text in part[column]:
+        # Several captions of an image, as some data sets have them, would be one with brackets and quotation marks.
+        if not (text is None or isinstance(text, str)):
+            raise InputError(f"{path}: expected a text in column {column}, got {str(text)[:80]}")
+        captions.append(text or "")
+    return captions
 
 
 def _image_column(path: Path, part: Any) -> str:

@@ -341,6 +341,15 @@ def test_labels_that_are_no_numbers_are_named(tmp_path, label):
         HubImages(path, 8)
 
 
+@pytest.mark.parametrize("text", [["a cat", "the cat"], 3, {"en": "a cat"}])
+def test_captions_that_are_no_texts_are_named(tmp_path, text):
+    """Several captions of an image were one, with Python's brackets and quotation marks among the words."""
+    path = saved(tmp_path / "hub", train={"caption": [text] * 3})
+    with pytest.raises(InputError, match="expected a text in column caption, got"):
+        HubImages(path, 8)
+    assert HubImages(saved(tmp_path / "none", train={"caption": [None, "a"]}), 8).captions == ("", "a")
+
+
 def test_a_data_set_of_no_rows_is_named(tmp_path):
     with pytest.raises(InputError, match="expected a data set that save_to_disk wrote"):
         HubImages(saved(tmp_path / "hub", train={"label": []}), 8)
