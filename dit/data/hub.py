@@ -140,11 +140,15 @@ def _labels(path: Path, part: Any) -> list[int]:
 
 
 def _classes(path: Path, parts: Mapping[str, Any], labels: Sequence[int]) -> Sequence[str]:
-    """Names of the classes, as the first part tells them that names any, or else their numbers."""
+    """Names of the classes, as the parts tell them that name any, or else their numbers."""
     columns = (part.features[name] for part in parts.values() for name in _LABELS if name in part.features)
-    names = next((found for column in columns if (found := getattr(column, "names", None))), None)
-    if names is None:
+    named = [names for column in columns if (names := getattr(column, "names", None))]
+    if not named:
         return numbered_classes(labels, str(path))
+    names = named[0]
+    # One number would stand for two classes, as where each part's were numbered by themselves.
+    if other := next((found for found in named if found != names), None):
+        raise InputError(f"{path}: expected the same classes in every part, got {names} and {other}")
     if max(labels, default=-1) >= len(names):
         raise InputError(f"{path}: expected labels below {len(names)}, the classes named, got {max(labels)}")
     return list(names)

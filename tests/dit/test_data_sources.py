@@ -334,6 +334,20 @@ def test_parts_of_a_data_set_agree_on_its_classes(tmp_path):
     assert set(HubImages(path, 8, split="validation").labels) == {-1}
 
 
+def test_parts_that_number_their_classes_apart_are_refused(tmp_path):
+    """Each part's labels made into classes by themselves: the second part has no bee, so its cats are the first's bees."""
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    parts = datasets.load_from_disk(
+        str(saved(tmp_path / "words", train={"label": ["ant", "bee", "cat"]}, validation={"label": ["ant", "cat"]}))
+    )
+    apart = {name: part.class_encode_column("label") for name, part in parts.items()}
+    datasets.DatasetDict(apart).save_to_disk(str(tmp_path / "hub"))
+    with pytest.raises(
+        InputError, match=r"the same classes in every part, got \['ant', 'bee', 'cat'\] and \['ant', 'cat'\]"
+    ):
+        HubImages(tmp_path / "hub", 8)
+
+
 @pytest.mark.parametrize("label", ["cat", 1.5, [1, 2]])
 def test_labels_that_are_no_numbers_are_named(tmp_path, label):
     path = saved(tmp_path / "hub", train={"label": [label] * 3})
