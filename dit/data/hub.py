@@ -120,7 +120,15 @@ def _load(path: Path) -> dict[str, Any]:
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, TypeError, IndexError) as error:  # IndexError: of no rows
         raise InputError(f"{path}: expected a data set that save_to_disk wrote, got {error}") from error
-    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+    parts = found if isinstance(found, datasets.DatasetDict) else {"train": found}
+    return {name: _plain(part) for name, part in parts.items()}
+
+
+def _plain(part: Any) -> Any:
+    """A part without the format that it was saved in, such as torch's, or of some of its columns: pictures would be arrays."""
+    shown = part.format["type"], set(part.format["columns"])
+    # Only then, as it is another fingerprint.
+    return part if shown == (None, set(part.column_names)) else part.with_format(None)
 
 
 def _labels(path: Path, part: Any) -> list[int]:

@@ -348,6 +348,17 @@ def test_parts_that_number_their_classes_apart_are_refused(tmp_path):
         HubImages(tmp_path / "hub", 8)
 
 
+@pytest.mark.parametrize("form", [{"type": "torch"}, {"type": "numpy"}, {"columns": ["image"]}])
+def test_a_format_that_a_data_set_was_saved_in_is_put_off(tmp_path, form):
+    """Pictures of some formats are arrays, and columns that one leaves out cannot be asked for."""
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    plain = saved(tmp_path / "plain", train={"caption": ["a", "b"], "label": [0, 1]})
+    datasets.load_from_disk(str(plain))["train"].with_format(**form).save_to_disk(str(tmp_path / "hub"))
+    source = HubImages(tmp_path / "hub", 8)
+    assert source.captions == ("a", "b") and source.labels.tolist() == [0, 1]
+    assert sorted(source.batch(0, 2).images[:, 0, 0, 0]) == [0, 1]
+
+
 @pytest.mark.parametrize("label", ["cat", 1.5, [1, 2]])
 def test_labels_that_are_no_numbers_are_named(tmp_path, label):
     path = saved(tmp_path / "hub", train={"label": [label] * 3})
