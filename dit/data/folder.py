@@ -30,6 +30,8 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
+# What PIL raises at a file that is damaged or no image; RuntimeError is that of its AVIF, whatever the file is called.
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError)
 
 
 class ImageFolder(FiniteImages):
@@ -131,7 +133,7 @@ def read_image(source: Path | IO[bytes], shape: Sequence[int], name: str) -> NDA
     try:
         with Image.open(source) as file:
             return fitted(file, shape)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: expected an image, got {error}") from error
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditscale.dit.data.finite import FiniteImages, Split, folder_name, numbered_classes
-from ditscale.dit.data.folder import fitted
+from ditscale.dit.data.folder import UNREADABLE, fitted
 from ditscale.dit.data.words import Vocabulary
 from ditscale.errors import InputError
 
@@ -100,10 +100,12 @@ class HubImages(FiniteImages):
         return hashlib.sha256(repr((self._settings(), self.seed, prints, self.names)).encode()).hexdigest()
 
     def _read(self, sample: int) -> NDArray[np.uint8]:
+        from PIL import Image
+
         name, row = self._rows[self.chosen[sample]]
         try:
             return fitted(self._parts[name][row][self._images[name]], self.shape[1:])
-        except (OSError, ValueError, SyntaxError, AttributeError, struct.error) as error:
+        except (*UNREADABLE, AttributeError, struct.error, Image.DecompressionBombError) as error:
             # struct.error: datasets turns images upright as PIL does, which fails at some EXIF.
             raise InputError(f"{self.path}: expected an image in row {row} of {name}, got {error}") from error
 

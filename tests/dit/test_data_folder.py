@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from ditscale.dit.data import ImageFolder
-from ditscale.dit.data.folder import fitted
+from ditscale.dit.data.folder import fitted, read_image
 from ditscale.errors import InputError
 
 
@@ -117,6 +117,19 @@ def test_file_that_is_no_image(folder: Path) -> None:
     with pytest.raises(InputError, match=r"0\.png: expected an image") as error:
         ImageFolder(folder, 8).batch(0, 10)
     assert "\n" not in str(error.value)
+
+
+def test_avif_by_another_name(folder: Path) -> None:
+    """Whatever its name says, PIL reads what a file is; its reader of AVIF fails in its own way."""
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(buffer, "AVIF")
+    except (OSError, KeyError):
+        pytest.skip("this PIL was built without AVIF")
+    whole = buffer.getvalue()
+    with pytest.raises(InputError, match=r"a\.jpg: expected an image, got"):
+        read_image(io.BytesIO(whole.replace(b"iloc", b"free")), (8, 8), "a.jpg")
+    assert read_image(io.BytesIO(whole), (8, 8), "a.jpg").max() < 3
 
 
 def test_greys_of_16_bits_become_greys_of_8(tmp_path: Path) -> None:

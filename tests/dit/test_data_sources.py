@@ -437,6 +437,15 @@ def test_an_image_that_a_data_set_cannot_decode_is_named(tmp_path, monkeypatch):
         HubImages(tmp_path, 8).batch(0, 1)
 
 
+def test_an_image_of_a_data_set_that_is_too_large_is_named(tmp_path, monkeypatch):
+    path = saved(tmp_path / "hub", train={"caption": ["a"] * 3})
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(
+        InputError, match=r"expected an image in row \d of train, got Image size \(192 pixels\) exceeds"
+    ):
+        HubImages(path, 8).batch(0, 1)
+
+
 def test_what_is_no_data_is_named(tmp_path, tars, latents):
     with pytest.raises(InputError, match="data: expected emoji_scenes, emoji_clips or a folder"):
         open_source(str(tmp_path / "nowhere"), "train", size=8, seed=0, caption_length=4)
