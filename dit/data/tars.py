@@ -49,7 +49,7 @@ class ImageShards(FiniteImages):
 
     The first reading lists the members of every shard and keeps the list in the cache folder (``DITSCALE_CACHE``), by
     the shard's path, size and time. Raises InputError for a folder without shards, a shard that is no tar file, is
-    compressed or cut short, a sample with several images, bad texts; at `batch` for an image that is none.
+    compressed or cut short, a sample with several images or a file twice, bad texts; at `batch` for an image that is none.
     """
 
     def __init__(
@@ -165,8 +165,8 @@ def _index(shard: Path) -> dict[str, dict[str, Sequence[int]]]:
     """Stem -> ending -> (offset, size) of every file in a shard, from the cache where it is the same shard."""
     try:
         state = shard.stat()
-        # "whole": lists that were kept before the end of a shard was checked are not taken.
-        identity = repr(("whole", str(shard.resolve()), state.st_size, state.st_mtime_ns))
+        # "once": lists that were kept before the end of a shard and second files of a name were checked are not taken.
+        identity = repr(("once", str(shard.resolve()), state.st_size, state.st_mtime_ns))
         kept = cached_path("shards", hashlib.sha256(identity.encode()).hexdigest() + ".json")
         if kept is not None and kept.is_file():
             index: dict[str, dict[str, Sequence[int]]] = json.loads(kept.read_text(encoding="utf-8"))
@@ -176,12 +176,15 @@ def _index(shard: Path) -> dict[str, dict[str, Sequence[int]]]:
             for member in tar:
                 stem, dot, ending = os.path.basename(member.name).partition(".")
                 if member.isfile() and stem and dot:
-                    key = os.path.join(os.path.dirname(member.name), stem)
-                    index.setdefault(key, {})["." + ending.lower()] = (member.offset_data, member.size)
+                    key, ending = os.path.join(os.path.dirname(member.name), stem), "." + ending.lower()
+                    files = index.setdefault(key, {})
+                    if ending in files and ending.endswith((*SUFFIXES, *_TEXTS)):  # one of the two would be missing
+                        raise ValueError(f"two files {ending} of {key!r}")
+                    files[ending] = (member.offset_data, member.size)
             # tarfile takes a header that is cut off or damaged for the end, which a whole file marks with zeros.
             if _bytes(shard, _Member(0, tar.offset, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError(f"no end of the archive after {tar.offset} bytes: the file is cut short or damaged")
     except (OSError, tarfile.TarError, ValueError) as error:
-        raise InputError(f"{shard}: expected a tar file, not compressed, got {error}") from error
+        raise InputError(f"{shard}: expected a tar file, not compressed, each file once, got {error}") from error
     keep(kept, json.dumps(index).encode())
     return index

@@ -235,6 +235,19 @@ def test_a_shard_that_is_cut_short_is_refused(tars):
         ImageShards(tars, 8)
 
 
+@pytest.mark.parametrize("second", ["a.png", "a.PNG", "a.txt"])
+def test_a_second_file_of_a_name_is_not_taken_in_silence(tmp_path, second):
+    """Shards put one behind the other may number their samples alike: the later ones stood in place of the earlier."""
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "box.tar", "w") as tar:
+        for name in ("a.png", "a.txt", "readme.md", "b.png", "readme.md", second):
+            add(tar, name, b"a text" if name.endswith("txt") else encoded(1))
+    with pytest.raises(
+        InputError, match=rf"box\.tar: expected .*each file once, got two files {second[1:].lower()} of 'a'"
+    ):
+        ImageShards(tmp_path / "tars", 8)
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, "program"])
 def test_whole_shards_of_every_form_are_taken(tmp_path, form):
     (tmp_path / ("folder" * 10)).mkdir()
