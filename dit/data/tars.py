@@ -165,22 +165,29 @@ def _index(shard: Path) -> dict[str, dict[str, Sequence[int]]]:
     """Stem -> ending -> (offset, size) of every file in a shard, from the cache where it is the same shard."""
     try:
         state = shard.stat()
-        # "once": lists that were kept before the end of a shard and second files of a name were checked are not taken.
-        identity = repr(("once", str(shard.resolve()), state.st_size, state.st_mtime_ns))
+        # "links": lists that were kept before the end of a shard and second files of a name were checked, and hard links
+        # followed, are not taken.
+        identity = repr(("links", str(shard.resolve()), state.st_size, state.st_mtime_ns))
         kept = cached_path("shards", hashlib.sha256(identity.encode()).hexdigest() + ".json")
         if kept is not None and kept.is_file():
             index: dict[str, dict[str, Sequence[int]]] = json.loads(kept.read_text(encoding="utf-8"))
             return index
         index = {}
+        places: dict[str, tuple[int, int]] = {}
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 stem, dot, ending = os.path.basename(member.name).partition(".")
-                if member.isfile() and stem and dot:
+                if member.isfile():
+                    places[member.name] = (member.offset_data, member.size)
+                elif member.islnk() and member.linkname in places:
+                    # A file that is there under an earlier name too, as tar writes down equal files that share their bytes.
+                    places[member.name] = places[member.linkname]
+                if member.name in places and stem and dot:
                     key, ending = os.path.join(os.path.dirname(member.name), stem), "." + ending.lower()
                     files = index.setdefault(key, {})
                     if ending in files and ending.endswith((*SUFFIXES, *_TEXTS)):  # one of the two would be missing
                         raise ValueError(f"two files {ending} of {key!r}")
-                    files[ending] = (member.offset_data, member.size)
+                    files[ending] = places[member.name]
             # tarfile takes a header that is cut off or damaged for the end, which a whole file marks with zeros.
             if _bytes(shard, _Member(0, tar.offset, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError(f"no end of the archive after {tar.offset} bytes: the file is cut short or damaged")

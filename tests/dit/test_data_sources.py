@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import struct
@@ -233,6 +234,23 @@ def test_a_shard_that_is_cut_short_is_refused(tars):
     shard.write_bytes(whole[: headers[3]] + b"?" * 512 + whole[headers[3] + 512 :])
     with pytest.raises(InputError, match="the file is cut short or damaged"):
         ImageShards(tars, 8)
+
+
+def test_files_that_share_their_bytes_are_all_there(tmp_path):
+    """The second and third name of a file stand in a shard as links to the first: samples and captions were missing."""
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    (tmp_path / "a.txt").write_text("a text")
+    for name in ("b", "c"):
+        for ending in (".png", ".txt"):
+            os.link(tmp_path / f"a{ending}", tmp_path / f"{name}{ending}")
+    with tarfile.open(tmp_path / "tars" / "box.tar", "w") as tar:
+        for name in ("a.png", "a.txt", "b.png", "b.txt", "c.txt", "c.png"):
+            tar.add(tmp_path / name, name)
+        assert sum(member.islnk() for member in tar.getmembers()) == 4
+    source = ImageShards(tmp_path / "tars", 8)
+    assert source.unique_images == 3 and source.captions == ("a text",) * 3
+    assert source.batch(0, 3).images[:, 0, 0, 0].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("second", ["a.png", "a.PNG", "a.txt"])
