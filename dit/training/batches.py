@@ -176,8 +176,10 @@ class Feeder:
     def _images(self, step: int) -> tuple[Tensor, Condition]:
         piece, place = divmod(step, self._pieces.steps)
         if piece != self._held:
-            self._content = self._pieces[piece] if self._ahead is None else next(self._ahead)
-            self._held = piece
+            content = self._pieces[piece] if self._ahead is None else next(self._ahead)
+            if isinstance(content, InputError):
+                raise content
+            self._content, self._held = content, piece
         rows = slice(place * self._pieces.share, (place + 1) * self._pieces.share)
         images, condition = self._content
         return images[rows], each(condition, lambda tensor: tensor[rows])
@@ -190,8 +192,11 @@ class Feeder:
         return tensor.pin_memory().to(self.ranks.device, non_blocking=True) if self._pinned else tensor
 
 
-class _Pieces(torch.utils.data.Dataset[tuple[Tensor, Condition]]):
-    """Images and conditions of one rank's rows of ``steps`` steps after each other."""
+class _Pieces(torch.utils.data.Dataset["tuple[Tensor, Condition] | InputError"]):
+    """Images and conditions of one rank's rows of ``steps`` steps after each other, or what is wrong with them.
+
+    The error is a value, as the loader puts its worker's whole traceback into the message of one that is raised there.
+    """
 
     def __init__(self, stream: ImageStream, model: DiTConfig, batch: int, rows: slice) -> None:
         self.stream, self.model, self.batch, self.first = stream, model, batch, rows.start
@@ -200,12 +205,17 @@ class _Pieces(torch.utils.data.Dataset[tuple[Tensor, Condition]]):
         # at once. The rows of one rank among others do not lie together.
         self.steps = max(1, 64 // batch) if self.share == batch else 1
 
-    def __getitem__(self, piece: int) -> tuple[Tensor, Condition]:
+    def __getitem__(self, piece: int) -> tuple[Tensor, Condition] | InputError:
         start = piece * self.steps * self.batch + self.first
-        return batch_tensors(self.stream.batch(start, self.steps * self.share), self.model)
+        try:
+            return batch_tensors(self.stream.batch(start, self.steps * self.share), self.model)
+        except InputError as error:
+            return error
 
 
-def _loader(pieces: _Pieces, wanted: range, workers: int) -> torch.utils.data.DataLoader[tuple[Tensor, Condition]]:
+def _loader(
+    pieces: _Pieces, wanted: range, workers: int
+) -> torch.utils.data.DataLoader[tuple[Tensor, Condition] | InputError]:
     """Pieces in order, prepared by processes. What a stream gives follows from its seed and the index, so it does not
     matter which process asks."""
     return torch.utils.data.DataLoader(

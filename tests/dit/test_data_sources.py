@@ -567,6 +567,21 @@ def test_workers_prepare_the_same_images(tars, tmp_path):
     assert not multiprocessing.active_children()  # they ended with the run, and not with the collector
 
 
+def test_a_fault_that_a_worker_meets_is_said_in_one_line(tmp_path):
+    """The loader put its worker's traceback of thirty lines into the message."""
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    config = config_for(tmp_path, condition="none")
+    said = []
+    for workers in (0, 1):
+        feed = Feeder(config, open_stream(config, "train"), Ranks(Execution()), workers=workers)
+        with pytest.raises(InputError, match=r"\.png: expected an image, got") as error:
+            feed(0)
+        feed.close()
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
 def test_workers_prepare_no_image_twice(monkeypatch):
     """Each of three, here copies that take turns, reads pieces of several small steps, none of which another reads."""
 
