@@ -115,23 +115,22 @@ class LatentShards(FiniteImages):
         if not files:
             raise InputError(f"path: expected a folder of *.safetensors shards, got none in {str(path)!r}")
         self._shards = [_Shard(file) for file in files]
-        shapes = {tuple(shard.tensors["latents"]["shape"][1:]) for shard in self._shards}
-        kinds = {frozenset(shard.tensors) for shard in self._shards}
-        if len(shapes) != 1 or len(kinds) != 1:
-            raise InputError(f"{path}: expected shards of one shape with the same tensors, got {shapes} and {kinds}")
-        shape = shapes.pop()
+        first, *others = ({name: tuple(e["shape"][1:]) for name, e in s.tensors.items()} for s in self._shards)
+        # Of every tensor: features that each shard pads to a length of its own would fail where two meet in a batch.
+        if other := next((found for found in others if found != first), None):
+            raise InputError(f"{path}: expected shards of the same tensors, of one shape each, got {first} and {other}")
+        shape = first["latents"]
         self.description = _description(self.path, shape)
         per_channel = (-1, *[1] * (len(shape) - 1))
         self._mean = np.array(self.description["mean"], dtype=np.float32).reshape(per_channel)
         self._scale = 1 / np.array(self.description["std"], dtype=np.float32).reshape(per_channel)
-        tensors = kinds.pop()
-        self._mirror = next((name for name in _FLIPPED if name in tensors), None)
+        self._mirror = next((name for name in _FLIPPED if name in first), None)
         if flip and self._mirror is None:
             raise InputError(f"flip: expected latents of the mirrored images in {path}, got none")
-        self._extras = [name for name in ("features", "pooled") if name in tensors]
+        self._extras = [name for name in ("features", "pooled") if name in first]
         self._rows = [(number, row) for number, shard in enumerate(self._shards) for row in range(shard.count)]
         labels = [-1] * len(self._rows)
-        if "labels" in tensors:
+        if "labels" in first:
             labels = [int(label) for shard in self._shards for label in shard.column("labels")]
         classes = self.description["classes"] or numbered_classes(labels, str(path))
         if max(labels) >= len(classes):

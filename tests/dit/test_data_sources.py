@@ -441,6 +441,16 @@ def test_shards_of_other_shapes_are_refused_before_they_are_read(tmp_path, tenso
         LatentShards(tmp_path / "latents")
 
 
+def test_shards_that_pad_features_apart_are_refused_before_two_of_them_meet(tmp_path):
+    """Each shard's captions were padded to the longest of its own."""
+    rows = {"latents": np.zeros((2, 3, 4, 4), np.float32)}
+    write_latents(
+        tmp_path / "latents", [rows | {"features": np.zeros((2, length, 6), np.float32)} for length in (3, 3, 5)]
+    )
+    with pytest.raises(InputError, match=r"same tensors, of one shape each, .*\(3, 6\).* and .*\(5, 6\)"):
+        LatentShards(tmp_path / "latents")
+
+
 @pytest.mark.parametrize("told", ['"classes": 5', '"classes": "abc"', '"latent_factor": "8"', '"latent_factor": 0'])
 def test_descriptions_of_other_types_are_refused(latents, told):
     (latents / "latents.json").write_text(f'{{"format": 1, {told}}}')
