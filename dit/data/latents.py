@@ -59,6 +59,8 @@ class _Shard:
             # What is read by rows only would fail at one of them, in a step.
             if len(latent) < 3 or any(shapes.get(name, latent) != latent for name in _FLIPPED) or shapes.get("labels"):
                 raise ValueError(f"rows of shapes {shapes}")
+            if self.tensors.get("labels", {"dtype": "I64"})["dtype"] != "I64":
+                raise ValueError(f"labels of type {self.tensors['labels']['dtype']}")
         except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: expected a shard of latents, got {error}") from error
         self.count: int = counts["latents"]

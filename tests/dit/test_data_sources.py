@@ -431,9 +431,10 @@ def test_a_number_that_is_no_class_s_is_named(tars, tmp_path):
         {"latents": np.zeros((2,), np.float32)},
         {"latents": np.zeros((0, 3, 4, 4), np.float32)},
         {"latents": np.zeros((2, 3, 4, 4), np.float32), "labels": np.zeros((2, 1), np.int64)},
+        {"latents": np.zeros((2, 3, 4, 4), np.float32), "labels": np.array([0.5, np.nan], np.float32)},
         {"latents": np.zeros((2, 3, 4, 4), np.float32), "flipped": np.zeros((2, 3, 4, 2), np.float32)},
     ],
-    ids=["numbers", "none", "labels", "mirrored"],
+    ids=["numbers", "none", "labels", "fractions", "mirrored"],
 )
 def test_shards_of_other_shapes_are_refused_before_they_are_read(tmp_path, tensors):
     write_latents(tmp_path / "latents", [tensors])
