@@ -248,7 +248,7 @@ def write_latents(
 
     pieces: tensors by name as above; each piece may be made when it is asked for.
     captions: of each piece.
-    latent_factor, mean, std, classes: for the description.
+    latent_factor, mean, std, classes: for the description, which is written first.
 
     Returns the shards. A shard that is cut short by an interruption is none: it has its name when it is whole.
     Raises InputError where the folder holds shards already, or cannot be written.
@@ -262,6 +262,10 @@ def write_latents(
         raise InputError(f"{path}: expected a folder to write to, got {error.strerror}") from error
     if any(path.glob("*.safetensors")):
         raise InputError(f"{path}: expected a folder without shards, got some")
+    # First: without it what an interruption leaves would be read at another scale, and nobody would know.
+    described: dict[str, Any] = {"latent_factor": latent_factor, "classes": list(classes)}
+    described |= {name: list(map(float, given)) for name, given in (("mean", mean), ("std", std)) if given is not None}
+    write_json(path / DESCRIPTION, {"format": 1} | {n: v for n, v in described.items() if v is not None})
     written: list[Path] = []
     told = iter(captions) if captions is not None else None
     for number, piece in enumerate(pieces):
@@ -271,6 +275,4 @@ def write_latents(
             write_atomically(shard.with_suffix(".captions.jsonl"), lines.encode())
         write_atomically(shard, safetensors.numpy.save({n: np.ascontiguousarray(t) for n, t in piece.items()}))
         written.append(shard)
-    described = {"latent_factor": latent_factor, "mean": mean, "std": std, "classes": list(classes)}
-    write_json(path / DESCRIPTION, {"format": 1} | {n: v for n, v in described.items() if v is not None})
     return written

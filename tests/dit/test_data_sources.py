@@ -442,6 +442,24 @@ def test_shards_of_other_shapes_are_refused_before_they_are_read(tmp_path, tenso
         LatentShards(tmp_path / "latents")
 
 
+def test_what_an_interruption_leaves_of_latents_has_its_scale(tmp_path):
+    """The description came last, and failed at numpy's numbers: what lay there by then was read as if it had no scale."""
+    values = np.arange(2 * 3 * 16, dtype=np.float32).reshape(2, 3, 4, 4)
+
+    def pieces():
+        yield {"latents": values}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(
+            tmp_path, pieces(), latent_factor=8, mean=values.mean(axis=(0, 2, 3)), std=values.std(axis=(0, 2, 3))
+        )
+    source = LatentShards(tmp_path)
+    images = source.batch(0, 2).images
+    assert source.latent_factor == 8
+    assert np.allclose(images.mean(axis=(0, 2, 3)), 0, atol=1e-6) and np.allclose(images.std(axis=(0, 2, 3)), 1)
+
+
 def test_shards_that_pad_features_apart_are_refused_before_two_of_them_meet(tmp_path):
     """Each shard's captions were padded to the longest of its own."""
     rows = {"latents": np.zeros((2, 3, 4, 4), np.float32)}
