@@ -247,11 +247,11 @@ def write_latents(
     """Write shards as `LatentShards` reads them, one for each piece.
 
     pieces: tensors by name as above; each piece may be made when it is asked for.
-    captions: of each piece.
+    captions: of each piece, one for each of its latents.
     latent_factor, mean, std, classes: for the description, which is written first.
 
     Returns the shards. A shard that is cut short by an interruption is none: it has its name when it is whole.
-    Raises InputError where the folder holds shards already, or cannot be written.
+    Raises InputError where the folder holds shards already, or cannot be written, or a piece lacks captions.
     """
     import safetensors.numpy
 
@@ -271,7 +271,11 @@ def write_latents(
     for number, piece in enumerate(pieces):
         shard = path / f"latents-{number:05d}.safetensors"
         if told is not None:
-            lines = "".join(json.dumps(caption) + "\n" for caption in next(told))
+            texts = next(told, ())
+            if len(texts) != len(piece["latents"]):
+                wanted = f"{len(piece['latents'])} for piece {number}, one for each of its latents"
+                raise InputError(f"captions: expected {wanted}, got {len(texts)}")
+            lines = "".join(json.dumps(caption) + "\n" for caption in texts)
             write_atomically(shard.with_suffix(".captions.jsonl"), lines.encode())
         write_atomically(shard, safetensors.numpy.save({n: np.ascontiguousarray(t) for n, t in piece.items()}))
         written.append(shard)

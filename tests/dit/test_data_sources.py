@@ -460,6 +460,16 @@ def test_what_an_interruption_leaves_of_latents_has_its_scale(tmp_path):
     assert np.allclose(images.mean(axis=(0, 2, 3)), 0, atol=1e-6) and np.allclose(images.std(axis=(0, 2, 3)), 1)
 
 
+@pytest.mark.parametrize(
+    ("captions", "said"), [([["a", "b"]], "2 for piece 1, .*, got 0"), ([["a"]], "2 for piece 0, .*, got 1")]
+)
+def test_a_piece_without_its_captions_is_named_as_it_is_written(tmp_path, captions, said):
+    """It ended with a StopIteration, or was written and could not be read."""
+    pieces = [{"latents": np.zeros((2, 3, 4, 4), np.float32)}] * 2
+    with pytest.raises(InputError, match=f"captions: expected {said}"):
+        write_latents(tmp_path, pieces, captions=captions)
+
+
 def test_shards_that_pad_features_apart_are_refused_before_two_of_them_meet(tmp_path):
     """Each shard's captions were padded to the longest of its own."""
     rows = {"latents": np.zeros((2, 3, 4, 4), np.float32)}
