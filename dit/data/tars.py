@@ -49,7 +49,8 @@ class ImageShards(FiniteImages):
 
     The first reading lists the members of every shard and keeps the list in the cache folder (``DITSCALE_CACHE``), by
     the shard's path, size and time. Raises InputError for a folder without shards, a shard that is no tar file, is
-    compressed or cut short, a sample with several images or a file twice, bad texts; at `batch` for an image that is none.
+    compressed, cut short or several in one, a sample with several images or a file twice, bad texts; at `batch` for an image
+    that is none.
     """
 
     def __init__(
@@ -165,9 +166,9 @@ def _index(shard: Path) -> dict[str, dict[str, Sequence[int]]]:
     """Stem -> ending -> (offset, size) of every file in a shard, from the cache where it is the same shard."""
     try:
         state = shard.stat()
-        # "links": lists that were kept before the end of a shard and second files of a name were checked, and hard links
-        # followed, are not taken.
-        identity = repr(("links", str(shard.resolve()), state.st_size, state.st_mtime_ns))
+        # "one": lists that were kept before the end of a shard, what follows it and second files of a name were checked, and
+        # hard links followed, are not taken.
+        identity = repr(("one", str(shard.resolve()), state.st_size, state.st_mtime_ns))
         kept = cached_path("shards", hashlib.sha256(identity.encode()).hexdigest() + ".json")
         if kept is not None and kept.is_file():
             index: dict[str, dict[str, Sequence[int]]] = json.loads(kept.read_text(encoding="utf-8"))
@@ -191,6 +192,11 @@ def _index(shard: Path) -> dict[str, dict[str, Sequence[int]]]:
             # tarfile takes a header that is cut off or damaged for the end, which a whole file marks with zeros.
             if _bytes(shard, _Member(0, tar.offset, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError(f"no end of the archive after {tar.offset} bytes: the file is cut short or damaged")
+            with open(shard, "rb") as file:
+                file.seek(tar.offset)
+                while rest := file.read(1 << 20):
+                    if rest.strip(b"\0"):  # of which no sample would be seen
+                        raise ValueError(f"more behind the end of the archive, {tar.offset} bytes: several in one file")
     except (OSError, tarfile.TarError, ValueError) as error:
         raise InputError(f"{shard}: expected a tar file, not compressed, each file once, got {error}") from error
     keep(kept, json.dumps(index).encode())

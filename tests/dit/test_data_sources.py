@@ -236,6 +236,18 @@ def test_a_shard_that_is_cut_short_is_refused(tars):
         ImageShards(tars, 8)
 
 
+def test_archives_put_one_behind_the_other_are_refused(tars):
+    """Readers end at the first one's end: the samples of the others were missing in silence."""
+    whole = (tars / "box-0.tar").read_bytes()
+    (tars / "box-0.tar").write_bytes(whole + bytes(3 << 20))  # programs pad as they like
+    assert ImageShards(tars, 8).unique_images == 30
+    (tars / "box-0.tar").write_bytes(whole + (tars / "box-1.tar").read_bytes())
+    with pytest.raises(
+        InputError, match=r"box-0\.tar: expected .* behind the end of the archive, \d+ bytes: several in one"
+    ):
+        ImageShards(tars, 8)
+
+
 def test_files_that_share_their_bytes_are_all_there(tmp_path):
     """The second and third name of a file stand in a shard as links to the first: samples and captions were missing."""
     (tmp_path / "tars").mkdir()
