@@ -172,14 +172,19 @@ def _eight_bits(image: Any) -> Any:
 
 def _image_names(path: Path) -> list[str]:
     """Sorted names relative to `path`, with forward slashes."""
+
+    def fail(error: OSError) -> None:  # else its images would be missing in silence
+        raise InputError(f"{error.filename}: expected a folder that can be read, got {error.strerror}") from error
+
     names, seen = [], set()
-    for folder, below, files in os.walk(path, followlinks=True):
+    for folder, below, files in os.walk(path, onerror=fail, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link to a folder above would go round for ever
             below.clear()
             continue
         seen.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
+        # The system's own folder at the root of a disk, which nobody else may read, is no part of the data.
+        below[:] = sorted(name for name in below if not name.startswith(".") and name != "lost+found")
         root = Path(folder).relative_to(path)
         names += [
             (root / name).as_posix() for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")

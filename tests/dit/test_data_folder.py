@@ -100,6 +100,23 @@ def test_link_to_a_folder_above_ends(folder: Path) -> None:
     assert ImageFolder(folder, 8).unique_images == 10
 
 
+def test_a_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class and its images were missing in silence. Root may read all, so the system's answer is played."""
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if os.path.basename(path) in ("cats", "lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    (folder / "lost+found").mkdir()  # at the root of a disk
+    with pytest.raises(InputError, match="cats: expected a folder that can be read, got Permission denied"):
+        ImageFolder(folder, size=8)
+    (folder / "cats").rename(folder / "birds")
+    assert ImageFolder(folder, size=8).unique_images == 10
+
+
 def test_bad_folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(InputError, match="path: expected a folder of images"):
