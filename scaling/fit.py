@@ -34,6 +34,7 @@ def fit_law(
     starts: int = 8,
     interval_method: str = "auto",
     seed: int = 0,
+    least_noise: float = 0.0,
 ) -> LawFit:
     """Fit any law to points.
 
@@ -48,6 +49,7 @@ def fit_law(
         starts: how many starts of the variable-projection grid to polish. Default: 8.
         interval_method: default of the intervals.
         seed: of bootstraps.
+        least_noise: spread of one point, in the fit's residuals, that no interval may claim to be smaller. Default: 0.
 
     Returns:
         LawFit. An optimum that was not reached is not called converged.
@@ -130,6 +132,7 @@ def fit_law(
         seconds=0.0,
         seed=seed,
         interval_method=interval_method,
+        least_noise=float(least_noise),
     )
     if asked == "l1":
         fit.objective = float((np.abs(fit.residuals) * w).sum())

@@ -108,6 +108,7 @@ def fit_power(
     starts: int = 8,
     seed: int = 0,
     interval_method: str = "auto",
+    least_noise: float = 0.0,
     x_column: str | None = None,
     y_column: str | None = None,
 ) -> PowerFit:
@@ -123,7 +124,7 @@ def fit_power(
         space: "log" or "raw" residuals.
         weights: of the points, such as 1/variance.
         groups: labels of points that share errors.
-        starts, seed, interval_method: see :func:`ditscale.scaling.fit.fit_law`.
+        starts, seed, interval_method, least_noise: see :func:`ditscale.scaling.fit.fit_law`.
 
     Returns:
         PowerFit. "No scaling in this range" (an interval of the exponent that holds 0) is a valid answer, and
@@ -157,6 +158,7 @@ def fit_power(
         starts=starts,
         seed=seed,
         interval_method=interval_method,
+        least_noise=least_noise,
     )
     _flatness(fit)
     return PowerFit(fit, mode)

@@ -151,8 +151,7 @@ def fit_quality(
     need_least("seed-noise", seed_noise)
     if samples is not None:
         need_whole("samples", samples, 1)
-    power = fit_power(flops, value, floor=floor)
-    power.fit.assume_noise(seed_noise)
+    power = fit_power(flops, value, floor=floor, least_noise=float(seed_noise))
     if samples is not None and samples < _FEW_SAMPLES:
         power.warnings.append(
             f"{samples} samples: FID from few samples is biased upwards, and unequally between models"

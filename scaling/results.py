@@ -76,8 +76,7 @@ class LawFit:
         seconds: wall time of the fit.
         seed, draws: of bootstraps; None for as many as the points allow, 1000 up to 40,000 of them.
         interval_method: see ``intervals.py``.
-        least_noise: spread of one observation below which no interval of a new one is drawn, in the fit's
-            residuals.
+        least_noise: spread of one observation that no interval claims to be smaller, in the fit's residuals.
     """
 
     law: Law
@@ -207,11 +206,6 @@ class LawFit:
     @cached_property
     def _parts(self) -> dict[str, Components]:
         return {}
-
-    def assume_noise(self, least: float) -> None:
-        """Let no interval of a new observation be narrower than this spread of one (see ``least_noise``)."""
-        self.least_noise = float(least)
-        self._parts.clear()
 
     @property
     def components(self) -> Components:

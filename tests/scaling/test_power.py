@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from law_helpers import study
+from scipy import stats
 
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable, fit_power, plan
 from ditscale.scaling.power import PowerFit
-from ditscale.scaling.quality import fit_quality, fit_quality_of_runs
+from ditscale.scaling.quality import QualityFit, fit_quality, fit_quality_of_runs
 
 # The seven sizes of arXiv:2602.15253, whose data-rich sweep gives alpha 0.266, c 1.444, and whose
 # data-limited one is flat.
@@ -135,6 +136,15 @@ def test_quality_names_its_features_and_keeps_the_seed_noise() -> None:
     with pytest.raises(InputError, match="feature-network"):
         fit_quality(x, exact, feature_network="")
     assert fit_quality(x, exact, feature_network="inception-v3", samples=5000).warnings
+
+
+def test_a_quality_laws_parameters_know_of_the_seed_noise_too() -> None:
+    x = np.geomspace(1e18, 1e20, 6)
+    fit = fit_quality(x, 1e3 * x**-0.001, feature_network="inception-v3")
+    reach = stats.t.ppf(0.975, 4) * 0.01 / np.linalg.norm(np.log(x) - np.log(x).mean())
+    assert fit.intervals["exponent"] == pytest.approx([-0.001 - reach, -0.001 + reach], rel=1e-4)
+    assert any("holds 0" in w for w in fit.warnings)
+    assert QualityFit.from_json(fit.to_json()).intervals == fit.intervals
 
 
 def _evaluated(folder: Path, *, noise: float = 0.0, **changes: object) -> Path:
