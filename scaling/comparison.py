@@ -125,11 +125,13 @@ def compare(
         Comparison. Intervals of differences are Welch's: both variances, degrees of freedom by Satterthwaite.
 
     Raises:
-        InputError: the tables differ in a convention, count different data units, or cannot be fitted.
+        InputError: the tables differ in a convention, count different data units, hold no compute, or cannot be fitted.
     """
     warnings = [] if pool else _same_conventions(first, second, names)
     if first.data_unit != second.data_unit:
         raise InputError(f"data: expected both designs in one unit, got {first.data_unit} and {second.data_unit}")
+    for table in (first, second):
+        table.column("flops")  # a comparison is at a compute; says which columns there are
     fits = [fit_surface(t, law=law) for t in (first, second)]
     for name, fit in zip(names, fits, strict=True):
         if not fit.converged:
@@ -137,7 +139,7 @@ def compare(
     if target is not None:
         need_positive("target", target, of="of FLOPs")
     else:
-        target = max(f.flops_range[1] for f in fits if f.flops_range)
+        target = float(max(t.flops.max() for t in (first, second)))
     lines = [fit_isoflop(t, with_surface=False).loss_law for t in (first, second)]
     best = [f.optimum(target) for f in fits]
     differences = {

@@ -33,6 +33,14 @@ def test_a_line_through_two_budgets_leaves_the_difference_open() -> None:
     assert (d.low, d.high) == (-np.inf, np.inf) and not d.clear
 
 
+@pytest.mark.parametrize("options", [{}, {"target": 1e20}])
+def test_runs_without_compute_do_not_compare(options: dict[str, float]) -> None:
+    tables = [study(noise=0.004), study(noise=0.004, seed=1)]
+    tables[1] = RunTable.from_columns({k: v for k, v in tables[1].columns.items() if k != "flops"})
+    with pytest.raises(InputError, match="^flops: expected a column of that name"):
+        compare(*tables, **options)
+
+
 def test_a_target_is_called_so() -> None:
     with pytest.raises(InputError, match="^target: expected a positive number of FLOPs, got -5"):
         compare(study(noise=0.004), study(noise=0.004, seed=1), target=-5.0)
