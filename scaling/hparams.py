@@ -24,8 +24,12 @@ from ditscale.scaling.checks import need_draws
 from ditscale.scaling.engine import Array
 from ditscale.scaling.jsonable import plain
 from ditscale.scaling.registry import Power
-from ditscale.scaling.runs import RunTable
+from ditscale.scaling.runs import RunTable, cluster_budgets
 from ditscale.scaling.surface import SurfaceFit, fit_surface
+
+# Sizes, and amounts of data, that differ by less than this share are one cell's: whole steps of unlike batches do not come
+# to the same number of images.
+_ONE_SIZE, _ONE_LENGTH = 0.001, 0.02
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,8 @@ def fit_hparams(
 ) -> HparamsFit:
     """Fit lr_opt(N, D) and B_opt(N, D) from cells of runs.
 
+    Runs are of one cell where their sizes differ by less than 0.1 % and their data by less than 2 %.
+
     Args:
         table: runs with params, images or tokens, loss, lr and batch; or a file of them.
         lr: column of peak learning rates.
@@ -204,7 +210,7 @@ def fit_hparams(
     runs = table if isinstance(table, RunTable) else RunTable.read(table, **columns)
     n, d, loss, rates = runs.params, runs.data, runs.loss, runs.column(lr)
     batches = runs.column(batch) if batch and batch in runs.columns else None
-    keys = np.column_stack([np.round(np.log(n), 3), np.round(np.log(d), 3)])
+    keys = np.column_stack([cluster_budgets(x, tolerance=t) for x, t in ((n, _ONE_SIZE), (d, _ONE_LENGTH))])
     which = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
     masks = [which == k for k in range(which.max() + 1)]
     # What counts is variation within cells: a batch that only follows D says nothing about the best one.

@@ -60,6 +60,14 @@ def test_cells_at_the_edge_are_left_out() -> None:
     assert fit.params["lr_params_exponent"] == pytest.approx(-0.71, abs=0.02)
 
 
+def test_whole_steps_of_unlike_batches_are_one_cell() -> None:
+    table = _cells()
+    batch = table.data / 200 * np.tile(np.repeat([0.5, 0.7, 1.0, 1.4, 2.0], 5), len(SIZES) * len(DATA))
+    images = np.round(table.data / batch) * batch  # 100 to 400 whole steps: up to 0.4 % off
+    fit = fit_hparams(RunTable.from_columns({**table.columns, "images": images}))
+    assert [c.runs for c in fit.cells] == [25] * (len(SIZES) * len(DATA))
+
+
 def test_learning_rate_alone() -> None:
     fit = fit_hparams(_cells(batches=False))
     assert set(fit.laws) == {"lr"}
