@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ditscale.errors import InputError
-from ditscale.scaling.isoflop import IsoflopFit
+from ditscale.scaling.isoflop import IsoflopFit, of_one_run
 from ditscale.scaling.jsonable import load
 from ditscale.scaling.power import PowerFit
 from ditscale.scaling.registry import PublishedLaw, published
@@ -184,6 +184,7 @@ def _isoflop(record: Mapping[str, Any]) -> Allocation:
         }
         budgets = [float(v["budget"]) for v in record["optima"]]
         unit, source = record["data_unit"], record["source_file"]
+        noise = float(record.get("run_noise", 0.0))  # files of earlier versions have none
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"law: expected a saved isoFLOP fit, got a record without {error}") from None
 
@@ -191,7 +192,7 @@ def _isoflop(record: Mapping[str, Any]) -> Allocation:
         out = {}
         for name, law in laws.items():
             p = law.predict(flops)
-            low, high = p.new_run if name == "loss" else p.interval
+            low, high = of_one_run(law, p, noise) if name == "loss" else p.interval
             known = np.isfinite(low) and np.isfinite(high)
             out[name] = Estimate(float(p.value), (float(low), float(high)) if known else None)
         return out

@@ -109,7 +109,8 @@ class IsoflopFit:
     def predict(self, flops: Any, *, floor: bool = False, level: float = 0.95) -> dict[str, Prediction]:
         """N_opt, D_opt and the loss at other budgets: predictions of "params", "data" and "loss".
 
-        Intervals are the wider of the line's and the run-level bootstrap's, except for the loss with a floor.
+        Intervals are the wider of the line's and the run-level bootstrap's, except for the loss with a floor. ``new_run`` of
+        the loss is of one run, of params and data of a new budget's minimum.
         """
         loss = self.loss_law_floor if floor and self.loss_law_floor is not None else self.loss_law
         out = {}
@@ -119,16 +120,18 @@ class IsoflopFit:
             ("loss", "L", loss),
         ):
             p = law.predict(flops, level=level)
+            noise = self.run_noise if name == "loss" else 0.0
+            p = dataclasses.replace(p, new_run=of_one_run(law, p, noise))
             slope = self.bootstrap.get(f"{prefix}_exponent")
             if slope is not None and not (name == "loss" and floor):
                 lines = self.bootstrap[f"{prefix}_coefficient"][:, None] + slope[:, None] * np.log(np.atleast_1d(flops))
-                reach = stats.t.ppf(0.5 + level / 2, max(self.vertices[0].dof, 1)) * lines.std(axis=0, ddof=1)
-                reach = reach.reshape(np.shape(flops))
-                ends = [
-                    np.minimum(p.interval[0], p.value * np.exp(-reach)),
-                    np.maximum(p.interval[1], p.value * np.exp(reach)),
-                ]
-                p = dataclasses.replace(p, interval=ends if np.shape(flops) else [float(e) for e in ends])
+                t = float(stats.t.ppf(0.5 + level / 2, max(self.vertices[0].dof, 1)))
+                spread = lines.std(axis=0, ddof=1).reshape(np.shape(flops))
+                p = dataclasses.replace(
+                    p,
+                    interval=_at_least(p.interval, p.value, t * spread),
+                    new_run=_at_least(p.new_run, p.value, t * np.hypot(spread, noise)),
+                )
             out[name] = p
         return out
 
@@ -150,6 +153,7 @@ class IsoflopFit:
             "surface": self.surface.to_json() if self.surface else None,
             "source_file": self.source,
             "size": self.size,
+            "run_noise": self.run_noise,
             "warnings": self.warnings,
             "notes": list(self.notes),
         }
@@ -173,6 +177,26 @@ class IsoflopFit:
 
     def __str__(self) -> str:
         return self.summary()
+
+
+@np.errstate(all="ignore")  # an interval may be infinite
+def of_one_run(law: PowerFit, p: Prediction, noise: float) -> list[Any]:
+    """Where a prediction of a line through minima puts one run: minima scatter less than the runs that they stand for.
+
+    Args:
+        law: the line.
+        p: its prediction, whose ``new_run`` is of a new minimum.
+        noise: relative spread of a run.
+    """
+    reach = 0.5 * np.log(np.divide(p.new_run[1], p.new_run[0]))
+    t = float(stats.t.ppf(0.5 + p.level / 2, max(law.fit.n - len(law.fit.theta), 1)))
+    return _at_least(p.new_run, p.value, np.hypot(reach, t * noise))
+
+
+def _at_least(ends: list[Any], value: Any, reach: Any) -> list[Any]:
+    """An interval, widened to reach so far to both sides on the logarithm."""
+    low, high = np.minimum(ends[0], value * np.exp(-reach)), np.maximum(ends[1], value * np.exp(reach))
+    return [low, high] if np.shape(value) else [float(low), float(high)]
 
 
 @np.errstate(all="ignore")  # losses near the edge of the range of floats; what comes of them is checked, not warned of

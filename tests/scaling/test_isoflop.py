@@ -8,7 +8,7 @@ from law_helpers import CHINCHILLA, lawdata, optimum, study
 from scipy import stats
 
 from ditscale.errors import InputError
-from ditscale.scaling import RunTable, fit_isoflop
+from ditscale.scaling import RunTable, fit_isoflop, plan
 
 
 def test_exponents_are_right_on_a_centred_grid() -> None:
@@ -146,6 +146,25 @@ def test_the_bootstrap_draws_lie_about_the_laws_themselves(space: str) -> None:
     for name, value in fit.params.items():
         middle = np.log(value) if name.endswith("coefficient") else value  # as which the draws are kept
         assert abs(np.median(fit.bootstrap[name]) - middle) < 0.5 * fit.bootstrap[name].std(), name
+
+
+def test_where_a_new_run_lands_counts_the_noise_of_a_run() -> None:
+    fit = fit_isoflop(study(noise=0.01, seed=3), with_surface=False)
+    line = fit.loss_law.predict(1e20)
+    reach = np.log(line.new_run[1] / line.value)  # of a new minimum, which scatters less than a run
+    run = np.hypot(reach, stats.t.ppf(0.975, 3) * fit.run_noise)
+    planned = plan(fit, budget=1e20, configure=False)
+    assert np.log(planned.intervals["loss"][1] / planned.loss) == pytest.approx(run, rel=1e-9)
+    p = fit.predict(1e20)["loss"]
+    assert p.new_run[1] >= p.value * np.exp(run * (1 - 1e-9)) and p.new_run[0] <= p.value * np.exp(-run * (1 - 1e-9))
+    for floor in (False, True):
+        for seed in range(8):  # nor is any narrower than where the law lies
+            p = fit_isoflop(study(noise=0.01, seed=seed), with_surface=False, bootstrap=100).predict(1e20, floor=floor)[
+                "loss"
+            ]
+            assert p.new_run[0] < p.interval[0] and p.interval[1] < p.new_run[1]
+    many = fit.predict([1e19, 1e20])["loss"]
+    assert (many.new_run[0][1], many.new_run[1][1]) == pytest.approx(fit.predict(1e20)["loss"].new_run)
 
 
 def test_an_interval_is_the_wider_of_two() -> None:
