@@ -1,6 +1,6 @@
 """Which runs to make next: those that narrow an interval most for their compute.
 
-A run at (N, D) measures ``j . theta + shock + noise``, with j the derivative of its log loss: optimal design,
+A run at (N, D) measures ``j . theta + shock + noise``, with j the derivative of its residual: optimal design,
 linearised at the fit. Suggested runs of one budget share its shock, so a second run there says less about
 compute than a first elsewhere.
 """
@@ -154,10 +154,10 @@ def suggest_runs(
 
 
 def _run_at(fit: SurfaceFit, flops: float, size: float) -> tuple[float, float, Array]:
-    """A run of a budget at ``size`` times its best model: params, data and the derivative of its log loss."""
+    """A run of a budget at ``size`` times its best model: params, data and the derivative of its residual."""
     law = fit.fit
     n = size * float(np.exp(fit.log_optimum(law.theta[None, :], flops)[0][0]))
     d = float(fit.cost.data(flops, n)) if fit.cost else 0.0
     model = law.law.model({"params": np.log([n]), "data": np.log([d])}, law.centre)
     f, j = model.value_and_jacobian(law.theta[None, :])
-    return n, d, j[0, :, 0] / f[0, 0]
+    return n, d, j[0, :, 0] / (f[0, 0] if law.space == "log" else 1.0)

@@ -164,14 +164,17 @@ class SurfaceFit:
         def log_of(which: int) -> Quantity:
             return lambda th: np.exp(self.log_optimum(th, budget)[which])
 
-        def of(quantity: Quantity, new_run: bool = False) -> Interval:
-            return self.fit.interval_of(quantity, log=True, method=method, level=level, new_run=new_run)
+        def of(quantity: Quantity, log: bool = True, new_run: bool = False) -> Interval:
+            return self.fit.interval_of(quantity, log=log, method=method, level=level, new_run=new_run)
+
+        # The noise of a run is known on the scale of the residuals.
+        log = self.fit.space == "log"
 
         return {
             "params": of(log_of(0)),
             "data": of(log_of(1)),
-            "loss": of(log_of(2)),
-            "new_run": of(log_of(2), True),
+            "loss": of(log_of(2), log),
+            "new_run": of(log_of(2), log, new_run=True),
             "ratio": of(lambda th: np.exp(self.log_optimum(th, budget)[1] - self.log_optimum(th, budget)[0])),
         }
 

@@ -11,7 +11,7 @@ import pytest
 from law_helpers import CHINCHILLA, optimum, study
 
 from ditscale.errors import InputError
-from ditscale.scaling import RunTable, fit_surface
+from ditscale.scaling import RunTable, fit_surface, suggest_runs
 from ditscale.scaling.laws import SURFACE
 from ditscale.scaling.surface import SurfaceFit
 
@@ -53,6 +53,25 @@ def test_every_law_says_whether_it_converged(law: str) -> None:
     assert fit.converged or any("not converged" in w for w in fit.warnings)
     best = fit.optimum(1e20)
     assert best["params"].low < best["params"].value < best["params"].high
+
+
+def test_a_new_run_scatters_in_the_unit_of_the_loss_where_residuals_are_raw() -> None:
+    table = study({**CHINCHILLA, "E": 0.12, "A": 30.0, "B": 40.0}, noise=0.003, seed=1)
+    logs = fit_surface(table, loss_fn="mse").optimum(1e20)["new_run"]
+    for unit in (1.0, 1000.0):
+        fit = fit_surface(
+            RunTable.from_columns({**table.columns, "loss": unit * table.loss}), loss_fn="mse", space="raw"
+        )
+        run = fit.optimum(1e20)["new_run"]
+        assert run.high - run.low == pytest.approx(unit * (logs.high - logs.low), rel=0.3)
+        best = fit.optimum(1e20)
+        told = fit.predict(params=best["params"].value, data=best["data"].value)
+        assert told.new_run == pytest.approx(run.ends, rel=1e-3)
+        after = suggest_runs(fit, target=1e20, spend=1e19, count=2).runs[-1]["se_after"]
+        assert after == pytest.approx(
+            suggest_runs(fit_surface(table, loss_fn="mse"), target=1e20, spend=1e19, count=2).runs[-1]["se_after"],
+            rel=0.3,
+        )
 
 
 def test_search_finds_the_closed_form() -> None:
