@@ -19,6 +19,8 @@ from ditscale.scaling.results import NOT_IDENTIFIABLE, LawFit
 SPACES = ("log", "raw")
 # Residuals this small against the data are rounding: the points lie on the law, and a robust knee has no meaning.
 _NOISE_FREE = 1e-9
+# A start whose residuals are this many times those of the least-squares fit is not polished from where it stands.
+_FAR = 10.0
 
 
 @np.errstate(all="ignore")  # data near the edge of the range of floats; what comes of it is checked, not warned of
@@ -98,8 +100,11 @@ def fit_law(
     if loss.kind == "mse":
         solution, used = plain, loss
     else:
+        # Where the points lie many knees away a robust loss hardly bends: least squares brings such a start near.
+        far = _spreads(model, start, y, space, len(law.names)) > _FAR * max(sigma, _NOISE_FREE * unit)
+        near = np.where(far[:, None], plain.theta, start)
         solution, used = engine.descend(
-            model, y, loss, start, sigma=max(sigma, _NOISE_FREE * unit), weights=w, space=space
+            model, y, loss, near, sigma=max(sigma, _NOISE_FREE * unit), weights=w, space=space
         )
     index = int(np.argmin(np.where(np.isfinite(solution.objective), solution.objective, np.inf)))
     objective = float(solution.objective[index])
@@ -161,8 +166,13 @@ def _settle(model: engine.Model, y: Array, loss: Loss, theta: Array, w: Array, s
 
 
 def _spread(model: engine.Model, theta: Array, y: Array, space: str, p: int) -> float:
-    f = model.value(theta[None, :])[0]
-    return robust_sigma(np.log(f / y) if space == "log" else f - y, free_parameters=p)
+    return float(_spreads(model, theta[None, :], y, space, p)[0])
+
+
+def _spreads(model: engine.Model, theta: Array, y: Array, space: str, p: int) -> Array:
+    f = model.value(theta)
+    residuals = np.log(f / y) if space == "log" else f - y
+    return np.array([robust_sigma(r, free_parameters=p) for r in residuals])
 
 
 def _health(fit: LawFit) -> list[str]:

@@ -39,6 +39,15 @@ def test_noise_free_designs_are_recovered(design: dict[str, float]) -> None:
     assert fit.optimum(1e24)["data"].value == pytest.approx(4.035835e12, rel=1e-6)
 
 
+@pytest.mark.parametrize("digits", [5, 6, 7, 8])
+def test_a_clean_table_with_rounded_numbers_is_fitted_to_its_digits(digits: int) -> None:
+    exact = study(budgets=np.geomspace(1e17, 1e19, 3), sizes=6)
+    rounded = {name: [float(f"{v:.{digits}g}") for v in column] for name, column in exact.columns.items()}
+    fit = fit_surface(RunTable.from_columns(rounded))
+    assert fit.converged and fit.warnings == []
+    assert fit.params["alpha"] == pytest.approx(0.34, abs=10.0 ** (1 - digits) * 10)
+
+
 def test_the_design_of_variable_projection_is_recovered() -> None:
     # The README of vpnls: 8 budgets 1e17..1e22 of 16 points each, recovered to 1e-6 % (arXiv:2603.22339).
     fit = fit_surface(study(budgets=np.geomspace(1e17, 1e22, 8), sizes=16, width=16.0))
