@@ -187,11 +187,24 @@ class Problem:
 
     def floor(self, index: Rows, count: int) -> Array:
         """The objective that rounding alone leaves on a perfect fit; below it nothing can be told apart."""
-        goal = self._goal(index)
         weights = self._weights(index)
-        eps = 4e-16 * (1.0 + np.abs(goal))
+        eps = self._eps(index)
         cost = self.loss.rho(np.broadcast_to(eps, (count, eps.shape[-1])))
         return cost.sum(-1) if weights is None else (cost * weights).sum(-1)
+
+    def rounding(self, theta: Array, index: Rows) -> Array:
+        """By how much rounding of the residuals may move the objective [S]."""
+        f = self.model.value(theta)
+        with np.errstate(all="ignore"):
+            r = (np.log(f) if self.space == "log" else f) - self._goal(index)
+            moved = np.abs(self.loss.psi(r)) * self._eps(index)
+        weights = self._weights(index)
+        total: Array = moved.sum(-1) if weights is None else (moved * weights).sum(-1)
+        return total
+
+    def _eps(self, index: Rows) -> Array:
+        """Rounding of the residuals."""
+        return 4e-16 * (1.0 + np.abs(self._goal(index)))
 
 
 @np.errstate(all="ignore")  # a step may leave the range of floats; its objective is then infinite, and it is refused
@@ -248,6 +261,11 @@ def _solve(problem: Problem, start: Array, max_steps: int, tolerance: float) -> 
     decrement, kkt, at_bound = _certificate(theta, objective, gradient, hessian, diagonal, lower, upper, floor)
     # At the rounding floor nothing is left to gain, and the gradient is noise.
     settled = (decrement <= np.sqrt(tolerance) * 1e-3) & (kkt <= 1e-4)
+    left = np.flatnonzero(np.isfinite(objective) & ~settled)
+    if left.size:
+        # Nor is anything to gain that rounding hides: on points that lie on the law to ten digits it hides much.
+        hidden = problem.rounding(theta[left], left) / np.maximum(objective[left], floor[left])
+        settled[left] = (decrement[left] <= np.sqrt(tolerance) * 1e-3 + hidden) & (kkt[left] <= 1e-4 + hidden)
     converged = np.isfinite(objective) & (settled | (objective <= floor))
     return Solution(theta, objective, converged, decrement, kkt, at_bound, steps)
 

@@ -39,7 +39,7 @@ def test_noise_free_designs_are_recovered(design: dict[str, float]) -> None:
     assert fit.optimum(1e24)["data"].value == pytest.approx(4.035835e12, rel=1e-6)
 
 
-@pytest.mark.parametrize("digits", [5, 6, 7, 8])
+@pytest.mark.parametrize("digits", [5, 6, 7, 8, 11, 12, 13, 14])
 def test_a_clean_table_with_rounded_numbers_is_fitted_to_its_digits(digits: int) -> None:
     exact = study(budgets=np.geomspace(1e17, 1e19, 3), sizes=6)
     rounded = {name: [float(f"{v:.{digits}g}") for v in column] for name, column in exact.columns.items()}
