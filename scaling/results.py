@@ -418,6 +418,7 @@ class LawFit:
             "interval_method": self.interval_method,
             "least_noise": self.least_noise,
             "seed": self.seed,
+            "draws": self.draws,
             "inputs": {k: v.tolist() for k, v in self.inputs.items()} if few else None,
             "target": self.target.tolist() if few else None,
             "weights": self.weights.tolist() if few else None,
@@ -457,6 +458,7 @@ class LawFit:
                 warnings=list(record["warnings"]),
                 seconds=float(record.get("seconds", {}).get("fit", 0.0)),  # a study leaves times out
                 seed=int(saved["seed"]),
+                draws=saved.get("draws"),  # files of earlier versions have none
                 interval_method=saved["interval_method"],
                 least_noise=float(saved["least_noise"]),
             )

@@ -161,6 +161,11 @@ def test_saved_and_read_back_without_a_new_fit() -> None:
         SurfaceFit.from_json({"law": "surface"})
 
 
+def test_a_saved_bootstrap_has_the_draws_it_had() -> None:
+    fit = fit_surface(study(noise=0.005), bootstrap=150, seed=3, interval_method="case")
+    assert SurfaceFit.from_json(json.loads(json.dumps(fit.to_json()))).intervals == fit.intervals
+
+
 def test_repeated_data_through_an_extra_column() -> None:
     table = study(noise=0.001)
     columns = {**table.columns, "seen": np.asarray(table.data) / 4}
