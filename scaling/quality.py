@@ -196,6 +196,7 @@ def fit_quality_of_runs(
     measured = np.array([isinstance(v, (int, float)) and v == v for v in runs.columns[metric].tolist()])
     if not measured.any():
         raise InputError(f"{metric}: expected a number in at least one run of {runs.source}, got none")
+    best = set(runs.best_of_budgets().rows.tolist()) if optimal else set()
     if not measured.all():
         runs = runs.take(measured, f"kept {int(measured.sum())} of {len(runs)} runs: those with {metric}")
     if not pool:
@@ -216,6 +217,12 @@ def fit_quality_of_runs(
         seed_noise=seed_noise,
     )
     fit.notes = runs.notes
+    others = len(set(runs.rows.tolist()) - best) if optimal else 0
+    if others:
+        fit.warnings.append(
+            f"at {others} of {len(runs)} budgets the run of least loss has no {metric}, and another stands for it: the law is "
+            "not that of the best runs"
+        )
     return fit
 
 

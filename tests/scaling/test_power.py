@@ -202,6 +202,15 @@ def test_quality_of_a_studys_runs_end_to_end(tmp_path: Path) -> None:
         plan("liang2024", budget=1e20, quality=tmp_path / "other.json")
 
 
+def test_a_best_run_that_was_not_measured_is_said_to_be_missing() -> None:
+    table = study(budgets=np.geomspace(1e17, 1e19, 4))
+    whole = {**table.columns, "fid": (10 * table.loss).tolist(), "feature_network": ["x"] * len(table)}
+    assert fit_quality_of_runs(RunTable.from_columns(whole), metric="fid", optimal=True).warnings == []
+    some = {**whole, "fid": [v if i in (3, 10, 14, 21) else None for i, v in enumerate(whole["fid"])]}
+    fit = fit_quality_of_runs(RunTable.from_columns(some), metric="fid", optimal=True)
+    assert any("at 2 of 4 budgets the run of least loss has no fid" in w for w in fit.warnings)
+
+
 def test_quality_measured_in_two_ways_is_not_pooled(tmp_path: Path) -> None:
     for name, value in (
         ("quality_samples", 500),
