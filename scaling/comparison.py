@@ -25,6 +25,9 @@ from ditscale.scaling.schema import COMPARED_COLUMNS, POOL_COLUMNS
 from ditscale.scaling.surface import SurfaceFit, fit_surface
 from ditscale.scaling.tradeoffs import compute_for
 
+# A verdict rests on two tests, which share its 5 % (Bonferroni).
+_EACH = 0.05 / 2
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -34,6 +37,7 @@ class Difference:
         first, second: the estimates.
         value: their difference (of logarithms, for losses and sizes: a ratio's logarithm).
         low, high: 95 % interval of the difference.
+        p: of Welch's test that there is none.
         clear: whether the interval leaves out 0.
     """
 
@@ -42,6 +46,7 @@ class Difference:
     value: float
     low: float
     high: float
+    p: float
 
     @property
     def clear(self) -> bool:
@@ -60,7 +65,8 @@ class Comparison:
             both trained optimally), "log_params" (N_opt at the target).
         equivalent_compute: how many times the target's compute the first needs for the second's loss; None
             where its law cannot reach it.
-        verdict: in words.
+        verdict: in words. It speaks of the loss and of N_exponent, each at p < 0.025: of designs that are alike, 5 % at most
+            are told apart.
         warnings: what a reader must know.
     """
 
@@ -194,11 +200,13 @@ def _difference(a: Interval, b: Interval, *, log: bool = False) -> Difference:
     first, second = (float(np.log(v.value)) if log else v.value for v in (a, b))
     variance = a.se**2 + b.se**2
     if not np.isfinite(variance):  # the runs of one leave it open, as two budgets leave a line
-        return Difference(a.value, b.value, second - first, -np.inf, np.inf)
+        return Difference(a.value, b.value, second - first, -np.inf, np.inf, 1.0)
     dof = variance**2 / (a.se**4 / max(a.dof, 1.0) + b.se**4 / max(b.dof, 1.0)) if variance > 0 else 1.0
     reach = float(stats.t.ppf(0.975, dof)) * float(np.sqrt(variance))
     value = second - first
-    return Difference(a.value, b.value, value, value - reach, value + reach)
+    with np.errstate(divide="ignore", invalid="ignore"):  # no variance, and perhaps no difference
+        p = float(np.nan_to_num(2 * stats.t.sf(np.abs(value) / np.sqrt(variance), dof), nan=1.0))
+    return Difference(a.value, b.value, value, value - reach, value + reach, p)
 
 
 def _equivalent(fit: SurfaceFit, loss: float, target: float) -> float | None:
@@ -210,13 +218,14 @@ def _equivalent(fit: SurfaceFit, loss: float, target: float) -> float | None:
 
 def _verdict(differences: dict[str, Difference], names: tuple[str, str]) -> str:
     loss, n = differences["log_loss"], differences["N_exponent"]
-    if not loss.clear and not n.clear:
+    seen = [d.p < _EACH for d in (loss, n)]
+    if not any(seen):
         return "no clear difference: more runs, or a wider range of compute, would be needed"
     parts = []
-    if loss.clear:
+    if seen[0]:
         better = names[1] if loss.value < 0 else names[0]
         parts.append(f"{better} reaches the lower loss at the target ({100 * abs(np.expm1(loss.value)):.2g} %)")
-    if n.clear:
+    if seen[1]:
         smaller = names[1] if n.value < 0 else names[0]
         parts.append(
             f"{smaller} has the smaller model exponent: at equal data the mark of a more efficient model, at equal "

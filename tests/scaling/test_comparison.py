@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from law_helpers import CHINCHILLA, study
 
 from ditscale.errors import InputError
 from ditscale.scaling import RunTable, compare, fit_surface, suggest_runs
+from ditscale.scaling.comparison import _verdict
 
 
 def test_a_better_design_is_seen_and_a_lucky_one_is_not() -> None:
@@ -58,6 +60,21 @@ def test_differences_of_equals_hold_zero_as_often_as_they_say() -> None:
         a, b = (study(noise=0.005, shock=0.003, seed=s) for s in (seed, 500 + seed))
         clear += compare(a, b, target=1e21).differences["log_loss"].clear
     assert clear <= 3  # 5 % nominal: a chance of 1 in 60
+
+
+def test_a_verdict_of_two_tests_errs_no_oftener_than_one() -> None:
+    # By simulation 3 of 80 comparisons of equals are told apart, and 9 where each test has its own 5 %.
+    tables = study(noise=0.004, seed=5010), study(noise=0.004, seed=5011)
+    c = compare(*tables, target=1e21)
+    assert all(d.clear == (d.p < 0.05) for d in c.differences.values())
+    n, loss = (replace(c.differences[k], value=-0.1) for k in ("N_exponent", "log_loss"))
+    for p, named in ((0.03, False), (0.02, True)):
+        assert (
+            "lower loss" in _verdict({"N_exponent": replace(n, p=0.9), "log_loss": replace(loss, p=p)}, c.names)
+        ) == named
+        assert (
+            "exponent" in _verdict({"N_exponent": replace(n, p=p), "log_loss": replace(loss, p=0.9)}, c.names)
+        ) == named
 
 
 def test_unlike_conventions_do_not_compare() -> None:
