@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ditscale.dit.files import read_json
 from ditscale.errors import InputError
 from ditscale.scaling.jobs import ENGINES, Engine, EngineOptions, Job
 from ditscale.scaling.study import PlannedRun, Study
@@ -173,10 +172,10 @@ def _look(jobs: Sequence[Job], steps: Mapping[str, int], progress: Progress) -> 
     for job in jobs:
         if job.run_id in told:
             continue
-        if job.done:
+        if (record := job.record) is not None:
             progress.active.pop(job.run_id, None)
             progress.done += progress.planned[job.run_id]
-            progress.finished.append(read_json(Path(job.folder) / "run.json"))
+            progress.finished.append(record)
         elif (last := _last_metrics(Path(job.folder) / "metrics.jsonl")) is not None:
             progress.active[job.run_id] = (last["step"], steps[job.run_id], last["train_loss"] or float("nan"))
 

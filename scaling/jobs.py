@@ -1,7 +1,7 @@
 """One run of a study as a job that any machine can do, and what a place to do jobs must offer.
 
-A job is done when its run's ``run.json`` exists. So it may be begun twice, killed, and begun again anywhere that sees the
-study's folder: the run goes on from its last checkpoint, and two at once are kept apart by the run's lock.
+A job is done when its run's ``run.json`` is there, whole. So it may be begun twice, killed, and begun again anywhere that
+sees the study's folder: the run goes on from its last checkpoint, and two at once are kept apart by the run's lock.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from ditscale.dit.files import read_json
 from ditscale.errors import InputError
 
 ENGINES = ("local", "slurm", "ray")
@@ -42,9 +43,30 @@ class Job:
     stop_file: str | None = None
 
     @property
+    def record(self) -> dict[str, Any] | None:
+        """The run's record; None where it has none, or a damaged one, which the run is trained again for."""
+        try:
+            record = read_record(Path(self.folder) / "run.json")
+        except InputError:
+            return None
+        return record if record["run_id"] == self.run_id else None
+
+    @property
     def done(self) -> bool:
         """Whether the run has its record."""
-        return (Path(self.folder) / "run.json").is_file()
+        return self.record is not None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A finished run's record.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict) or not {"run_id", "status", "loss", "flops"} <= record.keys():
+        raise InputError(f"{path}: expected a finished run record, got a damaged one")
+    return record
 
 
 @dataclass(frozen=True)

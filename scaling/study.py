@@ -29,7 +29,7 @@ from ditscale.dit.flops import CONVENTION, count
 from ditscale.errors import InputError
 from ditscale.scaling.checks import need_whole
 from ditscale.scaling.configurations import counted
-from ditscale.scaling.jobs import ENGINES
+from ditscale.scaling.jobs import ENGINES, read_record
 
 SCHEMA = 1
 # More widths than a study will ever choose from: a prior that asks for more is a slip of the pen.
@@ -380,10 +380,7 @@ class Study:
         records, complaints = [], []
         for path in sorted((self.folder / "runs").glob("*/run.json")):
             try:
-                record = read_json(path)
-                if not isinstance(record, dict) or not {"run_id", "status", "loss", "flops"} <= record.keys():
-                    raise InputError(f"{path}: expected a finished run record, got a damaged one")
-                records.append(record)
+                records.append(read_record(path))
             except InputError as error:
                 complaints.append(str(error))
         return records, complaints

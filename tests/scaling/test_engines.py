@@ -24,7 +24,7 @@ from ditscale.dit.data import emoji_vocabulary
 from ditscale.errors import InputError
 from ditscale.scaling import study_commands
 from ditscale.scaling.execute import Interrupted, execute, open_engine
-from ditscale.scaling.jobs import ATTEMPTS, EngineOptions, Job, do_job
+from ditscale.scaling.jobs import ATTEMPTS, EngineOptions, Job, News, do_job
 from ditscale.scaling.local_pool import LocalPool
 from ditscale.scaling.slurm import Slurm
 from ditscale.scaling.study import Study, StudyConfig, plan_run
@@ -178,6 +178,38 @@ def test_a_fault_that_nobody_foresaw_stops_the_study_with_its_text(study):
     with pytest.raises(InputError, match=rf"{runs[0].run_id}: IsADirectoryError: .*run\.json"):
         execute(study, runs[:1], LocalPool(1, 1), say=said.append)
     assert not any("died" in sentence for sentence in said)
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"run_id": ', "{}", '{"run_id": "x", "status": "finished", "loss": 1, "flops": 1}']
+)
+def test_a_run_whose_record_is_damaged_is_trained_again(study, damage):
+    """While it waits for its turn, its folder holds a record that is none."""
+    study, _ = study
+    run = plan_run(study.config, study.config.size(8), 2 * 10**7, "fit")
+    folder = study.run_folder(run.run_id)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(damage)
+    (folder / "config.json").write_text(json.dumps(run.training))
+    rounds, finished = [], []
+
+    class Late:
+        poll_seconds = 0.0
+
+        def start(self, jobs):
+            (self.job,) = jobs
+
+        def poll(self):
+            rounds.append(self.job.done)
+            if len(rounds) == 3:
+                assert do_job(self.job, say=lambda sentence: None) is None
+            return News(not self.job.done)
+
+        def close(self):
+            pass
+
+    (record,) = execute(study, [run], Late(), show=lambda progress: finished.append(len(progress.finished)))
+    assert rounds == [False] * 3 and finished == [0, 0, 1] and record["run_id"] == run.run_id
 
 
 def test_a_job_heeds_the_stop_file(study, tmp_path):
