@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ditscale.dit.files import folder_lock, read_json, write_json
 from ditscale.errors import InputError
 from ditscale.scaling.checks import need_least
@@ -26,6 +28,8 @@ _OUTCOME = (
     *("predicted_loss", "interval_95", "measured_loss", "relative_error", "inside_interval"),
     *("extrapolation_factor", "flops_spent", "seconds"),
 )
+# Fits of the same runs on processors of two kinds differed by 1e-7 at most; another run's loss moves them by more.
+_ROUNDING = 1e-6
 
 Show = Callable[[str, "Progress | None"], None]
 
@@ -76,9 +80,11 @@ def conduct(
         tick("fitting the laws")
         laws = plain(fit_laws(study))
         laws_path = study.folder / "laws.json"
-        if not laws_path.exists() or read_json(laws_path) != laws:
+        # Laws that a prediction was made from are its evidence: they stay, whatever the same fit gives by now.
+        promised = (study.folder / "prediction.json").exists()
+        if not laws_path.exists() or not (promised or read_json(laws_path) == laws):
             write_json(laws_path, laws)
-        prediction, target = _predict(study, laws_path)
+        prediction, target = _predict(study, laws_path, laws)
 
         # One process with all the threads: it is a single run, and the largest.
         train([target], 1, config.workers * config.threads, "training the predicted run")
@@ -94,8 +100,8 @@ def conduct(
         return outcome
 
 
-def _predict(study: Study, laws_path: Path) -> tuple[dict[str, Any], PlannedRun]:
-    """The prediction, written once and before its run, and the run that it is about."""
+def _predict(study: Study, laws_path: Path, laws: Mapping[str, Any]) -> tuple[dict[str, Any], PlannedRun]:
+    """The prediction, written once and before its run, and the run that it is about. ``laws`` are those of the runs by now."""
     path = study.folder / "prediction.json"
     law_hash = hashlib.sha256(laws_path.read_bytes()).hexdigest()
     if path.exists():
@@ -104,6 +110,11 @@ def _predict(study: Study, laws_path: Path) -> tuple[dict[str, Any], PlannedRun]
             raise InputError(
                 f"{path}: expected the prediction of the law {law_hash[:12]} in laws.json, got one of "
                 f"{str(prediction['law_sha256'])[:12]}; a prediction is not made twice: use a new folder"
+            )
+        if not _same_laws(read_json(laws_path), laws):
+            raise InputError(
+                f"{laws_path}: expected the laws of the runs that are here, got those of others, which {path.name} was made "
+                "from; a prediction is not made twice: use a new folder"
             )
         model = study.config.size(prediction["width"])
         return prediction, plan_run(study.config, model, study.config.target, "prediction")
@@ -125,6 +136,17 @@ def _predict(study: Study, laws_path: Path) -> tuple[dict[str, Any], PlannedRun]
     }
     write_json(path, prediction)
     return prediction, target
+
+
+def _same_laws(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two fits differ by rounding at most, as those of one study do on processors of two kinds."""
+
+    def numbers(laws: Mapping[str, Any]) -> list[float]:
+        powers = [float(laws[name][part]) for name in ("N_opt", "D_opt") for part in ("coefficient", "exponent")]
+        return [*powers, *laws["loss"]["band"]["value"]]
+
+    one, other = numbers(before), numbers(now)
+    return len(one) == len(other) and bool(np.allclose(one, other, rtol=_ROUNDING, atol=0.0))
 
 
 def _settle(study: Study, prediction: dict[str, Any], target: PlannedRun, clock: _Clock) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ditscale.errors import InputError
 from ditscale.scaling import conduct
 from ditscale.scaling.demo_study import demo_study
 from ditscale.scaling.gallery import draw_gallery
-from ditscale.scaling.study import Study, StudyConfig, design
+from ditscale.scaling.study import Study, StudyConfig, design, plan_run
 
 
 def small(**changes):
@@ -204,12 +204,47 @@ def test_a_damaged_stage_is_named_and_left_as_it_is(tmp_path, name, content, nam
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=f"{name}.*{named}"):
         if name == "prediction.json":
-            conduct._predict(argparse.Namespace(folder=tmp_path), tmp_path / "laws.json")
+            conduct._predict(argparse.Namespace(folder=tmp_path), tmp_path / "laws.json", {})
         elif name == "outcome.json":
             conduct._settle(argparse.Namespace(folder=tmp_path), {}, None, None)
         else:
             conduct._Clock(path)
     assert json.loads(path.read_text()) == content
+
+
+def test_laws_that_a_prediction_was_made_from_stay(tmp_path, monkeypatch):
+    """The same fit on another kind of processor differs by rounding, and that of other runs by more; neither replaces them."""
+    study = Study.create(tmp_path / "study", small())
+    law = {"coefficient": 2.0, "exponent": 0.4}
+    laws = {"N_opt": law, "D_opt": law, "loss": {"band": {"value": [0.2, 0.1]}}}
+    target = plan_run(study.config, study.config.size(24), study.config.target, "prediction")
+    trained = []
+
+    class Reached(Exception):
+        pass
+
+    def execute(study, runs, engine, **_):
+        trained.append(len(runs))
+        if runs == [target]:
+            raise Reached
+
+    monkeypatch.setattr(conduct, "open_engine", lambda *args, **told: None)
+    monkeypatch.setattr(conduct, "execute", execute)
+    monkeypatch.setattr(conduct, "choose_and_predict", lambda study: (target, {"loss": 0.1, "interval_95": [0.1, 0.2]}))
+
+    def carry_out(laws):
+        monkeypatch.setattr(conduct, "fit_laws", lambda study: laws)
+        conduct.conduct(study, show=lambda *args: None, say=print)
+
+    with pytest.raises(Reached):
+        carry_out(laws)
+    written = [(study.folder / f"{name}.json").read_bytes() for name in ("laws", "prediction")]
+    with pytest.raises(Reached):
+        carry_out(laws | {"N_opt": law | {"exponent": 0.4 + 1e-12}})
+    with pytest.raises(InputError, match=r"laws\.json: expected the laws of the runs that are here.*prediction\.json"):
+        carry_out(laws | {"N_opt": law | {"exponent": 0.4 + 1e-5}})
+    assert trained == [12, 1, 12, 1, 12]
+    assert written == [(study.folder / f"{name}.json").read_bytes() for name in ("laws", "prediction")]
 
 
 LATENT = {"latent_factor": 8, "image_size": 256, "in_channels": 4, "learn_sigma": False}
