@@ -6,6 +6,7 @@ runs/*/run.json, runs.csv, laws.json, prediction.json (before the large run star
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import time
@@ -203,4 +204,5 @@ class _Clock:
     def save(self) -> None:
         if time.monotonic() - self.saved > 2.0 or not self.path.exists():
             self.saved = time.monotonic()
-            write_json(self.path, {"seconds": self.seconds()})
+            with contextlib.suppress(InputError):  # on a full disk the runs go on, which say it; so does their clock
+                write_json(self.path, {"seconds": self.seconds()})

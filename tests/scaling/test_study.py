@@ -212,6 +212,16 @@ def test_a_damaged_stage_is_named_and_left_as_it_is(tmp_path, name, content, nam
     assert json.loads(path.read_text()) == content
 
 
+def test_a_clock_that_cannot_be_written_stops_no_study(tmp_path):
+    (tmp_path / "gone").mkdir()
+    clock = conduct._Clock(tmp_path / "gone" / "clock.json")
+    (tmp_path / "gone").rmdir()
+    clock.save()
+    (tmp_path / "gone").mkdir()
+    clock.save()
+    assert conduct._Clock(clock.path).before > 0.0
+
+
 def test_laws_that_a_prediction_was_made_from_stay(tmp_path, monkeypatch):
     """The same fit on another kind of processor differs by rounding, and that of other runs by more; neither replaces them."""
     study = Study.create(tmp_path / "study", small())
