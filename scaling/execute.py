@@ -6,6 +6,7 @@ way, ``kill -9`` included, goes on with the same call: finished runs are kept, t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -158,12 +159,16 @@ def _follow(
             if working:
                 time.sleep(engine.poll_seconds)
     except KeyboardInterrupt:
-        stop_file.touch()
+        try:
+            stop_file.touch()
+        except OSError as error:  # a full disk, most often; processes of this machine are told without it
+            say(f"{stop_file}: cannot be written ({error.strerror or error}); jobs elsewhere are cancelled")
         engine.stop()
         raise Interrupted from None
     finally:
         engine.close()
-        stop_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            stop_file.unlink(missing_ok=True)
 
 
 def _look(jobs: Sequence[Job], steps: Mapping[str, int], progress: Progress) -> None:

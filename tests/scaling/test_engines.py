@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import getpass
 import json
 import os
@@ -150,6 +151,34 @@ def test_ctrl_c_leaves_checkpoints_and_the_same_call_goes_on(study):
         execute(study, runs, LocalPool(1, 1), show=interrupt)
     assert list(study.folder.glob("runs/*/checkpoint-*.json")) and not (study.folder / ".stop").exists()
     assert len(execute(study, runs, LocalPool(1, 1))) == 3
+
+
+def test_ctrl_c_on_a_full_disk_stops_in_order_too(study, monkeypatch):
+    study, runs = study
+    called, said = [], []
+
+    class Engine:
+        poll_seconds = 0.0
+
+        def start(self, jobs):
+            pass
+
+        def poll(self):
+            raise KeyboardInterrupt
+
+        def stop(self):
+            called.append("stop")
+
+        def close(self):
+            called.append("close")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(Interrupted):
+        execute(study, runs, Engine(), say=said.append)
+    assert called == ["stop", "close"] and "No space left" in said[0]
 
 
 def test_a_job_whose_process_always_dies_is_given_up(study, monkeypatch):
