@@ -40,8 +40,9 @@ def _headline(view: StudyView) -> tuple[str, str]:
     if view.outcome and view.prediction:
         outcome = view.outcome
         predicted, measured = outcome["predicted_loss"], outcome["measured_loss"]
+        ordered = in_order(view)
         head = (
-            f'<span class="line">Predicted <span class="cool">{predicted:.4f}</span> before training.</span> '
+            f'<span class="line">Predicted <span class="cool">{predicted:.4f}</span>{" before training" * ordered}.</span> '
             f'<span class="line">Measured <span class="hot">{measured:.4f}</span>.</span>'
         )
         inside = bool(outcome.get("inside_interval"))
@@ -49,7 +50,7 @@ def _headline(view: StudyView) -> tuple[str, str]:
         error = float(outcome["relative_error"])
         lead = (
             f"{trained} small diffusion transformers gave a law of training compute. It was carried "
-            f"{_factor(outcome)}, written down, and only then put to the test: the measured loss is "
+            f"{_factor(outcome)}{', written down, and only then put to the test' * ordered}: the measured loss is "
             f"{abs(100 * error):.2f} % {'above' if error >= 0 else 'below'} the prediction, "
             f'<span class="verdict {"good" if inside else "bad"}">{words}</span>.'
         )
@@ -209,6 +210,15 @@ def _hash_words(view: StudyView) -> str:
     if promised == view.law_sha256:
         return f'{shown}; <span class="verdict good">laws.json still has it</span>'
     return f'{shown}; <span class="verdict bad">laws.json in this folder is another</span>'
+
+
+def in_order(view: StudyView) -> bool:
+    """Whether the files show that the prediction was written before its run began."""
+    made, started = (
+        _moment((content or {}).get(name))
+        for content, name in ((view.prediction, "made_at"), (view.predicted, "started_at"))
+    )
+    return made is not None and started is not None and started >= made
 
 
 def _order_words(view: StudyView, run: dict[str, Any]) -> str:

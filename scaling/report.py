@@ -137,7 +137,9 @@ def _caption(view: StudyView, name: str) -> str:
             "new run should land in 95 of 100 cases."
         )
         if view.prediction:
-            text += " The open circle is the prediction, written before its run began"
+            text += " The open circle is the prediction"
+            if view.predicted is None or page_result.in_order(view):
+                text += ", written before its run began"
             text += "; the star is what that run measured." if view.outcome else "."
         return text
     if name == "isoflop":

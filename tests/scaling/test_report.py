@@ -171,6 +171,7 @@ def test_headline_gives_prediction_outcome_and_the_order_of_events(finished: Pat
     prediction = json.loads((finished / "prediction.json").read_text())
     text = _Reader(page).text
     assert f"Predicted {outcome['predicted_loss']:.4f} before training." in text
+    assert "and only then put to the test" in text and "written before its run began" in text
     assert f"Measured {outcome['measured_loss']:.4f} ." in text
     assert f"{100 * outcome['relative_error']:+.2f} %".replace("-", "−") in text
     assert "inside its 95 % interval" in text
@@ -198,7 +199,10 @@ def test_a_law_changed_after_the_prediction_is_told(study: Path) -> None:
 
 def test_a_run_started_before_its_prediction_is_told(study: Path) -> None:
     _change(study / "prediction.json", made_at="2031-01-01T00:00:00Z")
-    assert "before the prediction was written" in _text(study)
+    text = _text(study)
+    assert "before the prediction was written" in text
+    # And nothing above it claims the other order.
+    assert not any(claim in text for claim in ("before training", "only then", "written before its run began"))
 
 
 # Each stage of a study with what its page must and must not say.
