@@ -119,6 +119,11 @@ def _predict(study: Study, laws_path: Path, laws: Mapping[str, Any]) -> tuple[di
             )
         model = study.config.size(prediction["width"])
         return prediction, plan_run(study.config, model, study.config.target, "prediction")
+    if made := [record["run_id"] for record in study.records()[0] if record.get("role") == "prediction"]:
+        raise InputError(
+            f"{path}: expected the prediction that run {made[0]} was made to test, got none; a prediction is not made after "
+            "its run: use a new folder"
+        )
     target, predicted = choose_and_predict(study)
     model = target.training["model"]
     prediction = {

@@ -257,6 +257,17 @@ def test_laws_that_a_prediction_was_made_from_stay(tmp_path, monkeypatch):
     assert written == [(study.folder / f"{name}.json").read_bytes() for name in ("laws", "prediction")]
 
 
+def test_a_prediction_is_not_made_after_its_run(tmp_path):
+    study = Study.create(tmp_path / "study", small())
+    record = {"run_id": "one", "status": "finished", "loss": 0.1, "flops": 1, "role": "prediction"}
+    study.run_folder("one").mkdir(parents=True)
+    (study.run_folder("one") / "run.json").write_text(json.dumps(record))
+    (study.folder / "laws.json").write_text("{}")
+    with pytest.raises(InputError, match=r"prediction\.json: expected the prediction that run one was made to test"):
+        conduct._predict(study, study.folder / "laws.json", {})
+    assert not (study.folder / "prediction.json").exists()
+
+
 LATENT = {"latent_factor": 8, "image_size": 256, "in_channels": 4, "learn_sigma": False}
 VIDEO = {"latent_factor": 1, "image_size": 16, "in_channels": 3, "frames": 2, "learn_sigma": False}
 
