@@ -79,6 +79,8 @@ def run(
     from ditscale.scaling.study import Study, StudyConfig
 
     if study.is_dir():
+        if out is not None and out.resolve() != study.resolve():
+            raise InputError(f"--out: expected none with a study's folder, where everything is written, got {out}")
         opened = Study(study)
     elif out is None:
         raise InputError("--out: expected the folder that the study is written to, got none")

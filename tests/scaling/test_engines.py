@@ -315,6 +315,8 @@ def test_the_command_line_s_options_reach_the_engine(tmp_path, monkeypatch):
         study_commands.run(tmp_path / "study", engine="slurm", option=given)
     extra = {"slurm_additional_parameters": {"qos": "high"}, "comment": "a=b"}
     assert seen == [("slurm", {"gpus_per_node": 2, "slurm_partition": "gpu"} | extra)]
+    with pytest.raises(InputError, match="--out: expected none with a study's folder"):
+        study_commands.run(tmp_path / "study", out=tmp_path / "elsewhere")
     with pytest.raises(InputError, match="--option: expected NAME=VALUE, got 'gpus'"):
         study_commands.run(tmp_path / "study", engine="slurm", option=["gpus"])
 
