@@ -55,5 +55,6 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# With the libraries go the marks that they are built: else the next target would run without any.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache ditscale/lib
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache ditscale/lib $(VENV)/.ready $(VENV)/.demo

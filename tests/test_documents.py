@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,21 @@ def test_make_targets_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     named = set(re.findall(r"`make ([\w-]+)`|^make ([\w-]+)", text, flags=re.MULTILINE))
     assert {a or b for a, b in named} <= targets
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_what_make_clean_removed_is_built_again(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", ".venv/.ready", ".venv/.demo"):
+        (tmp_path / name).touch()
+
+    def make(*words):
+        return subprocess.run(["make", *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert "pip install" not in make("-n", "test") + make("-n", "demo")
+    make("clean")
+    assert "pip install" in make("-n", "test") and "pip install" in make("-n", "demo")
 
 
 @pytest.mark.parametrize("page", PAGES)
