@@ -29,13 +29,13 @@ def modules(name: str) -> list[ModuleType]:
 
 DECLARED = {name: operator for shapes in modules("shapes") for name, operator in shapes.OPERATORS.items()}
 
+# Operators without kernels in Triton and CUDA.
 CPU_ONLY = {"product", "adamw_average_"}
 
 
 def registered(namespace: str) -> dict[str, torch._C.FunctionSchema]:
     """Every operator of a namespace that torch knows, whoever defined it."""
-    for name in kernels.__all__:
-        getattr(kernels, name)  # loads its family
+    modules("native")  # every family's, also of operators without a public function
     found = torch._C._dispatch_get_all_op_names()
     names = [n.split("::")[1] for n in found if n.startswith(f"{namespace}::")]
     return {n: getattr(getattr(torch.ops, namespace), n).default._schema for n in names}
