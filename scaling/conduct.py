@@ -29,7 +29,8 @@ _OUTCOME = (
     *("predicted_loss", "interval_95", "measured_loss", "relative_error", "inside_interval"),
     *("extrapolation_factor", "flops_spent", "seconds"),
 )
-# Fits of the same runs on processors of two kinds differed by 1e-7 at most; another run's loss moves them by more.
+# Fits of the same runs with OpenBLAS's kernels for two kinds of processor differed by 1e-7 at most; a run retrained to another
+# loss moves them by more.
 _ROUNDING = 1e-6
 
 Show = Callable[[str, "Progress | None"], None]
