@@ -209,7 +209,7 @@ class DiT(nn.Module):
         """The blocks, each on its share of the image's tokens, which follows from the time and the noisy input (``seen``);
         the condition's tokens are in every share.
         """
-        others = torch.arange(tokens, h.shape[1], device=h.device).expand(len(h), -1)
+        others = torch.arange(tokens, h.shape[1], device=h.device).expand(h.shape[0], -1)
         whole, index, share, here = h, None, 1.0, around
         pending: Pending | None = None
         balances: list[Tensor] = []
@@ -263,8 +263,10 @@ class DiT(nn.Module):
             if not (isinstance(y, tuple) and len(y) == 2):
                 raise InputError(f"y: expected a pair of tokens and pooled vectors, got {type(y).__name__}")
             y, pooled = y
-            if pooled.shape != (len(x), config.pooled_width):
-                raise InputError(f"y[1]: expected shape [{len(x)}, {config.pooled_width}], got {list(pooled.shape)}")
+            if pooled.shape != (x.shape[0], config.pooled_width):
+                raise InputError(
+                    f"y[1]: expected shape [{x.shape[0]}, {config.pooled_width}], got {list(pooled.shape)}"
+                )
         if not (y is None or isinstance(y, Tensor)):
             raise InputError(f"y: expected a tensor or None, got {type(y).__name__}")
         wanted = config.condition
@@ -273,9 +275,9 @@ class DiT(nn.Module):
             raise InputError(f"y: expected {'None' if wanted == 'none' else wanted + ' indices'}, got {came}")
         if y is None:
             return None, pooled
-        shape: tuple[int | None, ...] = (len(x),)
+        shape: tuple[int | None, ...] = (x.shape[0],)  # (of an exported batch len(x) makes a constant)
         if wanted == "caption":
-            shape = (len(x), None if config.context == "pooled" else config.caption_tokens)
+            shape = (x.shape[0], None if config.context == "pooled" else config.caption_tokens)
             if not config.vocabulary_size:
                 shape = (*shape, config.caption_width)
         if y.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, y.shape, strict=True)):

@@ -326,3 +326,14 @@ def test_weights_are_drawn_as_documented():
     assert float(mixed.pos_embed.std()) == pytest.approx(0.02, rel=0.1)
     # Under muP the time layers follow their width.
     assert float(mixed.t_embedder.mlp[2].weight.abs().max()) == pytest.approx((6 / 384) ** 0.5, rel=0.01)
+
+
+def test_an_exported_batch_is_free():
+    config = config_of("joint", depth=1)
+    model = randomised(config).eval()
+    given, other = inputs_of(config, 3), inputs_of(config, 5)
+    batch = {0: torch.export.Dim("batch")}
+    shapes = torch.utils._pytree.tree_map(lambda _: batch, dict(zip("xty", given, strict=True)))
+    program = torch.export.export(model, given, dynamic_shapes=shapes, strict=False)
+    with torch.no_grad():
+        assert torch.allclose(program.module()(*other), model(*other), atol=1e-5)
