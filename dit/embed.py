@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditscale.dit.layers import Linear
+from ditscale.dit.layers import Linear, is_bare
 from ditscale.kernels import linear
 
 
@@ -35,6 +35,8 @@ class PatchEmbed(nn.Module):
         self.proj = convolution(in_channels, width, kernel_size=self.patch, stride=self.patch)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_bare(self.proj):
+            return self.proj(x).flatten(2).transpose(1, 2)
         # [B, C, A, a, ...] to [B, A, ..., C, a, ...], A patches of a cells along each axis.
         axes = len(self.patch)
         grid = [size // p for size, p in zip(x.shape[2:], self.patch, strict=True)]

@@ -10,7 +10,20 @@ from torch import Tensor, nn
 
 from ditscale.dit.block import Around
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.layers import Attention, Heads, Linear, Mlp, Modulation, Norm, Pending, Turns, activated, merged
+from ditscale.dit.layers import (
+    Attention,
+    Heads,
+    Linear,
+    Mlp,
+    Modulation,
+    Norm,
+    Pending,
+    Turns,
+    activated,
+    activation,
+    is_bare,
+    merged,
+)
 from ditscale.kernels import attention, linear
 
 
@@ -82,7 +95,8 @@ class SingleBlock(Heads):
         d, f = config.width, config.mlp_width
         self.swiglu = config.mlp == "swiglu"
         self.heads_width = (self.heads + 2 * self.key_heads) * self.head_width
-        self.linear1 = Linear(d, self.heads_width + f * (2 if self.swiglu else 1))
+        self.hidden_width = f * (2 if self.swiglu else 1)
+        self.linear1 = Linear(d, self.heads_width + self.hidden_width)
         self.linear2 = Linear(d + f, d)
         self.norm1 = Norm(d, config.norm, affine=False)
         self.add_output(config, proj=False)
@@ -94,11 +108,16 @@ class SingleBlock(Heads):
         """The stream and the branch that is still to be added."""
         shift, scale, gate = self.adaLN_modulation(c_silu_BD)
         x_BTD, y_BTD = self.norm1(x_BTD, pending, shift, scale)
-        # One layer in two products, so that each part's bias can go where it is added for free.
-        sizes = [self.heads_width, self.linear1.out_features - self.heads_width]
-        heads_weight, hidden_weight = self.linear1.weight.split(sizes)
-        heads_bias, hidden_bias = self.linear1.bias.split(sizes)
-        q, k, v = self.split(linear(y_BTD, heads_weight, heads_bias), around.turns)
-        hidden = activated(y_BTD, hidden_weight, hidden_bias, self.swiglu)
+        sizes = [self.heads_width, self.hidden_width]
+        if is_bare(self.linear1):
+            # One layer in two products, so that each part's bias can go where it is added for free.
+            heads_weight, hidden_weight = self.linear1.weight.split(sizes)
+            heads_bias, hidden_bias = self.linear1.bias.split(sizes)
+            qkv = linear(y_BTD, heads_weight, heads_bias)
+            hidden = activated(y_BTD, hidden_weight, hidden_bias, self.swiglu)
+        else:
+            qkv, hidden = self.linear1(y_BTD).split(sizes, dim=-1)
+            hidden = activation(hidden, self.swiglu)
+        q, k, v = self.split(qkv, around.turns)
         y_BTD = merged(attention(q, k, v, lengths=around.lengths))
         return x_BTD, Pending(self.linear2(torch.cat([y_BTD, hidden], dim=-1)), gate)

@@ -32,6 +32,17 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and bias and no more, so that they may be taken without calling it.
+
+    It is not where something stands in its place or around it: an adapter such as LoRA's, a quantised layer, a hook, another
+    forward (as offloading sets it).
+    """
+    around = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    own = type(layer) in (Linear, nn.Linear, nn.Conv2d, nn.Conv3d) and "forward" not in layer.__dict__
+    return own and not around
+
+
 class Pending(NamedTuple):
     """A branch that has not been added to its stream yet: adding it and normalising the sum are one operator.
 
@@ -197,14 +208,23 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activated(x, self.fc1.weight, self.fc1.bias, self.swiglu))
+        if is_bare(self.fc1):
+            return self.fc2(activated(x, self.fc1.weight, self.fc1.bias, self.swiglu))
+        return self.fc2(activation(self.fc1(x), self.swiglu))
 
 
 def activated(x: Tensor, weight: Tensor, bias: Tensor, swiglu: bool) -> Tensor:
     """A linear layer and the activation after it."""
     if not swiglu:
         return bias_gelu(linear(x, weight), bias)
-    gate, value = linear(x, weight, bias).chunk(2, dim=-1)
+    return activation(linear(x, weight, bias), swiglu)
+
+
+def activation(x: Tensor, swiglu: bool) -> Tensor:
+    """The tanh form of GELU, or SwiGLU, which halves the width."""
+    if not swiglu:
+        return F.gelu(x, approximate="tanh")
+    gate, value = x.chunk(2, dim=-1)
     return F.silu(gate) * value
 
 

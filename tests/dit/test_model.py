@@ -337,3 +337,51 @@ def test_an_exported_batch_is_free():
     program = torch.export.export(model, given, dynamic_shapes=shapes, strict=False)
     with torch.no_grad():
         assert torch.allclose(program.module()(*other), model(*other), atol=1e-5)
+
+
+class Adapted(torch.nn.Module):
+    """Shows the weight of the layer that it adds something of low rank to, as adapters do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+        self.down, self.up = (torch.randn(*shape) * 0.5 for shape in ((2, layer.in_features), (layer.out_features, 2)))
+
+    def forward(self, x):
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize(
+    "name", ["adaln-zero", "joint, then single", "joint, then single, swiglu", "rms, swiglu, qk-norm, rope"]
+)
+@torch.no_grad()
+def test_an_adapter_counts_on_every_linear_layer(name):
+    config = config_of(name, depth=1)
+    model, inputs = randomised(config).eval(), inputs_of(config)
+    for place in [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]:
+        layer, (parent, _, leaf) = model.get_submodule(place), place.rpartition(".")
+        adapted = Adapted(layer)
+        setattr(model.get_submodule(parent), leaf, adapted)
+        got = model(*inputs)
+        setattr(model.get_submodule(parent), leaf, layer)
+        before = layer.weight.clone()
+        layer.weight += adapted.up @ adapted.down
+        assert torch.allclose(got, model(*inputs), atol=1e-4), place
+        layer.weight.copy_(before)
+
+
+@pytest.mark.parametrize("name", ["adaln-zero", "joint, then single", "video"])
+@torch.no_grad()
+def test_what_stands_around_a_layer_is_called(name):
+    config, seen = config_of(name, depth=1), set()
+    model, inputs = randomised(config).eval(), inputs_of(config)
+    want = model(*inputs)
+    layers_of = {n: m for n, m in model.named_modules() if hasattr(m, "in_features") or hasattr(m, "in_channels")}
+    for number, (place, layer) in enumerate(layers_of.items()):
+        see = functools.partial(lambda place, forward, *given: (seen.add(place), forward(*given))[1], place)
+        if number % 2:
+            layer.register_forward_hook(functools.partial(see, lambda *_: None))
+        else:  # as offloading does
+            layer.forward = functools.partial(see, layer.forward)
+    assert torch.allclose(model(*inputs), want, atol=1e-5)
+    assert seen == set(layers_of)
