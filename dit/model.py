@@ -114,6 +114,10 @@ class DiT(nn.Module):
         cos = getattr(self, f"{name}_cos", None)
         return None if cos is None else Turns(cos, getattr(self, f"{name}_sin"))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a file of the model holds: no balance loss, which belongs to a pass and whose graph cannot be copied."""
+        return self.__dict__ | {"balance_loss": None}
+
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
         initialise(self)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from model_variants import TINY, config_of, inputs_of, randomised
@@ -143,3 +146,13 @@ def test_float64_gradients_by_differences():
     layer = mixture(experts=3).double()
     x = torch.randn(1, 4, 24, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda v: layer(v), (x,), atol=1e-6)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_can_be_copied_between_its_passes(copied):
+    config = config_of("mixture")
+    model, inputs = randomised(config).train(), inputs_of(config)
+    want = model(*inputs)
+    again = copied(model)
+    assert model.balance_loss.requires_grad and again.balance_loss is None
+    assert torch.equal(again(*inputs), want) and torch.equal(again.balance_loss, model.balance_loss)
