@@ -144,7 +144,7 @@ def ask_section(view: StudyView) -> str:
     )
     bands = {"loss": ("the loss", "band"), "params": ("the size", "params_band"), "data": (f"the {unit}", "data_band")}
     without = [words for law, (words, band) in bands.items() if data[law] and not data[band]]
-    none = f" There is no interval of {' or '.join(without)}." if without else ""
+    none = f" There is no interval of {escape(' or '.join(without))}." if without else ""
     return (
         '<section id="ask"><h2>Ask the law</h2>'
         "<p>Move the budget. The page answers with the size to train, the images to show it, and the loss "

@@ -154,14 +154,14 @@ def _machine_words(view: StudyView) -> str:
 
 def _steps(view: StudyView) -> str:
     """Fitted, predicted, trained, compared: with what proves the order."""
-    steps: list[tuple[bool, str, str]] = []
+    steps: list[tuple[bool, str, str]] = []  # (done, what, detail as HTML)
     laws, prediction, outcome, run = view.laws, view.prediction, view.outcome, view.predicted
     if laws and laws.loss:
         weights = sorted(laws.weights.items(), key=lambda item: -item[1])
         shares = ", ".join(f"{name} {100 * weight:.0f}\u00a0%" for name, weight in weights[:3])
         # Of too few budgets none was held out: the law says so itself.
         words = f"weighted by held-out budgets: {shares}" if weights and laws.scoreboard else laws.chosen or ""
-        steps.append((True, f"Law fitted to {len(view.fitted)} runs", words))
+        steps.append((True, f"Law fitted to {len(view.fitted)} runs", escape(words)))
     else:
         steps.append((False, "Law", "to come when the grid is trained"))
     if prediction:
@@ -179,8 +179,7 @@ def _steps(view: StudyView) -> str:
     else:
         steps.append((False, "Measured loss", "to come"))
     items = "".join(
-        f"<li{'' if done else ' class=todo'}><b>{escape(what)}</b><span "
-        f'class="detail">{detail if "<" in detail else escape(detail)}</span></li>'
+        f'<li{"" if done else " class=todo"}><b>{escape(what)}</b><span class="detail">{detail}</span></li>'
         for done, what, detail in steps
     )
     return f'<ol class="steps">{items}</ol>'

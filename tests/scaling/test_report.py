@@ -155,7 +155,14 @@ def test_a_page_lies_in_its_study_unless_it_is_told_where(finished: Path, tmp_pa
 def test_markup_in_names_and_captions_stays_text(study: Path) -> None:
     _change(study / "study.json", name="<script>alert(1)</script> {{js}}")
     laws = json.loads((study / "laws.json").read_text())
-    _change(study / "laws.json", warnings=["</script><b>loud</b>"], chosen=laws["chosen"])
+    unbanded = {key: value for key, value in laws["D_opt"].items() if key != "band"}
+    _change(
+        study / "laws.json",
+        warnings=["</script><b>loud</b>"],
+        weights={"<script>alert(2)</script>": 1.0},
+        data_unit="<script>alert(3)</script>",
+        D_opt=unbanded,
+    )
     for path in study.glob("runs/*/samples.json"):
         _change(path, captions=['"><img src=x onerror=alert(1)>'] * 8)
     page = _page(study)
