@@ -90,6 +90,10 @@ def main() -> None:
         if error.filename is None and not _stdout_fails():
             raise
         _fail(f"{error.filename or 'stdout'}: expected a place that can be read or written, got {error.strerror}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":  # the counter and the laws do without it, and so may who installed them
+            raise
+        _fail("torch: expected to be installed for this command, got none (pip install torch)")
     if code == 130:  # typer makes that of Ctrl-C; who can go on where it was says so itself
         sys.stderr.write("ditscale: stopped\n")
     sys.exit(code if isinstance(code, int) else 0)

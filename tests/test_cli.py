@@ -205,3 +205,14 @@ def test_no_help_text_loses_words_to_markup():
         texts |= {f"{command.name} {p.name}": getattr(p, "help", None) or "" for p in command.params}
     assert "train config" in texts and "study" in texts
     assert not {name: text for name, text in texts.items() if re.search(r"\[[a-z/#@]", text)}
+
+
+def test_a_command_that_needs_torch_says_so_where_there_is_none(ditscale, monkeypatch):
+    # The counter and the laws need none, and so may live without one.
+    for name in [n for n in sys.modules if n.startswith("ditscale.kernels.doctor")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert ditscale("doctor", code=2).stderr == (
+        "ditscale: torch: expected to be installed for this command, got none (pip install torch)\n"
+    )
+    assert "forward_flops" in ditscale("flops", "DiT-XL/2", "--json").stdout
