@@ -42,6 +42,11 @@ def _significant(value: float, digits: int) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def factor(value: float) -> str:
+    """``0.52``, ``10``, ``1,000``: how many times, in three digits and without an exponent."""
+    return _significant(value, 3) if abs(value) < 999.5 else f"{float(f'{value:.3g}'):,.0f}"
+
+
 def duration(seconds: float) -> str:
     """``48 s``, ``12.4 min``, ``3.2 h``."""
     if seconds < 90:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ditscale.scaling.figure_law import size_words
-from ditscale.scaling.numbers_text import duration, percent, power_of_ten, short
+from ditscale.scaling.numbers_text import duration, factor, percent, power_of_ten, short
 from ditscale.scaling.study_view import StudyView
 
 
@@ -88,8 +88,8 @@ def _share_done(view: StudyView) -> float:
 
 
 def _factor(outcome: dict[str, Any]) -> str:
-    factor = outcome.get("extrapolation_factor")
-    return f"to {float(factor):.3g} times the largest fitted budget" if factor else "past the largest fitted budget"
+    times = outcome.get("extrapolation_factor")
+    return f"to {factor(float(times))} times the largest fitted budget" if times else "past the largest fitted budget"
 
 
 def _tiles(view: StudyView) -> str:
@@ -111,7 +111,7 @@ def _tiles(view: StudyView) -> str:
             tiles.append(
                 (
                     "extrapolation",
-                    f"{float(outcome['extrapolation_factor']):.3g}×",
+                    f"{factor(float(outcome['extrapolation_factor']))}×",
                     "the largest fitted budget",
                 )
             )
@@ -119,8 +119,8 @@ def _tiles(view: StudyView) -> str:
         low, high = view.prediction["interval_95"]
         tiles.append(("predicted loss", f"{view.prediction['loss']:.4f}", f"95 %: {low:.4f} to {high:.4f}"))
         if view.prediction.get("extrapolation_factor"):
-            factor = float(view.prediction["extrapolation_factor"])
-            tiles.append(("extrapolation", f"{factor:.3g}×", "the largest fitted budget"))
+            times = factor(float(view.prediction["extrapolation_factor"]))
+            tiles.append(("extrapolation", f"{times}×", "the largest fitted budget"))
     if view.prediction:
         size = view.size_of(view.prediction) if view.prediction.get("params") else None
         words = f"{short(float(view.prediction['images']))} images" if view.prediction.get("images") else ""

@@ -80,8 +80,8 @@
       const place = byId("beyond");
       const inside = budget >= least * 0.999 && budget <= most * 1.001;
       place.firstChild.textContent = inside ? "inside the fitted range" : budget > most
-      ? significant(budget / most, 2) + "× the largest fitted budget"
-      : "1/" + significant(least / budget, 2) + " of the smallest fitted budget";
+      ? Number(significant(budget / most, 2)).toLocaleString("en") + "× the largest fitted budget"
+      : "1/" + Number(significant(least / budget, 2)).toLocaleString("en") + " of the smallest fitted budget";
       place.firstChild.className = "verdict " + (inside ? "good" : "wait");
       place.lastChild.textContent = inside ? "Runs on both sides of this budget were measured."
         : budget > most ? "The law is carried past its largest fitted budget: trust the interval, not the line."

@@ -188,6 +188,14 @@ def test_headline_gives_prediction_outcome_and_the_order_of_events(finished: Pat
     assert "12.4 min" in text
 
 
+def test_a_thousandfold_extrapolation_is_written_out(study: Path) -> None:
+    _change(study / "outcome.json", extrapolation_factor=1001.3)
+    assert "It was carried to 1,000 times the largest fitted budget" in _text(study) and "e+03" not in _text(study)
+    (study / "outcome.json").unlink()
+    _change(study / "prediction.json", extrapolation_factor=25000.0)
+    assert "25,000×" in _text(study)
+
+
 def test_claims_are_worked_out_from_the_numbers(study: Path) -> None:
     # The file claims a hit; its own numbers say otherwise.
     outcome = json.loads((study / "outcome.json").read_text())
