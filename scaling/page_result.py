@@ -57,12 +57,16 @@ def _headline(view: StudyView) -> tuple[str, str]:
         return head, lead
     if view.prediction:
         low, high = view.prediction["interval_95"]
+        test = (
+            'diverged: <span class="verdict bad">there is no measured loss</span>.'
+            if _prediction_diverged(view)
+            else 'has not finished: <span class="verdict wait">the measured loss is still to come</span>.'
+        )
         return (
             f'Predicted: a loss of <span class="cool">{view.prediction["loss"]:.4f}</span> at '
             f"{power_of_ten(float(view.prediction['budget']))} FLOPs",
             f"The prediction, with its 95 % interval of {low:.4f} to {high:.4f}, is written down. The run "
-            "that tests "
-            f'it has not finished: <span class="verdict wait">the measured loss is still to come</span>.',
+            f"that tests it {test}",
         )
     then = f" at {power_of_ten(float(target))} FLOPs" if target else ""
     if view.laws:
@@ -78,6 +82,10 @@ def _headline(view: StudyView) -> tuple[str, str]:
         f"all its runs are there, then a prediction{then}, then the run that tests it. What there is so far "
         "stands below.",
     )
+
+
+def _prediction_diverged(view: StudyView) -> bool:
+    return any(run.get("role") == "prediction" for run in view.diverged)
 
 
 def _share_done(view: StudyView) -> float:
@@ -170,6 +178,8 @@ def _steps(view: StudyView) -> str:
         steps.append((False, "Prediction", "to come when the law is fitted, before its run starts"))
     if run:
         steps.append((True, "Predicted run trained", _order_words(view, run)))
+    elif _prediction_diverged(view):
+        steps.append((True, "Predicted run trained", '<span class="verdict bad">its loss diverged</span>'))
     else:
         training = any(c.record.get("role") == "prediction" for c in view.curves)
         steps.append((False, "The predicted run", "is training" if training else "to come after the prediction"))
@@ -177,7 +187,7 @@ def _steps(view: StudyView) -> str:
         words = f"loss {outcome['measured_loss']:.4f}, on the validation images, noise and times of all runs"
         steps.append((True, "Measured", words))
     else:
-        steps.append((False, "Measured loss", "to come"))
+        steps.append((False, "Measured loss", "none" if _prediction_diverged(view) else "to come"))
     items = "".join(
         f'<li{"" if done else " class=todo"}><b>{escape(what)}</b><span class="detail">{detail}</span></li>'
         for done, what, detail in steps

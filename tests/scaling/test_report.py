@@ -303,6 +303,15 @@ def test_a_diverged_run_is_listed_and_left_out_of_the_figures(study: Path) -> No
     assert "24 finished runs; 1 diverged" in text
 
 
+def test_a_diverged_predicted_run_is_not_still_to_come(study: Path) -> None:
+    (study / "outcome.json").unlink()
+    run_id = json.loads((study / "prediction.json").read_text())["run_id"]
+    _change(study / "runs" / run_id / "run.json", loss=None, status="diverged", loss_by_timestep=None)
+    text = _text(study)
+    assert "The run that tests it diverged" in text and "its loss diverged" in text
+    assert "to come" not in text and "is training" not in text
+
+
 def test_half_a_line_at_the_end_of_a_log_is_normal_and_damage_elsewhere_is_told(study: Path) -> None:
     first, second = sorted(study.glob("runs/*/metrics.jsonl"))[:2]
     first.write_text(first.read_text() + '{"step": 9, "imag')
