@@ -155,6 +155,19 @@ def test_pages_of_unfinished_studies_open_without_error(driver: Any, study: Path
     assert page.find_element("css selector", "h1").is_displayed()
 
 
+def test_long_names_without_a_space_widen_nothing(driver: Any, study: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(study, tmp_path / "study")
+    for file, fields in (
+        ("study.json", {"name": "emoji_scenes_" * 8, "machine": {"gpu": "NVIDIA_" * 20}}),
+        ("laws.json", {"warnings": ["x_" * 60]}),
+    ):
+        content = json.loads((copy / file).read_text())
+        (copy / file).write_text(json.dumps({**content, **fields}))
+    (copy / "report.html").write_text(build_page(read_study(copy), {}), encoding="utf-8")
+    page = _open(driver, copy / "report.html", width=360)
+    assert page.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
 def test_slider_moves_the_answers_along_the_saved_laws(page: Any, study: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 
