@@ -162,14 +162,19 @@ def _law_legend(ax: Axes, view: StudyView, law: LawView, narrow: bool) -> None:
     height = float(np.interp(math.log(at), np.log(budget), value if least is None else least))
     words = "the law, extrapolated" if least is None else "the law and its 95 % band\nfor a new run"
     words = words.replace(" and its", "\nand its") if narrow else words
+    # Below the band, or above it where the axis is too near: three lines in a narrow figure are a sixth of its height.
+    bottom, top = (math.log(end) for end in ax.get_ylim())
+    above = math.log(height) - bottom < (0.2 if narrow else 0.125) * (top - bottom)
+    if above and most is not None:
+        height = float(np.interp(math.log(at), np.log(budget), most))
     halo(
         ax.annotate(
             words,
             (at, height),
-            xytext=(-10, -12),
+            xytext=(0, 14) if above else (-10, -12),
             textcoords="offset points",
-            ha="right",
-            va="top",
+            ha="center" if above else "right",
+            va="bottom" if above else "top",
             color=LIGHT["law"],
             fontsize=9,
             linespacing=1.3,

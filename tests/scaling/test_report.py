@@ -388,6 +388,17 @@ def test_figures_at_every_stage(finished: Path, tmp_path: Path, stage: str, name
     assert set(draw_figures(view, narrow=True)) == names
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_name_of_a_law_near_the_axis_stands_above_it(study: Path, narrow: bool) -> None:
+    # One far run stretches the axis, or a law flattens far beyond its budgets: no room is left below its band.
+    path = sorted(study.glob("runs/*/run.json"))[0]
+    _change(path, loss=40.0)
+    figure = draw_figures(read_study(study), narrow=narrow)["law"]
+    ax = figure.axes[0]
+    (name,) = [text for text in ax.texts if text.get_text().startswith("the law")]
+    assert name.get_window_extent().y0 > ax.get_window_extent().y0
+
+
 def _luminance(colour: str) -> float:
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
