@@ -130,8 +130,13 @@
     let star = "";
     if (laws.outcome) {
       const above = laws.band ? interpolate(laws.band, "high", Math.log10(laws.outcome.budget)) : 0;
-      star = `<circle class="star" r="5" cx="${x(Math.log10(laws.outcome.budget))}" cy="${y(laws.outcome.loss)}"/>`
-        + `<text x="${x(Math.log10(laws.outcome.budget))}" y="${y(Math.max(laws.outcome.loss, above)) - 12}" text-anchor="middle">measured</text>`;
+      const mark = x(Math.log10(laws.outcome.budget));
+      // Half of the word is up to 40 wide, and what leaves the drawing is cut.
+      const near = mark > box.right - 40, place = near ? box.right + 6 : mark;
+      const over = y(Math.max(laws.outcome.loss, above)) - 12;
+      const height = over < box.top + 6 ? y(laws.outcome.loss) + 26 : over;
+      star = `<circle class="star" r="5" cx="${mark}" cy="${y(laws.outcome.loss)}"/>`
+        + `<text x="${place}" y="${height}" text-anchor="${near ? "end" : "middle"}">measured</text>`;
     }
     drawing += '<line class="cursor"/><line class="bar"/><circle class="dot" r="9"/>' + star;
     svg.innerHTML = drawing;

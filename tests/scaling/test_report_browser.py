@@ -168,6 +168,27 @@ def test_long_names_without_a_space_widen_nothing(driver: Any, study: Path, tmp_
     assert page.execute_script("return document.documentElement.scrollWidth") <= 360
 
 
+@pytest.mark.parametrize(("target", "measured"), [(2e13, 0.9), (1e18, 0.2)])
+def test_the_measured_point_is_labelled_inside_the_chart(
+    driver: Any, study: Path, tmp_path: Path, target: float, measured: float
+) -> None:
+    copy = shutil.copytree(study, tmp_path / "study")
+    laws = json.loads((copy / "laws.json").read_text())
+    laws["loss"]["band"] = {
+        "budget": [3e10, 2 * target],
+        **{key: [0.5 * f, 0.2 * f] for key, f in (("value", 1.0), ("low", 0.99), ("high", 1.01))},
+    }
+    (copy / "laws.json").write_text(json.dumps(laws))
+    outcome = json.loads((copy / "outcome.json").read_text())
+    (copy / "outcome.json").write_text(json.dumps({**outcome, "budget": target, "measured_loss": measured}))
+    (copy / "report.html").write_text(build_page(read_study(copy), {}), encoding="utf-8")
+    page = _open(driver, copy / "report.html", width=360)
+    word = page.find_element("xpath", "//*[@id='ask-chart']/*[text()='measured']").rect
+    chart = page.find_element("id", "ask-chart").rect
+    for start, size in (("x", "width"), ("y", "height")):
+        assert chart[start] <= word[start] and word[start] + word[size] <= chart[start] + chart[size] + 1
+
+
 def test_slider_moves_the_answers_along_the_saved_laws(page: Any, study: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 
