@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.embed import axis_table
-from ditscale.dit.layers import Linear, Mlp
+from ditscale.dit.layers import Linear, Mlp, hold_table
 from ditscale.errors import InputError
 
 # What a model takes beside image and time: a tensor, or several of them, by row.
@@ -68,15 +68,19 @@ class CaptionEmbed(nn.Module):
         self.pooled = config.context == "pooled"
         if config.vocabulary_size:
             self.embedding_table = nn.Embedding(config.vocabulary_size, width)
-            if not self.pooled:
-                places = axis_table(width, config.caption_tokens).float()
-                self.register_buffer("places", places, persistent=False)
         self.words = config.vocabulary_size > 0
+        self.length = config.caption_tokens
+        self.make_tables()
         # Under the names of PixArt-alpha where there are two layers.
         if config.caption_layers == 1:
             self.proj = Linear(width, config.width)
         else:
             self.y_proj = Mlp(width, config.width, config.width)
+
+    def make_tables(self) -> None:
+        """The places of words, where they are tokens."""
+        if self.words and not self.pooled:
+            hold_table(self, "places", axis_table(self.embedding_table.embedding_dim, self.length).float())
 
     def project(self, features: Tensor) -> Tensor:
         """To the model's width."""

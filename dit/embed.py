@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditscale.dit.layers import Linear, is_bare
+from ditscale.dit.layers import Linear, hold_table, is_bare
 from ditscale.kernels import linear
 
 
@@ -68,10 +68,15 @@ class ScalarEmbed(nn.Module):
 
     def __init__(self, width: int, frequency_width: int = 256, *, max_period: float = 10_000.0) -> None:
         super().__init__()
-        half = frequency_width // 2
-        frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float64) / half)
-        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        self.frequency_width, self.max_period = frequency_width, max_period
+        self.make_tables()
         self.mlp = vector_mlp(frequency_width, width)
+
+    def make_tables(self) -> None:
+        """The frequencies."""
+        half = self.frequency_width // 2
+        frequencies = torch.exp(-math.log(self.max_period) * torch.arange(half, dtype=torch.float64) / half)
+        hold_table(self, "frequencies", frequencies.float())
 
     def forward(self, t_B: Tensor) -> Tensor:
         angles = t_B.float()[:, None] * self.frequencies

@@ -11,7 +11,7 @@ from torch import nn
 from ditscale.dit.block import FinalLayer
 from ditscale.dit.condition import CaptionEmbed, LabelEmbed
 from ditscale.dit.embed import ScalarEmbed, VectorEmbed
-from ditscale.dit.layers import CrossAttention, Modulation
+from ditscale.dit.layers import CrossAttention, Modulation, Norm, QKNorm
 from ditscale.dit.moe import Experts, Mixture
 from ditscale.dit.mup import INPUT_LAYERS
 
@@ -59,7 +59,15 @@ def initialise(model: DiT) -> None:
     if config.positions == "learned":
         nn.init.normal_(model.pos_embed, std=0.02)
     for module in model.modules():
-        if isinstance(module, Modulation):
+        table = getattr(module, "scale_shift_table", None)
+        if table is not None:
+            nn.init.zeros_(table)
+        if isinstance(module, Norm | QKNorm):
+            if module.weight is not None:
+                nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        elif isinstance(module, Modulation):
             nn.init.zeros_(module.linear.weight)
         elif isinstance(module, CrossAttention):
             nn.init.zeros_(module.proj.weight)

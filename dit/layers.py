@@ -43,6 +43,15 @@ def is_bare(layer: nn.Module) -> bool:
     return own and not around
 
 
+def hold_table(module: nn.Module, name: str, table: Tensor, *, saved: bool = False) -> None:
+    """Give a module a fixed table, with the device and dtype of the one that it held under that name, if any.
+
+    saved: part of the state dict, as in the released models. Default: False, as it follows from the configuration.
+    """
+    before = getattr(module, name, None)
+    module.register_buffer(name, table if before is None else table.to(before), persistent=saved)
+
+
 class Pending(NamedTuple):
     """A branch that has not been added to its stream yet: adding it and normalising the sum are one operator.
 

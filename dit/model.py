@@ -17,7 +17,7 @@ from ditscale.dit.embed import PatchEmbed, ScalarEmbed, VectorEmbed, position_ta
 from ditscale.dit.flops import condition_tokens
 from ditscale.dit.initial import initialise
 from ditscale.dit.joint import JointBlock, SingleBlock
-from ditscale.dit.layers import Modulation, Pending, Turns, settle
+from ditscale.dit.layers import Modulation, Pending, Turns, hold_table, settle
 from ditscale.dit.routing import kept_tokens, put_back, taken
 from ditscale.errors import InputError
 from ditscale.kernels.rotary.tables import rotary_table
@@ -68,9 +68,7 @@ class DiT(nn.Module):
             self.guidance_embedder = ScalarEmbed(d, config.frequency_width)
         if config.pooled_width:
             self.pooled_embedder = VectorEmbed(config.pooled_width, d)
-        if config.positions == "sincos":
-            self.register_buffer("pos_embed", position_table(d, self.grid).unsqueeze(0))
-        elif config.positions == "learned":
+        if config.positions == "learned":
             self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, d))
         if config.modulation == "adaln-single":
             # Under PixArt-alpha's name.
@@ -82,17 +80,20 @@ class DiT(nn.Module):
         else:
             self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
-        self.add_turns()
-        self.reset_parameters()
+        self.make_tables()
+        initialise(self)
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Patches along time, height and width."""
         return self.config.grid(self.config.image_size, self.config.image_width)
 
-    def add_turns(self) -> None:
-        """The tables of the rotary position embedding that the blocks need; the condition's tokens do not turn."""
+    def make_tables(self) -> None:
+        """Fixed positions, and the tables of the rotary position embedding that the blocks need; the condition's tokens do not
+        turn."""
         config, (frames, rows, columns) = self.config, self.grid
+        if config.positions == "sincos":
+            hold_table(self, "pos_embed", position_table(config.width, self.grid).unsqueeze(0), saved=True)
         if not config.rope:
             return
         k = config.width // config.heads
@@ -106,11 +107,11 @@ class DiT(nn.Module):
             longer = F.pad(cos, (0, 0, 0, others), value=1.0), F.pad(sin, (0, 0, 0, others))
             tables["all" if config.single_depth else "turns"] = longer
         for name, (cos, sin) in tables.items():
-            self.register_buffer(f"{name}_cos", cos, persistent=False)
-            self.register_buffer(f"{name}_sin", sin, persistent=False)
+            hold_table(self, f"{name}_cos", cos)
+            hold_table(self, f"{name}_sin", sin)
 
     def turns(self, name: str) -> Turns | None:
-        """A table of :meth:`add_turns`, or None where the model has none of that name."""
+        """A table of :meth:`make_tables`, or None where the model has none of that name."""
         cos = getattr(self, f"{name}_cos", None)
         return None if cos is None else Turns(cos, getattr(self, f"{name}_sin"))
 
@@ -119,7 +120,14 @@ class DiT(nn.Module):
         return self.__dict__ | {"balance_loss": None}
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw the weights anew and make the fixed tables again.
+
+        A model that was made on the meta device and given memory by ``to_empty`` needs it, also where a state dict follows:
+        that holds no tables that the configuration tells.
+        """
+        for module in self.modules():
+            if isinstance(module, DiT | ScalarEmbed | CaptionEmbed):
+                module.make_tables()
         initialise(self)
 
     def forward(

@@ -50,6 +50,28 @@ def test_who_makes_the_products(products):
 
 
 @every_variant
+def test_a_model_from_the_meta_device_is_as_any_other(name):
+    config = config_of(name)
+    wanted = DiT(config)
+    with torch.device("meta"):
+        model = DiT(config)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.detach().fill_(float("nan"))  # what a new piece of memory may hold
+    torch.manual_seed(3)
+    model.reset_parameters()
+    made, expected = (dict(m.named_buffers()) for m in (model, wanted))
+    assert made.keys() == expected.keys() and all(torch.equal(made[key], expected[key]) for key in expected)
+    fixed = {key for key, p in wanted.named_parameters() if p.detach().unique().numel() == 1}  # zeros and ones
+    made, expected = dict(model.named_parameters()), dict(wanted.named_parameters())
+    assert all(torch.equal(made[key], expected[key]) for key in fixed)
+    torch.manual_seed(3)
+    wanted.reset_parameters()
+    assert all(torch.equal(made[key], expected[key]) for key in expected)
+    assert list(model.state_dict()) == list(wanted.state_dict())
+
+
+@every_variant
 def test_forward_and_gradients_are_the_papers(name, products):
     config = config_of(name)
     model, (x, t, y) = randomised(config), inputs_of(config)
