@@ -48,9 +48,15 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict
         raise InputError(f"{directory}: expected a place to write, got {reasons[0]}") from error
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     # The checksums are shared out like the shards were.
-    mine = {name: file_sha256(directory / name) for name in files[ranks.rank :: ranks.count]}
+    mine: dict[str, str] | str
+    try:
+        mine = {name: file_sha256(directory / name) for name in files[ranks.rank :: ranks.count]}
+    except OSError as error:  # said to all ranks, or the others would wait for this one
+        mine = f"{directory}: expected files that can be read again, got {error}"
     found: dict[str, str] = {}
     for part in ranks.gather(mine):
+        if isinstance(part, str):
+            raise InputError(part)
         found |= part
     return found
 

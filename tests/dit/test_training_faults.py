@@ -20,7 +20,7 @@ from training_cases import metrics, result, stop_after, tiny, weights_of
 from ditscale.dit import checkpoint
 from ditscale.dit.checkpoint import MetricsLog, newest_checkpoint, read_metrics
 from ditscale.dit.files import folder_lock, read_json
-from ditscale.dit.training import Execution, Stopped, train
+from ditscale.dit.training import Execution, Stopped, shards, train
 from ditscale.dit.training.batches import Feeder, open_stream
 from ditscale.dit.training.ranks import Ranks
 from ditscale.dit.training.shards import save_shards
@@ -159,6 +159,20 @@ def test_shards_that_cannot_be_written_leave_nothing(tmp_path):
             save_shards(tmp_path, 5, {"weight": torch.zeros(1000)}, {}, Ranks(Execution()))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_that_cannot_be_read_again_are_said_to_all_ranks(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    class OneOfTwo(Ranks):
+        def gather(self, value):
+            return [{}, value]
+
+    monkeypatch.setattr(shards, "file_sha256", fail)
+    with pytest.raises(InputError, match="expected files that can be read again, got .*Input/output error"):
+        save_shards(tmp_path, 5, {"weight": torch.zeros(10)}, {}, OneOfTwo(Execution()))
     assert not list(tmp_path.iterdir())
 
 
