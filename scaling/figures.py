@@ -100,7 +100,8 @@ def _isoflop_figure(view: StudyView, narrow: bool) -> Figure:
             line = np.geomspace(n.min() / 1.12, n.max() * 1.12, 100)
             ax.plot(line, best.curve(line), color=tint[budget], zorder=2.5)
             end = (float(line[-1]), float(best.curve(line)[-1]))
-            if best.params_interval:
+            # A curve that has no minimum between its runs shows no best size.
+            if best.bracketed and best.params_interval:
                 ax.plot(
                     best.params_interval,
                     [best.loss] * 2,
@@ -109,7 +110,8 @@ def _isoflop_figure(view: StudyView, narrow: bool) -> Figure:
                     alpha=0.28,
                     zorder=2.2,
                 )
-            ax.plot(best.params, best.loss, "D", ms=8, mfc=LIGHT["card"], mec=tint[budget], mew=1.9, zorder=4)
+            if best.bracketed:
+                ax.plot(best.params, best.loss, "D", ms=8, mfc=LIGHT["card"], mec=tint[budget], mew=1.9, zorder=4)
         else:
             ax.plot(n, loss, color=tint[budget], linewidth=1.0, alpha=0.6, zorder=2)
         halo(
@@ -135,7 +137,9 @@ def _isoflop_figure(view: StudyView, narrow: bool) -> Figure:
             linestyle=(0, (1.2, 2.4)),
             zorder=2.1,
         )
-        first = optima[min(optima)]
+    bracketed = [best for best in optima.values() if best.bracketed]
+    if bracketed:
+        first = min(bracketed, key=lambda best: best.budget)
         ax.annotate(
             "best size" if narrow else "best size at this budget",
             (first.params, first.loss),

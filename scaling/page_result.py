@@ -75,6 +75,11 @@ def _headline(view: StudyView) -> tuple[str, str]:
             f"{trained} runs gave the laws below. The prediction{then} and the run that tests it are still to come.",
         )
     share = _share_done(view)
+    if share > 0.9999:
+        return (
+            f"{trained} of {planned} runs gave a loss",
+            "The grid is trained; of the others there is no loss, and the law is not fitted yet. What there is stands below.",
+        )
     bar = f'<progress max="1" value="{share:.4f}" aria-label="Share of the FLOPs that is spent"></progress>'
     return (
         f"{trained} of {planned} runs are finished",

@@ -32,6 +32,8 @@ from ditscale.scaling.configurations import counted
 from ditscale.scaling.jobs import ENGINES, read_record
 
 SCHEMA = 1
+# Runs are told apart by the compute that they took (see ``runs.cluster_budgets``): 1.25 times, and what whole steps make of it.
+_APART = 1.3
 # More widths than a study will ever choose from: a prior that asks for more is a slip of the pen.
 _MOST_WIDTHS, _MOST_SIZES = 2_000, 100
 # The fields that say where and how a study is carried out.
@@ -105,6 +107,11 @@ class StudyConfig:
         budgets = self.budgets
         if not _rises(budgets, 3, lambda b: is_number(b) and b > 0):
             raise InputError(f"budgets: expected at least 3 positive FLOP counts, rising, got {budgets!r}")
+        if any(later < _APART * before for before, later in zip(budgets, budgets[1:], strict=False)):
+            raise InputError(
+                f"budgets: expected each at least {_APART} times the one before, or their runs are taken for runs of one "
+                f"budget, got {budgets!r}"
+            )
         object.__setattr__(self, "budgets", tuple(int(b) for b in budgets))
         if not is_number(self.target) or self.target <= budgets[-1]:
             raise InputError(

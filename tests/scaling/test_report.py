@@ -303,6 +303,26 @@ def test_a_diverged_run_is_listed_and_left_out_of_the_figures(study: Path) -> No
     assert "24 finished runs; 1 diverged" in text
 
 
+def test_a_grid_that_is_trained_without_a_loss_is_not_still_training(study: Path) -> None:
+    for name in ("laws.json", "prediction.json", "outcome.json"):
+        (study / name).unlink()
+    for path in study.glob("runs/*/run.json"):
+        _change(path, loss=None, status="diverged", loss_by_timestep=None)
+    text = _text(study)
+    assert "0 of 24 runs gave a loss" in text and "still training" not in text
+
+
+def test_a_curve_without_a_minimum_shows_no_best_size(study: Path) -> None:
+    laws = json.loads((study / "laws.json").read_text())
+    curves = laws["isoflop"]["optima"]
+    curves[0]["bracketed"] = False
+    (study / "laws.json").write_text(json.dumps(laws))
+    (ax,) = draw_figures(read_study(study))["isoflop"].axes
+    assert len([line for line in ax.lines if line.get_marker() == "D"]) == len(curves) - 1
+    (arrow,) = [text for text in ax.texts if text.get_text().startswith("best size")]
+    assert arrow.xy[0] == pytest.approx(curves[1]["params"])
+
+
 def test_a_diverged_predicted_run_is_not_still_to_come(study: Path) -> None:
     (study / "outcome.json").unlink()
     run_id = json.loads((study / "prediction.json").read_text())["run_id"]

@@ -161,6 +161,11 @@ def test_a_budget_too_small_for_its_models_is_named():
         design(small(budgets=(10**8, 6 * 10**9, 18 * 10**9), prior_exponent=0.02, prior_coefficient=2e4))
 
 
+def test_budgets_that_would_be_taken_for_one_are_refused():
+    with pytest.raises(InputError, match="^budgets: expected each at least 1.3 times the one before"):
+        small(budgets=(6 * 10**9, 7 * 10**9, 18 * 10**9))
+
+
 def test_a_folder_becomes_the_study_of_the_first_of_two_calls(tmp_path, monkeypatch):
     def overtaken(config):
         if config == small():
