@@ -31,6 +31,13 @@ def test_attention_flops() -> None:
     assert sum(w.matmul_flops for w in work) == 12 * 2 * 256 * 256 * 384
 
 
+def test_layers_of_a_feed_forward_are_four_widths_wide() -> None:
+    (linear,) = operator_case("linear", "forward", "float32", 2, 64, 96, 4).work()
+    (gelu,) = operator_case("bias_gelu", "forward", "bfloat16", 2, 64, 96, 4).work()
+    assert linear.matmul_flops == 2 * 2 * 64 * 96 * 4 * 96
+    assert gelu.bytes_moved == 2 * (2 * 2 * 64 + 1) * 4 * 96  # rows in and out, and the bias
+
+
 def test_a_step_is_the_ledgers_training_step() -> None:
     case = step_case(4, 256, 384, 6, 12, C=4)
     config = DiTConfig.from_dict({**DiTConfig.preset("DiT-S/2").to_dict(), "num_classes": 10, "learn_sigma": False})

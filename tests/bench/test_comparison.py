@@ -21,6 +21,13 @@ def test_slower_faster_same() -> None:
     assert _verdict(case_rows({"eager": 4.0, "ours-cpu": 1.03}, spread=0.02)) == "same"
 
 
+def test_the_borders_are_each_others_inverse_and_belong_to_neither_side() -> None:
+    assert _verdict(case_rows({"eager": 4.0, "ours-cpu": 0.951}, spread=0.02)) == "faster"  # 1 / 1.0515
+    rows = case_rows({"eager": 4.0, "ours-cpu": 1.0})
+    ours = next(c for c in compare_rows(rows, rows, threshold=0).changes if c.provider == "ours-cpu")
+    assert (ours.noise, ours.verdict) == (0, "same")
+
+
 def test_a_change_within_the_spread_is_the_same() -> None:
     assert _verdict(case_rows({"eager": 4.0, "ours-cpu": 1.2}, spread=0.3)) == "same"
 

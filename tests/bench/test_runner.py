@@ -15,12 +15,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ditscale.bench import ceilings, devices, fits, models, operators, subjects, timing
+from ditscale.bench import ceilings, devices, fits, models, operators, runner, subjects, timing
 from ditscale.bench.cases import Case, Work, block_case, cases, step_case
 from ditscale.bench.plain_dit import PlainDiT
 from ditscale.bench.rows import REQUIRED, STATUSES
 from ditscale.bench.runner import Session
-from ditscale.bench.timing import TINY, MachineTooNoisy, measure
+from ditscale.bench.timing import TINY, MachineTooNoisy, Timing, measure
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.flops import count_params
 
@@ -248,6 +248,14 @@ def test_a_slow_peer_of_the_fits_is_left_out_where_its_turn_comes_too_late(
     }
     assert seen == ["ours"] and rows["ours"]["status"] == "measured"
     assert rows["scipy"]["status"] == ("measured" if in_time else "skipped")
+    if in_time:
+        ratio = rows["ours"]["speedup_over"]["scipy"]
+        assert set(ratio.values()) == {rows["scipy"]["time_ms"] / rows["ours"]["time_ms"]}
+
+
+def test_the_spread_of_a_row_is_from_the_fifth_to_the_four_fifths_of_its_samples() -> None:
+    row = runner._times(Timing((1.0, 2.0, 3.0, 4.0, 10.0), 1))
+    assert (row["time_ms_p20"], row["time_ms_p80"]) == (pytest.approx(1.8), pytest.approx(5.2))
 
 
 @pytest.mark.parametrize("known", ["clocks_event_reasons.active", "clocks_throttle_reasons.active", None])

@@ -93,6 +93,15 @@ def test_speedup_is_the_median_of_ratios_within_rounds() -> None:
     over = ours.speedup_over(other)
     assert over["median"] == 2.0
     assert over["p20"] < over["median"] <= over["p80"]
+    apart = Timing((1.0,) * 5, 1).speedup_over(Timing((1.0, 2.0, 3.0, 4.0, 5.0), 1))
+    assert (apart["p20"], apart["p80"]) == (pytest.approx(1.8), pytest.approx(4.2))
+
+
+def test_a_sample_is_the_time_of_one_call_and_the_share_of_all_that_was_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = iter([7_000_000.0, 9_000_000.0])
+    monkeypatch.setattr(timing, "waited_ns", lambda: next(waited))
+    monkeypatch.setattr(timing, "_timed_ns", lambda call, place, calls: 8_000_000.0)
+    assert timing._watched(lambda place: None, 4) == Sample(ms=2.0, waited=0.25)
 
 
 def test_a_noisy_machine_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
