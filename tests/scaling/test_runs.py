@@ -23,6 +23,7 @@ from ditscale.scaling import RunTable
 from ditscale.scaling.readers import MAX_ROWS
 from ditscale.scaling.runs import cluster_budgets
 from ditscale.scaling.schema import COLUMNS, markdown
+from ditscale.scaling.trackers import flatten
 
 ROWS = [
     {"params": 1e6 * (i + 1), "images": 1e5 / (i + 1), "flops": 6e11, "loss": 1.0 / (i + 1), "lr": 1e-3}
@@ -358,6 +359,13 @@ def test_wandbs_runs_with_whole_configs_in_cells(tmp_path: Path, text: str) -> N
     assert table.params.tolist() == [1e6, 2e6, 3e6, 4e6] and table.data.tolist() == [r["images"] for r in ROWS]
     assert table.loss.tolist() == [r["loss"] for r in ROWS] and table.column("lr").tolist() == [1e-3] * 4
     assert len(table.where("name != 'run-0' and `data.flip` == 'true'")) == 3
+
+
+def test_names_of_nested_values_have_five_parts_at_most() -> None:
+    record: object = 1.0
+    for _ in range(5000):  # deeper than Python can call itself
+        record = {"a": record}
+    assert list(flatten({"b": record})) == ["b.a.a.a.a"]
 
 
 def test_a_damaged_config_cell_is_named(tmp_path: Path) -> None:
