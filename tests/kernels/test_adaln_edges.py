@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -273,18 +274,28 @@ def test_backward_needs_an_eighth_of_x_beyond_its_results(backend, B, T, D, mode
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_results_written_past_the_caches_have_the_same_bits(native, dtype):
+@pytest.mark.parametrize(
+    "dtype, D, kind",
+    [
+        (torch.float32, 384, {}),
+        (torch.bfloat16, 384, {}),
+        (torch.float16, 384, {}),
+        (torch.bfloat16, 416, {"mode": "per_token"}),  # a modulation for each row, while two rows are worked on
+        (torch.float32, 400, {"mode": "per_token", "fused": False, "rms": True}),
+        (torch.float32, 384, {"rms": True, "fused": False}),
+        (torch.float32, 388, {}),  # rows that are no whole lines: written as usual
+    ],
+    ids=str,
+)
+def test_results_written_past_the_caches_have_the_same_bits(native, dtype, D, kind):
     """A call of more than 16 MiB stores its results another way; each sample's rows are those that it has in a small call."""
-    B, T, D = 48, 256, 384
-    x, branch, dy, dx_new = (torch.randn(B, T, D).to(dtype) for _ in range(4))
-    mods = torch.randn(B, 3 * D).to(dtype)
-
-    def run(part):
-        leaves = [t[part].detach().requires_grad_() for t in (x, branch)]
-        shift, scale, gate = mods[part].chunk(3, 1)
-        out = kernels.gate_residual_layernorm_modulate(*leaves, gate, shift, scale, backend="cpu")
-        return [*out, *torch.autograd.grad(out, leaves, (dx_new[part], dy[part]))]
-
-    for big, small in zip(run(slice(None)), run(slice(40, 42)), strict=True):
-        assert torch.equal(big[40:42], small)
+    big = make((44, 128, D), dtype, **kind)
+    some = slice(40, 42)
+    parts = {f.name: getattr(big, f.name) for f in dataclasses.fields(big)}
+    small = dataclasses.replace(big, **{n: t[some] for n, t in parts.items() if isinstance(t, torch.Tensor)})
+    got, want = big.run("cpu"), small.run("cpu")
+    sums = (
+        set() if kind.get("mode") == "per_token" else {"dshift", "dscale", "dgate"}
+    )  # over tokens, cut by the number of all
+    for name in set(want) - sums:
+        assert torch.equal(got[name][some], want[name]), name
