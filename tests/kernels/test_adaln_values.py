@@ -63,6 +63,11 @@ def test_sums_over_many_tokens_are_as_exact_as_pytorchs(native, mode):
 
 
 @pytest.mark.native
+def test_a_last_row_that_is_a_sum_of_its_own(native):
+    make((1, 65, 16), torch.bfloat16).check("cpu")  # one chunk, of which 64 rows are added one by one
+
+
+@pytest.mark.native
 def test_gated_sums_over_many_tokens(native):
     make((200, 1024, 8)).check("cpu")  # so many samples that each is one chunk
 

@@ -70,6 +70,10 @@ def test_statistics_hold_the_log_sum_exp():
     found = stats[0, 0].double() - math.log(2) * stats[1, 0].double().log2()
     torch.testing.assert_close(found, scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
     assert not stats[:, 1].any()
+    ends = torch.tensor([0, 30, 50], dtype=torch.int32)
+    packed = (t[:1] for t in (call.q, call.k, call.v))
+    _, stats = torch.ops.ditscale.attention_fwd(*packed, None, None, ends, ends, 30, 30, 0.25, True)
+    assert stats[1, :, :, :50].all() and not stats[:, :, :, 50:].any()  # rows of no sequence
 
 
 @needs_library
