@@ -139,8 +139,6 @@ void forward(const AttentionArgs& a, int64_t n, int64_t h, int64_t begin, int64_
       put_at(from + i, pick(last == splat(none), vf{}, last));
     }
     if (span.keys == 0) __builtin_memset(ot, 0, sizeof(float) * width * QUERIES);
-    // The rows that pad the width are never written by weighted_sums.
-    for (int64_t d = K; d < width; ++d) __builtin_memset(ot + d * QUERIES, 0, sizeof(float) * QUERIES);
     const Rows out = rows_for<T>(a.out, b, h, q0, K, out_room);
     to_rows(ot, queries, width, sum, out);
     write_rows<T>(out, a.out, b, h, q0, queries, K);
@@ -225,7 +223,6 @@ void backward(
       key_sums(ds, q, keys, queries, width, fresh, {dk_sum.data + k0 * dk_sum.step, dk_sum.step});
     }
     if (span.keys == 0) __builtin_memset(dqt, 0, sizeof(float) * width * QUERIES);
-    for (int64_t d = K; d < width; ++d) __builtin_memset(dqt + d * QUERIES, 0, sizeof(float) * QUERIES);
     const Rows dq = rows_for<T>(a.dq, b, h, q0, K, dq_room);
     to_rows(dqt, queries, width, one, dq);
     write_rows<T>(dq, a.dq, b, h, q0, queries, K);
