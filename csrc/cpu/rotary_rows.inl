@@ -301,7 +301,6 @@ DS_INLINE void for_kind(const RotaryArgs& a, const F& run) {
 
 template <class T>
 void forward(const RotaryArgs& a, int64_t begin, int64_t end, float* scratch) {
-  if (begin >= end) return;
   for_kind(a, [&](auto width, auto weighted, auto turned) {
     forward_rows<width.value, weighted.value, turned.value, T>(a, begin, end, scratch);
   });
@@ -309,7 +308,6 @@ void forward(const RotaryArgs& a, int64_t begin, int64_t end, float* scratch) {
 
 template <class T>
 void backward(const RotaryArgs& a, int64_t begin, int64_t end, float* dweight, float* scratch) {
-  if (begin >= end) return;
   for_kind(a, [&](auto width, auto weighted, auto turned) {
     backward_rows<width.value, weighted.value, turned.value, T>(a, begin, end, dweight, scratch);
   });
