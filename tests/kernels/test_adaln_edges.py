@@ -274,6 +274,15 @@ def test_backward_needs_an_eighth_of_x_beyond_its_results(backend, B, T, D, mode
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAME.get)
+def test_results_of_16_bits_are_rounded_as_pytorch_rounds(native, dtype):
+    every = torch.arange(65536).to(torch.int16).view(dtype).reshape(1, 64, 1024)
+    for factor in (1.0, 1.5, 0.5, 1.25 * 2**-10, 2.0**-20, 300.0):  # ties, and what leaves the range at either end
+        got = kernels.gate_residual(torch.zeros_like(every), every, torch.full((1024,), factor), backend="cpu")
+        torch.testing.assert_close(got, (every.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.native
 @pytest.mark.parametrize(
     "dtype, D, kind",
     [

@@ -71,6 +71,14 @@ def test_key_bias(backend, key_bias, dtype):
     check([make(2, 4, 40, 16, dtype, S=70, H_kv=2, key_bias=key_bias) for _ in range(4)], backend)
 
 
+def test_key_bias_of_any_stride(backend):
+    call = make(2, 4, 40, 16, S=70, H_kv=2, key_bias="head")
+    want = call.run(backend)
+    call.key_bias = torch.stack([call.key_bias, torch.full_like(call.key_bias, 9.0)], -1)[..., 0]
+    for name, value in call.run(backend).items():
+        assert torch.equal(value, want[name]), name
+
+
 def test_key_bias_beside_lengths(backend):
     check([make(3, 2, 40, 16, S=70, lengths=[0, 33, 70], key_bias="sample") for _ in range(2)], backend)
 

@@ -488,7 +488,7 @@ def test_lesser_instruction_sets_are_right_too(lesser_isa, tmp_path):
     here = Path(__file__).parent
     files = [str(here / f"test_{name}.py") for name in ("adaln_values", "adaln_fuzz", "adaln_edges", "gelu")]
     values = "values_and_gradients and (vector-and-tail or two-chunks or dit-s)"
-    which = f"cpu and ({values}) or random_calls and cpu-1 or cpu and (wide_rows or strided_rows) or past_the_caches"
+    which = f"cpu and ({values}) or random_calls and cpu-1 or cpu and (wide_rows or strided_rows) or past_the_caches or 16_bits"
     arguments = ["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", which, *files]
     code = (
         "import sys, pytest; from ditscale.kernels import library; print(library.cpu_isa(), flush=True)\n"
