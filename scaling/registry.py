@@ -62,11 +62,12 @@ def compute_power(coefficient: float, exponent: float, unit: str, digits: int, f
 
 @dataclass(frozen=True)
 class Surface:
-    """``L = E + A / N^alpha + B / D^beta``, N in parameters and D in tokens.
+    """``L = E + A / N^alpha + B / D^beta``, D in tokens and N as the law counts it.
 
     Attributes:
         E, A, B, alpha, beta: as printed.
         digits: significant digits of the exponents as printed: 0.28 for 0.2849 moves a term by 13 % at 1e11 tokens.
+        cost: a run costs ``cost * N * D`` FLOPs: 6 where N is parameters, 1 where it is FLOPs per token.
     """
 
     E: float
@@ -75,6 +76,7 @@ class Surface:
     alpha: float
     beta: float
     digits: int
+    cost: float = 6.0
 
     def loss(self, params: Any, tokens: Any) -> Any:
         """The loss of a run."""
@@ -84,12 +86,12 @@ class Surface:
             + self.B / np.asarray(tokens, dtype=float) ** self.beta
         )
 
-    def optimum(self, flops: Any, *, cost: float = 6.0) -> tuple[Any, Any]:
-        """N and D of least loss where a run costs ``cost * N * D``."""
+    def optimum(self, flops: Any) -> tuple[Any, Any]:
+        """N and D of least loss for a budget."""
         a = self.beta / (self.alpha + self.beta)
         g = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        n = g * (np.asarray(flops, dtype=float) / cost) ** a
-        return n, np.asarray(flops, dtype=float) / (cost * n)
+        n = g * (np.asarray(flops, dtype=float) / self.cost) ** a
+        return n, np.asarray(flops, dtype=float) / (self.cost * n)
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def _gidd(noise: str, a: float, alpha: float, b: float, beta: float, e: float) -
         title=f"discrete diffusion language models, {noise} noise",
         source=_GIDD_SOURCE,
         reading="authors' notebook (gidd-easydel, scaling_laws_run_bootstrap)",
-        surface=Surface(e, a, b, alpha, beta, 3),
+        surface=Surface(e, a, b, alpha, beta, 3, cost=1.0),
         laws={"batch_tokens": Power(3.614098626e-3, {"tokens": 0.8179}, "tokens", 4)},
         flop_convention="C = M * D with M the FLOPs of one token: 'params' here are FLOPs per token",
         params_kind="FLOPs per token (M), not parameters",

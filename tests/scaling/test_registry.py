@@ -45,6 +45,15 @@ def test_besiroglu_exponent_and_movie_gen_budget() -> None:
     assert published("yin2024-video").optimum(1.06e24)["params"] == pytest.approx(18.05e9, rel=0.01)
 
 
+def test_a_surface_in_flops_per_token_spends_the_budget_without_a_factor_of_six() -> None:
+    law = published("vonruette2025-masked")
+    best = law.optimum(1e20)
+    assert best["params"] * best["tokens"] == pytest.approx(1e20)
+    assert law.surface is not None
+    for size in (0.9, 1.1):
+        assert law.surface.loss(size * best["params"], best["tokens"] / size) > best["loss"]
+
+
 def test_every_law_names_its_source_and_can_be_written_down() -> None:
     for law in PUBLISHED.values():
         assert law.source and law.reading and (law.laws or law.surface)
