@@ -88,7 +88,7 @@ class RunTable:
         columns, rows = read_columns(Path(path))
         notes: list[str] = []
         if last_step or not pool:
-            columns, rows = _one_row_a_run(columns, rows, str(path), notes, last_step=last_step)
+            columns, rows = _one_row_a_run(columns, rows, str(path), notes, last_step=last_step, loss=loss or "loss")
         columns, rows = _without_copies(columns, rows, notes)
         return cls.from_columns(
             columns,
@@ -301,7 +301,7 @@ class RunTable:
 
 
 def _one_row_a_run(
-    columns: Columns, rows: NDArray[np.int64], source: str, notes: list[str], *, last_step: bool
+    columns: Columns, rows: NDArray[np.int64], source: str, notes: list[str], *, last_step: bool, loss: str
 ) -> tuple[Columns, NDArray[np.int64]]:
     """A step log reduced to each run's last values, or refused; any other table as it is."""
     run = next((name for name in RUN_COLUMNS if name in columns), None)
@@ -330,8 +330,20 @@ def _one_row_a_run(
         name: [next((v for i in reversed(m) if not _empty(v := cells[i])), None) for m in members.values()]
         for name, cells in columns.items()
     }
+    losses = (
+        [[v for i in m if (v := columns[loss][i]) is not None] for m in members.values()] if loss in columns else []
+    )
+    # Where every run ends in NaN, its last row is one that never holds a loss.
+    if any(log and log[-1] == log[-1] for log in losses):
+        kept[loss] = [log[-1] if _diverged(log) else v for log, v in zip(losses, kept[loss], strict=True)]
     notes.append(f"kept the last step of each of {len(members)} runs, of {len(names)} rows")
     return kept, rows[[m[-1] for m in members.values()]]
+
+
+def _diverged(log: list[Any]) -> bool:
+    """Whether a run's losses were numbers and then NaN to the end; NaN between numbers stands for a step without a loss."""
+    nan = [v != v for v in log]
+    return nan == sorted(nan) and nan[-1:] == [True]
 
 
 def _empty(value: Any) -> bool:

@@ -258,6 +258,31 @@ def test_a_trackers_step_log_is_reduced_when_told_to_and_refused_otherwise(tmp_p
         RunTable.read(_csv(tmp_path, _as_csv()), last_step=True)
 
 
+@pytest.mark.parametrize("diverged", [True, False])
+def test_a_run_whose_loss_ends_in_nan_is_not_taken_at_the_step_before(tmp_path: Path, diverged: bool) -> None:
+    rows = [
+        {"run": f"r{k}", "step": step, "params": k * 1e6, "tokens": 1e9, "loss": 3.0 / k - step / 1e4}
+        for k in (1, 2, 3)
+        for step in (100, 200, 300, 400)
+    ]
+    for row in rows:
+        if row["step"] == 200 or (row["step"] == 400 and row["run"] == "r2"):  # also a step at which none was logged
+            row["loss"] = float("nan")
+    rows[4 + 1]["loss"] = 1.4 if diverged else float("nan")
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    if diverged:
+        with pytest.raises(InputError, match="loss: expected a positive number in row 8 .* got nan"):
+            RunTable.read(path, last_step=True)
+        assert RunTable.read(path, last_step=True, where="loss > 0").params.tolist() == [1e6, 3e6]
+    else:
+        assert RunTable.read(path, last_step=True).loss == pytest.approx([2.96, 1.47, 0.96])
+    for row in rows:  # a last row that never holds a loss says nothing
+        row["loss"] = row["loss"] if row["step"] < 400 else float("nan")
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    assert RunTable.read(path, last_step=True).loss == pytest.approx([2.97, 1.47, 0.97])
+
+
 def _trackio(path: Path, *, old: bool = False) -> Path:
     """A project's file as trackio 0.43 makes it (with ``old``, before runs had ids)."""
     run_id = "" if old else "run_id TEXT NOT NULL, "
