@@ -132,6 +132,10 @@ def _budget_of(surface: SurfaceFit) -> tuple[NDArray[np.int64], list[str]]:
     return index, [light for light, _ in ramp("budget", int(index.max()) + 1)]
 
 
+def _size_words(column: str | None) -> str:
+    return "parameters per token" if column == "params_per_token" else "parameters"
+
+
 def _isoflop(curves: Record, surface: SurfaceFit | None) -> Figure:
     figure, ax = canvas(WIDE, 5.0)
     optima = curves["optima"]
@@ -164,7 +168,7 @@ def _isoflop(curves: Record, surface: SurfaceFit | None) -> Figure:
         halo(ax.annotate(text, end, xytext=(6, 0), textcoords="offset points", fontsize=9, va="center"))
     ends = [best["centre"] * best["width"] ** power for best in optima for power in (-0.5, 0.5)]
     ax.set_xlim(min(ends) / 1.3, max(ends) * 3)
-    count_axis(ax, "x", "parameters N")
+    count_axis(ax, "x", f"{_size_words(curves.get('size'))} N")
     loss_axis(ax, min(heights) * 0.97, max(heights) * 1.02, "loss")
     ax.set_title("solid: a parabola a budget, minimum ◇; dashed: the surface, minimum △")
     return figure
@@ -181,7 +185,7 @@ def _optima(curves: Record, surface: SurfaceFit | None) -> Figure:
     spends = surface is not None and all(_allocates(surface, float(c)) for c in (reach[0], reach[-1]))
     along = [surface.optimum(float(c)) for c in reach] if spends and surface is not None else []
     for ax, key, name, unit in (
-        (panels[0], "N_opt", "params", "parameters"),
+        (panels[0], "N_opt", "params", _size_words(curves.get("size"))),
         (panels[1], "D_opt", "data", curves["data_unit"]),
     ):
         line = PowerFit.from_json(curves[key]).predict(reach)
@@ -212,7 +216,7 @@ def _residuals(surface: SurfaceFit) -> Figure:
             ax.plot(surface.fit.inputs[name][some], residuals[some], "o", ms=5, mfc=tint, mec=LIGHT["card"], mew=0.7)
         ax.axhline(0, color=LIGHT["edge"], linewidth=0.9)
         ax.set_xscale("log")
-        count_axis(ax, "x", "parameters N" if name == "params" else f"{surface.data_unit} D")
+        count_axis(ax, "x", f"{_size_words(surface.size)} N" if name == "params" else f"{surface.data_unit} D")
     panels[0].set_ylabel("measured over fitted loss" + (" (%)" if surface.fit.space == "log" else ""))
     panels[0].set_title("residuals, coloured by budget")
     return figure

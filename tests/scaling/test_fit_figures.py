@@ -41,6 +41,17 @@ def test_an_isoflop_fit_draws_its_curves_and_the_surface_beside(runs, tmp_path: 
     assert all(content.startswith(b"<?xml") for content in first)
 
 
+def test_axes_say_which_parameters_they_count(runs) -> None:  # type: ignore[no-untyped-def]
+    columns = {"params": runs.params * 3.0, "params_per_token": runs.params}
+    table = RunTable.from_columns({**runs.columns, **columns}, params="params_per_token")
+    figures = draw_fit({**_saved(fit_isoflop(table)), "surface": None})
+    assert figures["isoflop"].axes[0].get_xlabel() == "parameters per token N"
+    assert figures["optima"].axes[0].get_ylabel() == "best parameters per token"
+    assert fit_figures._residuals(fit_surface(table)).axes[0].get_xlabel() == "parameters per token N"
+    figures = draw_fit({**_saved(fit_isoflop(runs)), "surface": None})
+    assert figures["isoflop"].axes[0].get_xlabel() == "parameters N"
+
+
 def test_the_floors_profile_has_its_foot_at_the_fit(runs) -> None:  # type: ignore[no-untyped-def]
     fit = fit_surface(runs, loss_fn="mse")
     line = draw_fit(_saved(fit))["floor"].axes[0].lines[0]
