@@ -410,6 +410,10 @@ def _shape(
             out.lr = hyper.lr(*run)
         if isinstance(hyper, HyperLaw):
             out.intervals.update({name: ends(*run) for name, ends in hyper.intervals.items()})
+    elif hyper.batch_tokens or hyper.lr:
+        out.warnings.append(
+            f"no batch or learning rate by a law of them: {law.name} says nothing of the data, which they need"
+        )
     if batch is None and models.batch is not None:
         batch = models.batch
     if out.batch_tokens is None and batch is not None and models.batch is not None:

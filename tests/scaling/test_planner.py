@@ -191,6 +191,12 @@ def test_laws_in_flops_per_token_get_no_configuration() -> None:
     assert any("not a number of parameters" in w for w in p.warnings)
 
 
+def test_a_law_without_data_says_why_it_gives_no_batch_and_learning_rate() -> None:
+    p = plan("yin2024-video", budget=1e19, hparams="yin2024-video", configure=False)
+    assert p.lr is None and any("no batch or learning rate" in w for w in p.warnings)
+    assert not any("no batch" in w for w in plan("yin2024-video-surface", budget=1e19, configure=False).warnings)
+
+
 def test_wider_loss_interval_further_out() -> None:
     fit = fit_surface(study(noise=0.004))
     widths = [np.log(np.divide(*reversed(plan(fit, budget=b).intervals["loss"]))) for b in (1e19, 1e20, 1e22)]
