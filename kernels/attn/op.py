@@ -14,6 +14,7 @@ from ditscale.kernels import dispatch
 from ditscale.kernels.attn import adapters, choice, reference
 from ditscale.kernels.attn import native as _native  # noqa: F401 (loads and describes ditscale::*)
 from ditscale.kernels.autograd import differentiable, wants_graph
+from ditscale.kernels.dispatch import operators
 
 AttentionBackend = Literal["auto", "reference", "cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers"]
 _DTYPES = (*dispatch.KERNEL_DTYPES, torch.float64)
@@ -22,11 +23,6 @@ _GREATEST_SCALE: Final = 3e38
 _LEAST_SCALE: Final = 1e-30
 _OWN = ("cpu", "triton", "cuda")  # those with the operators of shapes.py; the others bring their own autograd
 _FLOAT32_MAX: Final = torch.finfo(torch.float32).max
-
-
-def _ops(backend: str) -> Any:
-    """The operators of a backend; both namespaces have the same names and schemas."""
-    return torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
 
 
 def _differentiable(
@@ -59,7 +55,7 @@ class _Attention(torch.autograd.Function):
         max_k: int,
         scale: float,
     ) -> Tensor:
-        out, stats = _ops(backend).attention_fwd(q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale, True)
+        out, stats = operators(backend).attention_fwd(q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale, True)
         ctx.save_for_backward(q, k, v, out, stats, key_bias, lengths, cu_q, cu_k)
         ctx.backend, ctx.options = backend, (max_q, max_k, scale)
         return out
@@ -77,7 +73,7 @@ class _Attention(torch.autograd.Function):
 
             grads = _differentiable(plain, (q, k, v, key_bias), ctx.needs_input_grad[1:5], dout)
             return (None, *grads, None, None, None, None, None, None)
-        dq, dk, dv, dkey_bias = _ops(ctx.backend).attention_bwd(
+        dq, dk, dv, dkey_bias = operators(ctx.backend).attention_bwd(
             dout, q, k, v, out, stats, key_bias, lengths, cu_q, cu_k, *ctx.options, bias_grad
         )
         return None, dq, dk, dv, dkey_bias if bias_grad else None, None, None, None, None, None, None
@@ -95,7 +91,7 @@ class _AttentionQkv(torch.autograd.Function):
         max_seqlen: int,
         scale: float,
     ) -> Tensor:
-        out, stats = _ops(backend).attention_qkv_fwd(qkv, key_bias, lengths, cu, max_seqlen, scale, True)
+        out, stats = operators(backend).attention_qkv_fwd(qkv, key_bias, lengths, cu, max_seqlen, scale, True)
         ctx.save_for_backward(qkv, out, stats, key_bias, lengths, cu)
         ctx.backend, ctx.options = backend, (max_seqlen, scale)
         return out
@@ -115,7 +111,7 @@ class _AttentionQkv(torch.autograd.Function):
 
             grads = _differentiable(plain, (qkv, key_bias), ctx.needs_input_grad[1:3], dout)
             return (None, *grads, None, None, None, None)
-        dqkv, dkey_bias = _ops(ctx.backend).attention_qkv_bwd(
+        dqkv, dkey_bias = operators(ctx.backend).attention_qkv_bwd(
             dout, qkv, out, stats, key_bias, lengths, cu, *ctx.options, bias_grad
         )
         return None, dqkv, dkey_bias if bias_grad else None, None, None, None, None
@@ -383,7 +379,7 @@ def attention(
         if torch.compiler.is_compiling():  # Dynamo refuses an autograd function that is given a tensor twice
             k, v, cu_k = k.view_as(k), v.view_as(v), None if cu_k is None else cu_k.view_as(cu_k)
         return _Attention.apply(chosen, q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
-    return _ops(chosen).attention_fwd(q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale, False)[0]
+    return operators(chosen).attention_fwd(q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale, False)[0]
 
 
 def attention_qkv(
@@ -444,4 +440,4 @@ def attention_qkv(
         )
     if grad:
         return _AttentionQkv.apply(chosen, qkv, key_bias, lengths, cu, most, scale)
-    return _ops(chosen).attention_qkv_fwd(qkv, key_bias, lengths, cu, most, scale, False)[0]
+    return operators(chosen).attention_qkv_fwd(qkv, key_bias, lengths, cu, most, scale, False)[0]

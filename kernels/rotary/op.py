@@ -11,7 +11,7 @@ from torch._C._autograd import CreationMeta, _get_creation_meta
 from ditscale.errors import BackendUnavailable, InputError
 from ditscale.kernels import dispatch
 from ditscale.kernels.autograd import differentiable, wants_graph
-from ditscale.kernels.dispatch import Backend
+from ditscale.kernels.dispatch import Backend, operators
 from ditscale.kernels.rotary import cost, reference
 from ditscale.kernels.rotary import native as _native  # noqa: F401 (loads and describes ditscale::*)
 
@@ -19,17 +19,12 @@ HeadNorm = Literal["rms", "layer", "none"]
 _DTYPES = (*dispatch.KERNEL_DTYPES, torch.float64)
 
 
-def _ops(backend: str) -> Any:
-    """The operators of a backend; both namespaces have the same names and schemas."""
-    return torch.ops.ditscale_triton if backend == "triton" else torch.ops.ditscale
-
-
 def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor) -> tuple[Tensor | None, ...]:
     """Of each argument of either function's ``forward``, by the backend that made its result. ``saved`` are the context's, which
     under checkpointing may be asked for once only."""
     x, weight, cos, sin = saved
     norm = cost.NORMS.index(ctx.norm)
-    dx, dw = _ops(ctx.backend).qk_norm_rope_bwd(dout, x, weight, cos, sin, ctx.eps, norm, ctx.interleaved)
+    dx, dw = operators(ctx.backend).qk_norm_rope_bwd(dout, x, weight, cos, sin, ctx.eps, norm, ctx.interleaved)
     return None, dx, None if weight is None else dw, None, None, None, None, None
 
 
@@ -48,7 +43,7 @@ class _NormRope(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.backend, ctx.eps, ctx.norm, ctx.interleaved = backend, eps, norm, interleaved
-        return _ops(backend).qk_norm_rope_fwd(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
+        return operators(backend).qk_norm_rope_fwd(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,7 +75,7 @@ class _NormRopeInPlace(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x.clone(memory_format=torch.preserve_format), weight, cos, sin)
         ctx.backend, ctx.eps, ctx.norm, ctx.interleaved = backend, eps, norm, interleaved
-        _ops(backend).qk_norm_rope_(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
+        operators(backend).qk_norm_rope_(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
         ctx.mark_dirty(x)
         return x
 
@@ -112,7 +107,7 @@ def _out_of_place(chosen: str, x: Tensor, weight: Tensor | None, *rest: Any) -> 
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         out: Tensor = _NormRope.apply(chosen, x, weight, *rest)
     else:
-        out = _ops(chosen).qk_norm_rope_fwd(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
+        out = operators(chosen).qk_norm_rope_fwd(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
     return out
 
 
@@ -126,7 +121,7 @@ def _in_place(chosen: str, x: Tensor, weight: Tensor | None, *rest: Any) -> Tens
     if grad:
         written: Tensor = _NormRopeInPlace.apply(chosen, x, weight, *rest)
         return written
-    _ops(chosen).qk_norm_rope_(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
+    operators(chosen).qk_norm_rope_(x, weight, cos, sin, eps, cost.NORMS.index(norm), interleaved)
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)
     return x

@@ -21,10 +21,8 @@ from attention_cases import QUICK_EMULATED, QUICK_INTERPRETED
 
 from ditscale.kernels import dispatch, interpreter, library
 from ditscale.kernels.adaln import shapes as adaln_shapes
-from ditscale.kernels.attn import op as attn_op
 from ditscale.kernels.attn import shapes as attn_shapes
 from ditscale.kernels.gelu import shapes as gelu_shapes
-from ditscale.kernels.rotary import op as rotary_op
 from ditscale.kernels.rotary import shapes as rotary_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,8 +92,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(dispatch._eager, "cpu", operators)
         monkeypatch.setattr(dispatch, "_chosen", {})
         monkeypatch.setattr(dispatch, "_quick", {})
-        for module in (attn_op, rotary_op):
-            monkeypatch.setattr(module, "_ops", lambda backend: operators)
         return "cpu"
     if name == "triton" and not importlib.util.find_spec("triton"):
         pytest.skip("triton is not installed")

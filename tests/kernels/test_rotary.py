@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
 
 import numpy as np
@@ -179,10 +178,8 @@ def test_random_calls(request, backend, seed):
             judge_draws(name, draws)
 
 
-def test_wide_accesses_are_aligned_and_threads_do_not_race(emulated_operators):
+def test_wide_accesses_are_aligned_and_threads_do_not_race(emulated_operators, shim_counts):
     # What a GPU would fault on or answer differently from run to run, which the host does not notice by itself.
-    count = native_counts()
-    count()
     for dtype in DTYPES:
         for K, pairs in ((64, False), (72, False), (72, True), (128, True), (26, False)):
             x = torch.randn(1, 5, 3, 3, K).to(dtype).permute(2, 0, 3, 1, 4)[1]
@@ -190,23 +187,10 @@ def test_wide_accesses_are_aligned_and_threads_do_not_race(emulated_operators):
             arguments = (x, torch.randn(K), cos, sin, 1e-6, 1, pairs)
             y = emulated_operators.qk_norm_rope_fwd(*arguments)
             one = emulated_operators.qk_norm_rope_bwd(y, *arguments)
-            count(backwards=True)
+            shim_counts(backwards=True)
             two = emulated_operators.qk_norm_rope_bwd(y, *arguments)
-            assert count()[:3] == [0, 0, 0], (dtype, K)
+            assert shim_counts()[:3] == [0, 0, 0], (dtype, K)
             assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-def native_counts():
-    """Races, bank conflicts and unaligned accesses of the emulated kernels since the last call; sets the order of warps."""
-    path = next(p for p in torch.ops.loaded_libraries if "libditscale_emulated" in p)
-    function = ctypes.CDLL(path).ditscale_shim_counts
-
-    def count(backwards=False):
-        out = (ctypes.c_int64 * 4)()
-        function(out, ctypes.c_bool(backwards))
-        return list(out)
-
-    return count
 
 
 def test_two_heads_of_keys_and_other_strides(backend):
@@ -296,9 +280,9 @@ def test_gradients_of_the_reference():
 
 @needs_library
 def test_opcheck_and_compile():
-    from ditscale.kernels.rotary.op import _ops
+    from ditscale.kernels.rotary import native  # noqa: F401 (describes the operators)
 
-    op = _ops("cpu")
+    op = torch.ops.ditscale
     x, w = torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(8)
     cos, sin = rotary_table((5,), 8)
     tests = ("test_schema", "test_faketensor")
