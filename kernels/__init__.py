@@ -10,22 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ditscale.kernels.adaln.op import (
-        gate_residual as gate_residual,
-    )
-    from ditscale.kernels.adaln.op import (
-        gate_residual_layernorm_modulate as gate_residual_layernorm_modulate,
-    )
-    from ditscale.kernels.adaln.op import (
-        layernorm_modulate as layernorm_modulate,
-    )
-    from ditscale.kernels.attn.op import attention as attention
-    from ditscale.kernels.attn.op import attention_qkv as attention_qkv
-    from ditscale.kernels.gelu.op import bias_gelu as bias_gelu
-    from ditscale.kernels.matmul.op import linear as linear
-    from ditscale.kernels.rotary.op import qk_norm_rope as qk_norm_rope
+    from ditscale.kernels.adaln.op import gate_residual, gate_residual_layernorm_modulate, layernorm_modulate
+    from ditscale.kernels.attn.op import attention, attention_qkv
+    from ditscale.kernels.gelu.op import bias_gelu
+    from ditscale.kernels.matmul.op import linear
+    from ditscale.kernels.rotary.op import qk_norm_rope
 
-_HOME = {
+_FAMILY = {  # the folder of each
     "attention": "attn",
     "attention_qkv": "attn",
     "bias_gelu": "gelu",
@@ -48,8 +39,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"ditscale.kernels.{_HOME[name]}.op"), name)
+    if name in _FAMILY:
+        value = getattr(importlib.import_module(f"ditscale.kernels.{_FAMILY[name]}.op"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'ditscale.kernels' has no attribute {name!r}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ditscale.errors import BackendUnavailable, InputError
-from ditscale.kernels import selfcheck
+from ditscale.kernels import _FAMILY, selfcheck
 from ditscale.kernels.library import missing_reason
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
@@ -29,15 +29,6 @@ BACKENDS: Final[dict[str, tuple[str, ...]]] = {
     "qk_norm_rope": ("cpu", "cuda", "triton"),
     "attention": ("cpu", "cuda", "triton", "sdpa", "flash_attn", "xformers"),
     "linear": ("cpu", "onednn"),
-}
-_FAMILY: Final = {
-    "layernorm_modulate": "adaln",
-    "gate_residual": "adaln",
-    "gate_residual_layernorm_modulate": "adaln",
-    "bias_gelu": "gelu",
-    "qk_norm_rope": "rotary",
-    "attention": "attn",
-    "linear": "matmul",
 }
 LIBRARIES: Final = ("sdpa", "flash_attn", "xformers", "onednn")  # of others: nothing of ours to prove
 _KNOWN: Final = ("cpu", "triton", "cuda", *LIBRARIES)
@@ -241,6 +232,14 @@ def check_float(name: str, t: Tensor) -> None:
         raise InputError(f"{name}: expected a floating-point tensor, got {str(t.dtype).removeprefix('torch.')}")
     if t.layout is not torch.strided:
         raise InputError(f"{name}: expected a dense tensor, got layout {str(t.layout).removeprefix('torch.')}")
+
+
+def check_precision(name: str, t: Tensor) -> None:
+    """Raise InputError unless ``t`` is a dense tensor of a dtype that kernels take, or float64, which the reference does."""
+    check_float(name, t)
+    if t.dtype not in (*KERNEL_DTYPES, torch.float64):
+        came = str(t.dtype).removeprefix("torch.")
+        raise InputError(f"{name}: expected float32, bfloat16, float16 or float64, got {came}")
 
 
 def check_vector(name: str, t: Tensor | None, size: int, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import threading
 import warnings
@@ -60,10 +61,7 @@ class _Case(NamedTuple):
 
 def _numbers(shape: tuple[int, ...], seed: int, device: str) -> Tensor:
     """Float64 in about [-1.6, 1.6], without touching the random state of the user."""
-    count = 1
-    for n in shape:
-        count *= n
-    i = torch.arange(count, dtype=torch.float64, device=device)
+    i = torch.arange(math.prod(shape), dtype=torch.float64, device=device)
     return (1.6 * torch.sin(i * 12.9898 + seed * 78.233)).reshape(shape)
 
 
@@ -83,9 +81,8 @@ def _inputs(op: str, case: _Case, dtype: torch.dtype, device: str) -> Tensors:
         return (rows[0], mods[0][0])
     if op == "linear":
         return (rows[0], _numbers((40, D), 3, device).to(dtype), _numbers((40,), 4, device).to(dtype))
-    q, k, v = (
-        _numbers((B, T, 3, 2, D), 1, device).to(dtype).permute(2, 0, 3, 1, 4)
-    )  # two heads; parts of one projection
+    # Two heads; parts of one projection.
+    q, k, v = _numbers((B, T, 3, 2, D), 1, device).to(dtype).permute(2, 0, 3, 1, 4)
     if op == "qk_norm_rope":
         return (q, k, mods[0][0], mods[1][0])
     if op == "attention":

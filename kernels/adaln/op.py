@@ -70,8 +70,6 @@ def _affine(
     Done in float32 on tensors of the modulation's size, so the kernels need not know, and autograd gives dweight and dbias.
     The last result is what the kernel adds to scale; with a weight it is 0, so that a small weight loses no digits.
     """
-    if weight is None and bias is None:
-        return shift, scale, 1.0
     for name, t in (("weight", weight), ("bias", bias)):
         dispatch.check_vector(name, t, D, scale.device)
     wide = torch.float64 if torch.float64 in (shift.dtype, scale.dtype) else torch.float32

@@ -266,7 +266,8 @@ def _mode(m: Tensor, T: int) -> int:
     return min(m.dim(), 2) if m.dim() < 3 or m.shape[1] != T else 3
 
 
-def _dense(t: Tensor) -> Tensor:
+def dense(t: Tensor) -> Tensor:
+    """``t``, or a copy where its last dimension is not contiguous."""
     return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
@@ -283,10 +284,10 @@ def _forward(
     save_stats: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, D = x.shape
-    x, shift, scale = _dense(x), _dense(shift), _dense(scale)
-    branch = x if branch is None else _dense(branch)
+    x, shift, scale = dense(x), dense(shift), dense(scale)
+    branch = x if branch is None else dense(branch)
     fused = gate is not None
-    gate = scale if gate is None else _dense(gate)
+    gate = scale if gate is None else dense(gate)
     y = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
     x_new = torch.empty_like(y) if fused else y
     stats = torch.empty((2, B, T) if save_stats else (0,), dtype=torch.float32, device=x.device)
@@ -316,11 +317,11 @@ def _backward(
     rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, D = x.shape
-    dy, x, scale = _dense(dy), _dense(x), _dense(scale)
+    dy, x, scale = dense(dy), dense(x), dense(scale)
     fused, given = gate is not None, dresidual is not None
-    branch = x if branch is None else _dense(branch)
-    gate = scale if gate is None else _dense(gate)
-    dresidual = dy if dresidual is None else _dense(dresidual)
+    branch = x if branch is None else dense(branch)
+    gate = scale if gate is None else dense(gate)
+    dresidual = dy if dresidual is None else dense(dresidual)
     mode = _mode(scale, T)
     per_token = mode == 3
     dx = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
@@ -353,7 +354,7 @@ def _backward(
 
 def _residual(x: Tensor, branch: Tensor, gate: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
     B, T, D = x.shape
-    x, branch, gate = _dense(x), _dense(branch), _dense(gate)
+    x, branch, gate = dense(x), dense(branch), dense(gate)
     mode = _mode(gate, T)
     per_token = mode == 3
     out = torch.empty((B, T, D), dtype=x.dtype, device=x.device)

@@ -26,27 +26,6 @@ _FLASH_ORDER: Final = {9: (3, 4, 2), 10: (4, 2), 11: (4, 2)}
 GREATEST_BIAS: Final = 2e38  # times log2(e) it is a float32 number still, with room for a score
 
 
-def call(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    lengths: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    scale: float,
-) -> Tensor:
-    """Attention by the library ``name``: "sdpa", "flash_attn" or "xformers".
-
-    Raises:
-        BackendUnavailable: the library does not serve this kind of call; says why.
-    """
-    return _CALLS[name](q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
-
-
 @functools.cache
 def missing(name: str, device_type: str) -> str | None:
     """Why the library cannot run here; None where it can."""
@@ -228,13 +207,12 @@ def xformers(
         bias = F.pad(_narrow(rows, q.dtype), (0, -S % 8))[:, :, None, :S].expand(B, H, T, S)
         if lengths is not None:
             k, v = (torch.where(counts.unsqueeze(-1), t, 0.0) for t in (k, v))
-    if (
-        k.shape[1] != H
-    ):  # grouped queries are a dimension of their own there, which does not go with a bias of every head
+    # Grouped queries are a dimension of their own there, which does not go with a bias of every head.
+    if k.shape[1] != H:
         k, v = (t.repeat_interleave(H // k.shape[1], dim=1) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out: Tensor = ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).transpose(1, 2)
-    return out if isinstance(bias, Tensor) is False else torch.where(nothing, 0.0, out)
+    return torch.where(nothing, 0.0, out) if isinstance(bias, Tensor) else out
 
 
-_CALLS: Final[dict[str, Callable[..., Tensor]]] = {"sdpa": sdpa, "flash_attn": flash_attn, "xformers": xformers}
+CALLS: Final[dict[str, Callable[..., Tensor]]] = {"sdpa": sdpa, "flash_attn": flash_attn, "xformers": xformers}

@@ -6,6 +6,5 @@ from ditscale.kernels.attn import shapes
 from ditscale.kernels.library import missing_reason
 from ditscale.kernels.register import describe
 
-AVAILABLE = missing_reason("cpu") is None
-if AVAILABLE:
+if missing_reason("cpu") is None:
     describe("ditscale", shapes.OPERATORS)

@@ -17,7 +17,6 @@ from ditscale.kernels.autograd import differentiable, wants_graph
 from ditscale.kernels.dispatch import operators
 
 AttentionBackend = Literal["auto", "reference", "cpu", "triton", "cuda", "sdpa", "flash_attn", "xformers"]
-_DTYPES = (*dispatch.KERNEL_DTYPES, torch.float64)
 _GREATEST_SCALE: Final = 3e38
 # The kernels make the bias's gradient from the scores', which a scale of 0 has taken away and a tiny one drowned.
 _LEAST_SCALE: Final = 1e-30
@@ -127,17 +126,9 @@ def merged(out: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
-def _check_float(name: str, t: Tensor) -> None:
-    dispatch.check_float(name, t)
-    if t.dtype not in _DTYPES:
-        raise InputError(
-            f"{name}: expected float32, bfloat16, float16 or float64, got {str(t.dtype).removeprefix('torch.')}"
-        )
-
-
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
-        _check_float(name, t)
+        dispatch.check_precision(name, t)
         if t.dim() != 4 or t.shape[3] < 1:
             raise InputError(f"{name}: expected [B, H, T, K] with K >= 1, got shape {list(t.shape)}")
         if t.dtype != q.dtype or t.device != q.device:
@@ -374,7 +365,7 @@ def attention(
     if chosen == "reference":
         return reference.attention_ref(q, k, v, scale=scale, key_bias=key_bias, lengths=lengths, cu_q=cu_q, cu_k=cu_k)
     if chosen not in _OWN:
-        return adapters.call(chosen, q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
+        return adapters.CALLS[chosen](q, k, v, key_bias, lengths, cu_q, cu_k, max_q, max_k, scale)
     if grad:
         if torch.compiler.is_compiling():  # Dynamo refuses an autograd function that is given a tensor twice
             k, v, cu_k = k.view_as(k), v.view_as(v), None if cu_k is None else cu_k.view_as(cu_k)
@@ -410,7 +401,7 @@ def attention_qkv(
     Numerics and cost: as ``attention``, to the bit.
     """
     (qkv,) = _autocast(qkv)
-    _check_float("qkv", qkv)
+    dispatch.check_precision("qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] < 1:
         raise InputError(f"qkv: expected [B, T, 3, H, K] with K >= 1, got shape {list(qkv.shape)}")
     q = qkv.select(2, 0).transpose(1, 2)

@@ -281,8 +281,8 @@ def _attention_dkv_kernel(
 
 def _dense(t: Tensor) -> Tensor:
     """Rows with stride 1, which lie near enough to each other for 32-bit offsets inside a tile."""
-    far = any(abs(s) >= 2**24 for s in t.stride()[2:3])
-    return t if (t.size(-1) <= 1 or t.stride(-1) == 1) and not far else t.contiguous()
+    near = abs(t.stride(2)) < 2**24
+    return t if (t.size(-1) <= 1 or t.stride(-1) == 1) and near else t.contiguous()
 
 
 def _architecture() -> int:
@@ -399,13 +399,8 @@ def _cu(cu_q: Tensor | None, cu_k: Tensor | None) -> tuple[Tensor, Tensor] | Non
     return None if cu_q is None or cu_k is None else (cu_q, cu_k)
 
 
-def _empty(shape: tuple[int, ...], like: Tensor, packed: bool) -> Tensor:
-    """Rows of packed batches that belong to no sequence are written by no program."""
-    make = torch.zeros if packed else torch.empty
-    return make(shape, dtype=like.dtype, device=like.device)
-
-
 def _heads(t: Tensor, packed: bool) -> Tensor:
+    """Rows of packed batches that belong to no sequence are written by no program: they are zero from the start."""
     heads = heads_like(t)
     return heads.zero_() if packed else heads
 
@@ -452,15 +447,26 @@ def attention_qkv_bwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``ditscale_triton::attention_qkv_bwd``."""
     B, T, _, H, K = qkv.shape
-    dqkv = _empty((B, T, 3, H, K), qkv, cu is not None)
+    make = torch.empty if cu is None else torch.zeros  # as in _heads
+    dqkv = make((B, T, 3, H, K), dtype=qkv.dtype, device=qkv.device)
     q, k, v = _parts(qkv)
     dq, dk, dv = _parts(dqkv)
-    dout, out = (
-        t.view(B, T, H, K).transpose(1, 2) if t.stride(-1) == 1 else t for t in (dout.contiguous(), out.contiguous())
-    )
-    grads = dq, dk, dv
+    dout, out = (t.contiguous().view(B, T, H, K).transpose(1, 2) for t in (dout, out))
     dbias = _backward(
-        dout, q, k, v, out, grads, stats, key_bias, lengths, _cu(cu, cu), max_seqlen, max_seqlen, scale, bias_grad
+        dout,
+        q,
+        k,
+        v,
+        out,
+        (dq, dk, dv),
+        stats,
+        key_bias,
+        lengths,
+        _cu(cu, cu),
+        max_seqlen,
+        max_seqlen,
+        scale,
+        bias_grad,
     )
     return dqkv, dbias
 

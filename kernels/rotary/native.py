@@ -6,6 +6,5 @@ from ditscale.kernels.library import missing_reason
 from ditscale.kernels.register import describe
 from ditscale.kernels.rotary import shapes
 
-AVAILABLE = missing_reason("cpu") is None
-if AVAILABLE:
+if missing_reason("cpu") is None:
     describe("ditscale", shapes.OPERATORS)

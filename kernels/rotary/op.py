@@ -16,7 +16,6 @@ from ditscale.kernels.rotary import cost, reference
 from ditscale.kernels.rotary import native as _native  # noqa: F401 (loads and describes ditscale::*)
 
 HeadNorm = Literal["rms", "layer", "none"]
-_DTYPES = (*dispatch.KERNEL_DTYPES, torch.float64)
 
 
 def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -166,11 +165,7 @@ def _check(
     norm: str,
 ) -> None:
     for name, t in (("q", q), ("k", k)):
-        dispatch.check_float(name, t)
-        if t.dtype not in _DTYPES:
-            raise InputError(
-                f"{name}: expected float32, bfloat16, float16 or float64, got {str(t.dtype).removeprefix('torch.')}"
-            )
+        dispatch.check_precision(name, t)
         if t.dim() != 4 or t.shape[3] < 1:
             raise InputError(f"{name}: expected [B, H, T, K] with K >= 1, got shape {list(t.shape)}")
     K = q.shape[-1]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditscale.kernels.adaln.triton_kernels import add_chunks, cut_rows
+from ditscale.kernels.adaln.triton_kernels import add_chunks, cut_rows, dense
 from ditscale.kernels.dispatch import interpreting
 from ditscale.kernels.register import define, heads_like
 from ditscale.kernels.rotary import shapes
@@ -137,10 +137,6 @@ def _norm_rope_kernel(
         _write(partial_ptr + i * K + one, b_dw1, b_dw2, one == 0, K, PAIRS, BH)
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
-
-
 def _unit(*tensors: Tensor) -> int:
     """8 where every row starts at a multiple of 8 elements, which strides such as 72 do not show to the compiler; else 1."""
     return 8 if all(stride % 8 == 0 for t in tensors for stride in t.stride()[:3]) else 1
@@ -156,8 +152,8 @@ def _launch(
     norm: int,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    x = _dense(x)
-    grad = x if dout is None else _dense(dout)
+    x = dense(x)
+    grad = x if dout is None else dense(dout)
     B, H, T, K = x.shape
     out = heads_like(x)
     pairs = interleaved and cos is not None
