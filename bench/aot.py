@@ -13,12 +13,13 @@ import importlib
 import importlib.util
 import itertools
 import json
+import math
 import pkgutil
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,7 +161,7 @@ class _Driver:
         self._target = GPUTarget("cuda", arch, 32)
         # Triton keeps what it has compiled by device: a device of its own for every driver.
         self._device = ("ahead of time", next(_devices))
-        shared = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99}[str(arch)] << 10
+        shared = LIMITS[str(arch)][2] - _BLOCK_RESERVE
         facts = {"multiprocessor_count": 132, "max_shared_mem": shared, "warpSize": 32}
         self.utils = SimpleNamespace(get_device_properties=lambda device: facts)
 
@@ -203,10 +204,7 @@ def _capturing(arch: int) -> Iterator[list[_Capture]]:
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         names = [p.name for p in self.params]
         sizes = grid(dict(zip(names, args, strict=False)) | kwargs) if callable(grid) else grid
-        total = 1
-        for size in sizes:
-            total *= int(size)
-        grids.append(total)
+        grids.append(math.prod(map(int, sizes)))
         return kept[2](self, *args, grid=grid, warmup=True, **kwargs)
 
     def compile_(src: Any, target: Any = None, options: Any = None, **more: Any) -> Any:
@@ -301,7 +299,7 @@ def triton_entries(
                 if resources is None and not only_fingerprints:
                     say(entry.key)
                     resources = _resources(capture, arch)
-                entry = Entry(**{**vars(entry), "resources": resources})
+                entry = replace(entry, resources=resources)
                 known[capture.fingerprint] = entry
                 yield entry
 

@@ -4,7 +4,7 @@ and what is worse than the budget."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ditscale.bench import aot, budget, traffic
@@ -168,7 +168,7 @@ def _triton(
             aot.triton_entries(family, archs=(90,), wanted=lambda launch, arch: launch.id == chosen, say=say)
         )
         if comparable:
-            table.findings += budget.compare([_bare(e) for e in found], old)
+            table.findings += budget.compare([replace(e, resources=None) for e in found], old)
     if comparable:
         table.findings += budget.compare(looked_at, old)
     table.findings += budget.absolute(looked_at)
@@ -176,10 +176,6 @@ def _triton(
         table.findings += budget.gone(found, old) if comparable else []
         table.whole.append(family)
     table.entries += found
-
-
-def _bare(entry: Entry) -> Entry:
-    return Entry(**{**vars(entry), "resources": None})
 
 
 def _representative(family: str) -> Launch:

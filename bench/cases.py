@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from ditscale.errors import InputError
 from ditscale.kernels.adaln import cost as adaln
+from ditscale.kernels.aot import SIZE
 from ditscale.kernels.attn import cost as attention
 from ditscale.kernels.gelu import cost as gelu
 from ditscale.kernels.matmul import cost as matmul
 from ditscale.kernels.rotary import cost as rotary
 
-SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Width and heads of the DiT family (arXiv:2212.09748, table 1).
 MODELS = {"S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)}
 TOKENS = (256, 1024, 4096)

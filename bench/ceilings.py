@@ -67,14 +67,13 @@ def measure_ceilings(device: str, protocol: Protocol, *, tiny: bool = False) -> 
         if dtype != "float32" and device == "cpu" and _emulated(DTYPES[dtype]):
             continue
         for n in (64,) if tiny else _matmul_sizes(device):
-            calls = {"matmul": matmul_call(n, DTYPES[dtype], device)}
-            timing = measure(calls, sets=1, device=device, protocol=protocol)["matmul"]
-            found.append(_ceiling("matmul", "", n, 2 * n**3, timing, dtype))
+            calls = {"": matmul_call(n, DTYPES[dtype], device)}
             fastest = dispatch.resolve("linear", "auto", device, torch.float32)
             if dtype == "float32" and fastest != "reference":
-                calls = {"matmul": linear_call(n, fastest)}
-                timing = measure(calls, sets=1, device=device, protocol=protocol)["matmul"]
-                found.append(_ceiling("matmul", fastest, n, 2 * n**3, timing, dtype))
+                calls[fastest] = linear_call(n, fastest)
+            for by, call in calls.items():
+                timing = measure({by: call}, sets=1, device=device, protocol=protocol)[by]
+                found.append(_ceiling("matmul", by, n, 2 * n**3, timing, dtype))
     return found
 
 

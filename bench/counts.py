@@ -24,15 +24,7 @@ def torch_count(name: str) -> int:
 
     c = DiTConfig.preset(name)
     with torch.device("meta"):
-        model = PlainDiT(
-            side=c.input_side,
-            channels=c.in_channels,
-            patch=c.patch,
-            width=c.width,
-            depth=c.depth,
-            heads=c.heads,
-            classes=c.num_classes,
-        )
+        model = PlainDiT.of(c)
         x = torch.empty(1, c.in_channels, c.input_side, c.input_side)
         t, y = torch.empty(1), torch.zeros(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:

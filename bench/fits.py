@@ -136,36 +136,35 @@ Way = Callable[[int], Reached]
 Ways = tuple[dict[str, Way], dict[str, Way]]
 
 
-def _point(table: Table, grids: tuple[int, ...]) -> Ways:
+def _our_fit(table: Table, **options: Any) -> Reached:
     from ditscale.scaling.fit import fit_law
     from ditscale.scaling.surface import surface_law
 
     n, d, loss = table
-    grid = list(itertools.product(*(np.linspace(low, high, 1 if grids == (1,) else 2) + 0.3 for low, high in STARTS)))
+    fit = fit_law(surface_law("surface"), {"params": n, "data": d}, loss, loss_fn=f"huber:{KNEE}", **options)
+    return fit.objective, {"converged": fit.converged, "starts": fit.starts, "agreeing": fit.starts_agreeing}
 
-    def ours(_: int) -> Reached:
-        fit = fit_law(surface_law("surface"), {"params": n, "data": d}, loss, loss_fn=f"huber:{KNEE}")
-        return fit.objective, {"converged": fit.converged, "starts": fit.starts, "agreeing": fit.starts_agreeing}
+
+def _point(table: Table, grids: tuple[int, ...]) -> Ways:
+    grid = list(itertools.product(*(np.linspace(low, high, 1 if grids == (1,) else 2) + 0.3 for low, high in STARTS)))
 
     slow: dict[str, Way] = {}
     for points in grids:
         slow[f"chinchilla, {points**5} starts"] = lambda _, p=points: (chinchilla_fit(table, p), {"starts": p**5})  # type: ignore[misc]
-    return {"ours": ours, "scipy": lambda _: (scipy_fit(table, grid)[0], {"starts": len(grid)})}, slow
+    return {
+        "ours": lambda _: _our_fit(table),
+        "scipy": lambda _: (scipy_fit(table, grid)[0], {"starts": len(grid)}),
+    }, slow
 
 
 def _many_starts(table: Table, count: int) -> Ways:
-    from ditscale.scaling.fit import fit_law
-    from ditscale.scaling.surface import surface_law
-
-    n, d, loss = table
     low, high = np.array(STARTS).T
     scattered = np.random.default_rng(0).uniform(low, high, size=(count, 5))
 
-    def ours(_: int) -> Reached:
-        fit = fit_law(surface_law("surface"), {"params": n, "data": d}, loss, loss_fn=f"huber:{KNEE}", starts=count)
-        return fit.objective, {"converged": fit.converged, "starts": fit.starts, "agreeing": fit.starts_agreeing}
+    def scipys(_: int) -> Reached:
+        return scipy_fit(table, scattered)[0], {"starts": count}
 
-    return {"ours": ours}, {"scipy": lambda _: (scipy_fit(table, scattered)[0], {"starts": count})}
+    return {"ours": lambda _: _our_fit(table, starts=count)}, {"scipy": scipys}
 
 
 def _bootstrap(table: Table, draws: int) -> Ways:

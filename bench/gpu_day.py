@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ class Day:
     device: str
     dry: bool
     deadline: float
-    notes: list[str] = field(default_factory=list)
 
     @property
     def seconds_left(self) -> float:
@@ -180,16 +179,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", metavar="'OPERATOR DTYPE'", help=argparse.SUPPRESS)
     parser.add_argument("--conduct", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.exercise or given.conduct or given.check:
-        from ditscale.bench import gpu_stages
+    from ditscale.bench import gpu_stages
 
-        if given.check:
-            return gpu_stages.check(*given.check.split())
-        return (
-            gpu_stages.conduct_study(given.conduct)
-            if given.conduct
-            else gpu_stages.exercise(given.exercise, given.large)
-        )
+    if given.check:
+        return gpu_stages.check(*given.check.split())
+    if given.conduct:
+        return gpu_stages.conduct_study(given.conduct)
+    if given.exercise:
+        return gpu_stages.exercise(given.exercise, given.large)
     import torch
 
     if not given.dry_run and given.out is None:

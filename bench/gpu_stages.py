@@ -16,16 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditscale.bench.gpu_day import DONE, FAILED, PARTIAL, TimeUp, Unavailable
+from ditscale.bench.gpu_day import FAILED, PARTIAL, TimeUp, Unavailable
 
 if TYPE_CHECKING:
     from ditscale.bench.gpu_day import Day, Stage
     from ditscale.bench.rows import Row
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# What says whether a memory-bound kernel is at its roof, and why not.
 # A launch that ncu looks at closely: as in the tables, DiT-XL at 8,192 tokens in bfloat16.
 LARGE = (32, 256, 1152, 16)
+# What says whether a memory-bound kernel is at its roof, and why not.
 NCU_METRICS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -49,6 +49,7 @@ SHAPES = (
     (2, 257, 2048),
 )
 DTYPES = ("float32", "bfloat16", "float16")
+_ROOT = Path(__file__).resolve().parent.parent  # of a checkout
 _MOST_SECONDS = 180.0  # of a process that looks at kernels: one that hangs must not cost the call
 
 
@@ -64,15 +65,14 @@ def build(day: Day) -> dict[str, Any]:
     """Compile the native libraries where this is a checkout, and load them."""
     from ditscale.kernels import library
 
-    root = Path(__file__).resolve().parent.parent
     here = {name: library.path_of(name).is_file() for name in ("cpu", "cuda")}
     log = ""
     unfit = library.missing_reason("cuda")  # not there, of other sources, or of a system that this one is not
     if not day.dry and unfit:
-        if not (root / "setup.py").is_file():
+        if not (_ROOT / "setup.py").is_file():
             raise Unavailable(f"this is no checkout to build from: {unfit}")
         # In a process of its own: a library that is loaded once cannot be loaded again.
-        exit_, _, errors = _outcome([sys.executable, "setup.py", "build_native", "--inplace"], day, cwd=root)
+        exit_, _, errors = _outcome([sys.executable, "setup.py", "build_native", "--inplace"], day, cwd=_ROOT)
         log = _plain(errors[-4000:])
         if exit_ is None:
             raise TimeUp("the build did not end within this call's time")
@@ -196,7 +196,7 @@ def check(op: str, dtype: str) -> int:
 
 def gpu_tests(day: Day) -> dict[str, Any]:
     """The test suite's own GPU tests, where it is here."""
-    tests = Path(__file__).resolve().parent.parent / "tests" / "kernels"
+    tests = _ROOT / "tests" / "kernels"
     if day.dry:
         return {}
     if not tests.is_dir() or not importlib.util.find_spec("pytest"):
@@ -204,7 +204,7 @@ def gpu_tests(day: Day) -> dict[str, Any]:
     # A warning of another torch or Python is no finding here.
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", str(tests)]
     command += ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    exit_, out, errors = _outcome(command, day, cwd=tests.parent.parent, most=_MOST_SECONDS)
+    exit_, out, errors = _outcome(command, day, cwd=_ROOT, most=_MOST_SECONDS)
     content = {"pytest_exit": exit_, "pytest": _plain(out[-6000:] + errors[-1000:])}
     if exit_ is None:
         return content | {"status": PARTIAL, "reason": "the tests did not end within this call's time"}
@@ -250,9 +250,11 @@ def exercise(backend: str, large: bool) -> int:
 
 def sanitizer(day: Day) -> dict[str, Any]:
     """compute-sanitizer's four tools over the C++ kernels, and memcheck over Triton's, whose barriers are the compiler's."""
+    from ditscale.kernels import library
+
     found: dict[str, Any] = {}
     if day.dry:
-        backend = "cpu" if _runs("cpu") else "reference"
+        backend = "reference" if library.missing_reason("cpu") else "cpu"
         nothing = exercise(backend, large=False)
         return {"tools": found} | ({"status": FAILED, "reason": f"{backend}: no operator ran"} if nothing else {})
     tool = _tool("compute-sanitizer")
@@ -454,13 +456,7 @@ def results(day: Day) -> dict[str, Any]:
     path = write_rows(day.out / f"{devices.slug(devices.machine(day.device))}.jsonl", rows)
     (day.out / "table.md").write_text(full_table(rows) + "\n")
     figures = [p.name for p in draw_all(rows, day.out / "figures")]
-    return {"status": DONE, "file": path.name, "rows": len(rows), "figures": figures}
-
-
-def _runs(backend: str) -> bool:
-    from ditscale.kernels.library import missing_reason
-
-    return missing_reason(backend) is None
+    return {"file": path.name, "rows": len(rows), "figures": figures}
 
 
 def own_command(*arguments: str) -> list[str]:
@@ -518,6 +514,6 @@ def _outcomes(commands: Sequence[list[str]], day: Day, **more: Any) -> list[tupl
 
 def _plain(text: str) -> str:
     """Output without where things are on this machine: what is written here is committed."""
-    for place, name in ((Path(__file__).resolve().parent.parent, "."), (Path.home(), "~"), (sys.prefix, "(python)")):
+    for place, name in ((_ROOT, "."), (Path.home(), "~"), (sys.prefix, "(python)")):
         text = text.replace(str(place), name)
     return text

@@ -137,16 +137,7 @@ def step_subject(case: Case, device: str) -> Subject:
     batches = _batches(case, device, 4)
 
     def plain() -> PlainDiT:
-        model = PlainDiT(
-            side=config.input_side,
-            channels=config.in_channels,
-            patch=config.patch,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            classes=config.num_classes,
-        )
-        return _randomised(model, device)  # type: ignore[return-value]
+        return _randomised(PlainDiT.of(config), device)  # type: ignore[return-value]
 
     def candidate(trainer: Any, model: nn.Module, **more: Any) -> Candidate:
         # The check comes before the first step, while all providers have the same weights.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,15 @@ class PlainDiT(nn.Module):
         self.register_buffer("pos_embed", _positions(width, side // patch))
         self.blocks = nn.ModuleList(PlainBlock(width, heads, 4 * width) for _ in range(depth))
         self.final_layer = PlainFinal(width, patch * patch * channels)
+
+    @classmethod
+    def of(cls, config: Any) -> PlainDiT:
+        """The one of the sizes of a ``DiTConfig``."""
+        c = config
+        return cls(
+            side=c.input_side, channels=c.in_channels, patch=c.patch,
+            width=c.width, depth=c.depth, heads=c.heads, classes=c.num_classes,
+        )  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None) -> Tensor:
         """x [B, C, S, S], t [B] from 0 to 1000, y [B] labels, drop [B] bool; returns the shape of x."""

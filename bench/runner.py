@@ -20,7 +20,6 @@ from ditscale.bench.timing import TINY, MachineTooNoisy, Protocol, Timing, calib
 from ditscale.errors import BackendUnavailable
 from ditscale.memory import keep_memory
 
-SUITES = ("adaln", "attention", "block", "step", "flops", "fit")
 # What speed-ups are said over, where it was measured.
 BASELINES = ("eager", "compile", "copy", "sdpa", "layer_norm", "scipy", "torch")
 

@@ -219,9 +219,10 @@ def _count(kernel: Kernel, code: str) -> Kernel:
         elif head.startswith(("UTMA", "UBLKCP")):
             bulk += 1
         mix["all"] += head != "NOP"
-        mix.update(name for name in _CLASSES if head == name and name not in ("ATOM", "RED"))
-        if head.startswith(("ATOM", "RED")) and not _UNORDERED.search(opcode):
-            mix["ATOM" if head.startswith("ATOM") else "RED"] += 1
+        if head.startswith(("ATOM", "RED")):
+            head = "" if _UNORDERED.search(opcode) else "ATOM" if head.startswith("ATOM") else "RED"
+        if head in _CLASSES:
+            mix[head] += 1
     return Kernel(
         kernel.name,
         kernel.registers,

@@ -99,11 +99,6 @@ class Timing:
         """Percentile of the samples."""
         return float(np.percentile(self.samples_ms, p))
 
-    @property
-    def spread(self) -> float:
-        """(p80 - p20) / median."""
-        return relative_spread(self.samples_ms)
-
     def speedup_over(self, other: Timing) -> dict[str, float]:
         """How many times faster than ``other``: median, p20 and p80 of the ratios within rounds."""
         rounds = min(len(other.samples_ms), len(self.samples_ms))  # they differ where candidates were timed apart

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,13 +101,11 @@ def count(launch: Launch) -> dict[str, Any]:
             launch.call(dims, launch.dtype)
     finally:
         interpreter._interpreter = counter.memory
-    moved = launch.work(dims, launch.dtype).bytes_moved
-    sizes = " ".join(f"{k}{v}" for k, v in dims.items())
     return {
-        "launch": "/".join(part for part in (launch.op, launch.passes, launch.dtype, sizes, launch.variant) if part),
+        "launch": replace(launch, dims=tuple(dims.items())).id,
         "asked": counter.asked,
         "touched": counter.touched,
-        "bytes_moved": moved,
+        "bytes_moved": launch.work(dims, launch.dtype).bytes_moved,
     }
 
 
