@@ -209,4 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from ditscale.bench import gpu_day  # stages raise this module's exceptions, which those of __main__ are not
+
+    sys.exit(gpu_day.main())

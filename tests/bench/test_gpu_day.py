@@ -33,6 +33,21 @@ def test_the_dry_run_does_every_stage(tmp_path: Path) -> None:
     assert run_day(Day(tmp_path, "cpu", True, 0.0))["study"] == DONE  # nothing is left to do, and nothing is done
 
 
+def test_what_a_machine_lacks_is_no_failure_of_the_command() -> None:
+    program = """
+import runpy, sys
+from ditscale.bench import gpu_stages
+def absent(day):
+    raise gpu_stages.Unavailable("no nvcc here")
+gpu_stages.build = absent
+sys.argv = ["gpu_day", "--dry-run", "--only", "build"]
+runpy.run_module("ditscale.bench.gpu_day", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["build"] == UNAVAILABLE
+
+
 def test_a_dry_run_needs_no_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
     monkeypatch.setattr(gpu_day, "stages", lambda: {"one": (lambda day: seen.append(day.out) or {}, 0)})
