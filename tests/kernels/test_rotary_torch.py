@@ -338,12 +338,12 @@ def test_every_backend_is_tried_in_order_after_its_self_check(monkeypatch, tmp_p
     monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: None)
     asked = []
 
-    def failure(op, backend, dtype, device):
+    def failure(op, backend, dtype, device, index):
         asked.append((op, backend, device))
         return None if backend == "triton" else "wrong"
 
     monkeypatch.setattr(selfcheck, "failure", failure)
-    assert dispatch._auto("qk_norm_rope", "cuda", torch.bfloat16) == "triton"
+    assert dispatch._auto("qk_norm_rope", "cuda", torch.bfloat16, None) == "triton"
     assert asked == [("qk_norm_rope", b, "cuda") for b in ("cpu", "cuda", "triton")]
 
 
