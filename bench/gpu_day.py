@@ -123,7 +123,7 @@ def _in_new_process(day: Day, names: Sequence[str], *, again: bool) -> dict[str,
     """The stages behind one after which nothing runs on the device any more in this process."""
     import subprocess
 
-    from ditscale.bench.gpu_stages import own_command
+    from ditscale.bench.gpu_processes import own_command
 
     paths = {name: day.out / f"{number:02d}-{name}.json" for number, name in enumerate(stages())}
     status = lambda name: str(_read(paths[name]).get("status", PARTIAL))  # noqa: E731

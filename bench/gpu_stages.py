@@ -7,16 +7,23 @@ import csv
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditscale.bench.gpu_day import FAILED, PARTIAL, TimeUp, Unavailable
+from ditscale.bench.gpu_processes import (
+    ROOT,
+    find_tool,
+    outcome,
+    outcomes,
+    own_command,
+    python_command,
+    without_places,
+)
 
 if TYPE_CHECKING:
     from ditscale.bench.gpu_day import Day, Stage
@@ -49,7 +56,6 @@ SHAPES = (
     (2, 257, 2048),
 )
 DTYPES = ("float32", "bfloat16", "float16")
-_ROOT = Path(__file__).resolve().parent.parent  # of a checkout
 _MOST_SECONDS = 180.0  # of a process that looks at kernels: one that hangs must not cost the call
 
 
@@ -69,11 +75,11 @@ def build(day: Day) -> dict[str, Any]:
     log = ""
     unfit = library.missing_reason("cuda")  # not there, of other sources, or of a system that this one is not
     if not day.dry and unfit:
-        if not (_ROOT / "setup.py").is_file():
+        if not (ROOT / "setup.py").is_file():
             raise Unavailable(f"this is no checkout to build from: {unfit}")
         # In a process of its own: a library that is loaded once cannot be loaded again.
-        exit_, _, errors = _outcome([sys.executable, "setup.py", "build_native", "--inplace"], day, cwd=_ROOT)
-        log = _plain(errors[-4000:])
+        exit_, _, errors = outcome([sys.executable, "setup.py", "build_native", "--inplace"], day, cwd=ROOT)
+        log = without_places(errors[-4000:])
         if exit_ is None:
             raise TimeUp("the build did not end within this call's time")
         if exit_:
@@ -93,10 +99,10 @@ def selfcheck(day: Day) -> dict[str, Any]:
 
         facts = report(check=True)
     else:
-        command = [*_python(), "-m", "ditscale", "doctor", "--check", "--json"]
-        exit_, out, errors = _outcome(command, day, most=_MOST_SECONDS)
+        command = [*python_command(), "-m", "ditscale", "doctor", "--check", "--json"]
+        exit_, out, errors = outcome(command, day, most=_MOST_SECONDS)
         if not out.rstrip().endswith("}"):
-            return {"status": FAILED, "reason": f"doctor ended with {exit_}", "log": _plain(errors[-4000:])}
+            return {"status": FAILED, "reason": f"doctor ended with {exit_}", "log": without_places(errors[-4000:])}
         facts = json.loads(out.splitlines()[-1])
     wrong = [c for c in facts["checks"] if not c["passed"]]
     content = {"doctor": facts}
@@ -157,7 +163,7 @@ def operators_against_float64(day: Day) -> dict[str, Any]:
         rows = list(_checks(day, _operators(), DTYPES[:1]))
     else:
         pairs = [(op, dtype) for op in reversed(_operators()) for dtype in DTYPES]  # attention compiles longest
-        done = _outcomes([own_command("--check", f"{op} {dtype}") for op, dtype in pairs], day, most=_MOST_SECONDS)
+        done = outcomes([own_command("--check", f"{op} {dtype}") for op, dtype in pairs], day, most=_MOST_SECONDS)
         rows = []
         for (op, dtype), (exit_, out, errors) in zip(pairs, done, strict=True):
             rows += [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
@@ -165,7 +171,7 @@ def operators_against_float64(day: Day) -> dict[str, Any]:
             if exit_ is None:
                 late.append(case)
             elif exit_:
-                reason = _plain(" ".join(errors.split())[-300:])
+                reason = without_places(" ".join(errors.split())[-300:])
                 rows.append({"case": case, "provider": "all", "status": "failed", "reason": reason})
     bad = [r for r in rows if r["status"] in ("wrong", "failed")]
     content: dict[str, Any] = {"checked": len(rows), "bad": bad, "rows": rows}
@@ -196,7 +202,7 @@ def check(op: str, dtype: str) -> int:
 
 def gpu_tests(day: Day) -> dict[str, Any]:
     """The test suite's own GPU tests, where it is here."""
-    tests = _ROOT / "tests" / "kernels"
+    tests = ROOT / "tests" / "kernels"
     if day.dry:
         return {}
     if not tests.is_dir() or not importlib.util.find_spec("pytest"):
@@ -204,11 +210,11 @@ def gpu_tests(day: Day) -> dict[str, Any]:
     # A warning of another torch or Python is no finding here.
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", str(tests)]
     command += ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    exit_, out, errors = _outcome(command, day, cwd=_ROOT, most=_MOST_SECONDS)
-    content = {"pytest_exit": exit_, "pytest": _plain(out[-6000:] + errors[-1000:])}
+    exit_, out, errors = outcome(command, day, cwd=ROOT, most=_MOST_SECONDS)
+    content = {"pytest_exit": exit_, "pytest": without_places(out[-6000:] + errors[-1000:])}
     if exit_ is None:
         return content | {"status": PARTIAL, "reason": "the tests did not end within this call's time"}
-    return content | ({"status": FAILED, "reason": _plain(out[-300:])} if exit_ else {})
+    return content | ({"status": FAILED, "reason": without_places(out[-300:])} if exit_ else {})
 
 
 def _operators() -> tuple[str, ...]:
@@ -257,7 +263,7 @@ def sanitizer(day: Day) -> dict[str, Any]:
         backend = "reference" if library.missing_reason("cpu") else "cpu"
         nothing = exercise(backend, large=False)
         return {"tools": found} | ({"status": FAILED, "reason": f"{backend}: no operator ran"} if nothing else {})
-    tool = _tool("compute-sanitizer")
+    tool = find_tool("compute-sanitizer")
     # Else torch's allocator hands out parts of one block, and a step over the end of a tensor is none over that of the block.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     pairs = [(name, "cuda") for name in SANITIZERS] + [("memcheck", "triton")]
@@ -265,9 +271,9 @@ def sanitizer(day: Day) -> dict[str, Any]:
     commands = [
         [tool, "--tool", n, "--error-exitcode", "9", *own_command("--exercise", backend)] for n, backend in pairs
     ]
-    done = _outcomes(commands, day, environment=environment, most=_MOST_SECONDS)
+    done = outcomes(commands, day, environment=environment, most=_MOST_SECONDS)
     for (name, backend), (exit_, out, errors) in zip(pairs, done, strict=True):
-        found[f"{name} {backend}"] = {"exit": exit_, "tail": _plain((out + errors)[-2000:])}
+        found[f"{name} {backend}"] = {"exit": exit_, "tail": without_places((out + errors)[-2000:])}
     bad = [name for name, item in found.items() if item["exit"]]
     late = [name for name, item in found.items() if item["exit"] is None]
     if bad:
@@ -335,18 +341,18 @@ def profile(day: Day) -> dict[str, Any]:
     names = {entry.kernel for path in FOLDER.glob("*.jsonl") for entry in load(path.stem).values()}
     if day.dry:
         return {"kernels": {}, "looked_for": sorted(names)}
-    tool = _tool("ncu")
+    tool = find_tool("ncu")
     chosen = ["--clock-control", "none", "--kernel-name", f"regex:^({'|'.join(sorted(names))})$"]
     kernels: dict[str, list[dict[str, str]]] = {}
     reasons: list[str] = []
     for backend in ("cuda", "triton"):
         command = [tool, *chosen, "--csv", "--page", "raw", "--metrics", ",".join(NCU_METRICS)]
-        exit_, out, errors = _outcome(
+        exit_, out, errors = outcome(
             [*command, *own_command("--exercise", backend, "--large")], day, most=_MOST_SECONDS
         )
         if exit_ != 0:
             # Counters are closed to users on many rented machines.
-            reasons.append(f"ncu, {backend}: {_plain(' '.join((out + errors).split())[-300:])}")
+            reasons.append(f"ncu, {backend}: {without_places(' '.join((out + errors).split())[-300:])}")
             continue
         lines = [line for line in out.splitlines() if line.startswith('"')]
         wanted = ("Kernel Name", "Grid Size", "Block Size", *NCU_METRICS)  # and not the host's name
@@ -428,7 +434,7 @@ def study(day: Day) -> dict[str, Any]:
             process.communicate()
         raise TimeUp("the study goes on in the next call") from None
     if process.returncode:
-        return {"status": FAILED, "reason": _plain(errors[-500:])}
+        return {"status": FAILED, "reason": without_places(errors[-500:])}
     return {"outcome": read_json(folder / "outcome.json")}
 
 
@@ -457,63 +463,3 @@ def results(day: Day) -> dict[str, Any]:
     (day.out / "table.md").write_text(full_table(rows) + "\n")
     figures = [p.name for p in draw_all(rows, day.out / "figures")]
     return {"file": path.name, "rows": len(rows), "figures": figures}
-
-
-def own_command(*arguments: str) -> list[str]:
-    """This script with other arguments, in a process of its own."""
-    return [*_python(), "-m", "ditscale.bench.gpu_day", *arguments]
-
-
-def _python() -> list[str]:
-    return [sys.executable, *(["-P"] if getattr(sys.flags, "safe_path", False) else [])]  # as this process was started
-
-
-def _tool(name: str) -> str:
-    found = shutil.which(name) or next(
-        (str(p) for p in Path("/usr/local").glob(f"cuda*/**/{name}") if p.is_file()), None
-    )
-    if found is None:
-        raise Unavailable(f"{name} is not on this machine")
-    return found
-
-
-def _outcome(
-    command: list[str],
-    day: Day,
-    *,
-    cwd: Path | None = None,
-    environment: dict[str, str] | None = None,
-    most: float = float("inf"),
-) -> tuple[int | None, str, str]:
-    """Exit status, stdout and stderr; no status where ``most`` seconds or the time of this call were up, and what was written
-    until then."""
-    # In a session of its own, which ends as a whole: a child of a tool's would go on, and hold the device and the pipes.
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        out, errors = process.communicate(timeout=max(1.0, min(most, day.seconds_left - 15)))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, errors = process.communicate()
-        return None, out, errors
-    return process.returncode, out, errors
-
-
-def _outcomes(commands: Sequence[list[str]], day: Day, **more: Any) -> list[tuple[int | None, str, str]]:
-    """Of commands that run beside one another, at most one a core."""
-    with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda command: _outcome(command, day, **more), commands))
-
-
-def _plain(text: str) -> str:
-    """Output without where things are on this machine: what is written here is committed."""
-    for place, name in ((_ROOT, "."), (Path.home(), "~"), (sys.prefix, "(python)")):
-        text = text.replace(str(place), name)
-    return text

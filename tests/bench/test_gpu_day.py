@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ditscale.bench import cases, gpu_day, gpu_stages, runner
+from ditscale.bench import cases, gpu_day, gpu_processes, gpu_stages, runner
 from ditscale.bench.gpu_day import DONE, FAILED, PARTIAL, UNAVAILABLE, Day, TimeUp, Unavailable, run_day
 from ditscale.bench.rows import read_rows
 from ditscale.errors import InputError
@@ -138,7 +138,7 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_commands_beside_one_another_lose_nothing_when_the_time_is_up(tmp_path: Path) -> None:
     programs = ("echo right; exit 9", "echo begun; sleep 600; echo late")  # whose child holds the pipes open
     day = Day(tmp_path, "cuda", False, time.monotonic() + 17)  # 15 seconds are kept for what comes behind
-    ended, late = gpu_stages._outcomes([["sh", "-c", p] for p in programs], day)
+    ended, late = gpu_processes.outcomes([["sh", "-c", p] for p in programs], day)
     assert ended == (9, "right\n", "")
     assert late == (None, "begun\n", "")
 
@@ -147,7 +147,7 @@ def test_checks_that_break_or_do_not_end_cost_no_other_its_rows(day: Day, monkey
     row = json.dumps({"case": "one", "provider": "ours-cuda", "status": "right", "reason": None})
     found: dict[str, tuple[int | None, str, str]] = {}
     monkeypatch.setattr(gpu_stages, "_operators", lambda: ("gate_residual",))
-    monkeypatch.setattr(gpu_stages, "_outcomes", lambda commands, day, **_: [found[c[-1].split()[1]] for c in commands])
+    monkeypatch.setattr(gpu_stages, "outcomes", lambda commands, day, **_: [found[c[-1].split()[1]] for c in commands])
     real = Day(day.out, "cuda", False, day.deadline)
     found |= dict.fromkeys(gpu_stages.DTYPES, (0, row + "\n", ""))
     assert gpu_stages.operators_against_float64(real)["checked"] == 3
