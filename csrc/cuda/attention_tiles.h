@@ -365,9 +365,5 @@ __device__ __forceinline__ void finish_scores(
   }
 }
 
-// The widths that kernels are compiled for: a head takes the next one, and pays for it.
-template <class T>
-struct Widths;
-
 }  // namespace
 }  // namespace ditscale::cuda

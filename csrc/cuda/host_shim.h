@@ -69,7 +69,7 @@ struct Block {
 };
 
 inline Block* running = nullptr;
-inline dim3 grid_index, thread_index, block_size, grid_size;
+inline dim3 grid_index, thread_index, block_size;
 
 // What a kernel does that a GPU forbids or pays for (host_warp.h), and the multiply-adds that its matrix instructions make.
 struct Counts {
@@ -139,7 +139,6 @@ inline void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> b
   for (Fiber& f : b.fibers) f.stack.reset(new char[STACK]);
   running = &b;
   block_size = block;
-  grid_size = grid;
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
       grid_index = dim3(x, y);
@@ -197,7 +196,6 @@ Meeting meet(const Offer& offer, const Compute& compute) {
 #define threadIdx (::ditscale::shim::thread_index)
 #define blockIdx (::ditscale::shim::grid_index)
 #define blockDim (::ditscale::shim::block_size)
-#define gridDim (::ditscale::shim::grid_size)
 
 inline void __syncwarp() {
   ditscale::shim::wait_as(ditscale::shim::State::at_warp);

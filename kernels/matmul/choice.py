@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
 import re
 from typing import Literal
@@ -39,8 +40,7 @@ def _vendor() -> str:
     """Who made the processor, and its family."""
     try:
         with open("/proc/cpuinfo") as file:
-            return "".join(
-                line for _, line in zip(range(8), file, strict=False) if line.startswith(("vendor_id", "cpu family"))
-            )
+            first = itertools.islice(file, 8)
+            return "".join(line for line in first if line.startswith(("vendor_id", "cpu family")))
     except OSError:
         return platform.processor()  # on Windows "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD"

@@ -262,9 +262,8 @@ def test_machine_code_is_told_apart_by_its_bytes() -> None:
     usage = {(arch, kernel.name) for arch, kernel in sass.read(library, functions=())}
     assert set(found) == usage
     assert len({identity.digest for identity in found.values()}) > len(found) / 2
-    assert all(
-        0 < identity.threads <= 1024 for identity in found.values()
-    )  # every kernel of ours says what it is launched with
+    # Every kernel of ours says what it is launched with.
+    assert all(0 < identity.threads <= 1024 for identity in found.values())
 
 
 def test_launches_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

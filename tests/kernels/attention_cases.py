@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import pytest
 import torch
 from oracles import Array, judge_draws, wide
 from torch import Tensor
 
 from ditscale import kernels
-from ditscale.kernels import library
 
 # What Triton's interpreter and the emulated CUDA kernels run by default: a call of every kind, each dtype, the widths of DiT-S
 # and DiT-XL, one that is not aligned; emulated also a head of every width that kernels are compiled for. They take a thousand
@@ -36,15 +34,6 @@ QUICK_INTERPRETED = {
 QUICK_EMULATED = {
     "test_values_and_gradients": "dit-xl-bf16|head-80-fp16|head-96-bf16|head-128-fp16|head-128-fp32",
 }
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """The backends of attention that run here."""
-    name: str = request.param
-    if name == "cpu" and library.missing_reason("cpu"):
-        pytest.skip(str(library.missing_reason("cpu")))
-    return name
 
 
 @dataclass

@@ -133,9 +133,8 @@ class TestOffsetsBeyond31Bits:
     def apart(self):
         """A function that puts a bfloat16 tensor's rows far apart, each tensor behind the one before."""
         try:
-            store = torch.empty(
-                2 * self.FAR + 4096, dtype=torch.bfloat16
-            )  # the system gives pages where they are written
+            # The system gives pages where they are written.
+            store = torch.empty(2 * self.FAR + 4096, dtype=torch.bfloat16)
         except RuntimeError as error:
             pytest.skip(f"no address space: {error}")
         used = 0
