@@ -1,5 +1,5 @@
-"""The ahead-of-time table: every Triton kernel compiled for every architecture, and the built CUDA library taken apart, without a
-GPU. ``budget.py`` compares it with what is committed.
+"""The entries of the ahead-of-time table, and those of Triton: every kernel compiled for every architecture, without a GPU.
+``aot_cuda.py`` has those of the CUDA library; ``budget.py`` compares them with what is committed.
 
 Launches come from the kernels' own ``aot`` modules. They are carried out up to the compiler, with Triton's driver replaced by
 one that stands for the architecture asked for: signature, tiles, warps and stages are those that the launcher chooses.
@@ -15,17 +15,13 @@ import itertools
 import json
 import math
 import pkgutil
-import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ditscale.bench import sass
-from ditscale.errors import BackendUnavailable, InputError
+from ditscale.errors import InputError
 from ditscale.kernels.aot import ARCHITECTURES, Launch
 
 # Limits of a multiprocessor, CUDA C++ programming guide, "Technical specifications per compute capability": warps, blocks, bytes
@@ -308,106 +304,16 @@ def _resources(capture: _Capture, arch: int) -> dict[str, Any]:
     compiled = capture.make()
     (kernel,) = sass.kernels_of(compiled.asm["cubin"])
     # What a launch asks for the file does not tell; it is in Triton's own count.
-    return _plain(kernel) | {"shared": max(_static_shared(kernel, arch), int(compiled.metadata.shared))}
+    return resources_of(kernel) | {"shared": max(static_shared(kernel, arch), int(compiled.metadata.shared))}
 
 
-def _static_shared(kernel: sass.Kernel, arch: int) -> int:
+def static_shared(kernel: sass.Kernel, arch: int) -> int:
+    """Bytes of a kernel's own shared memory, without what the system takes of a block."""
     return max(0, kernel.shared - _BLOCK_RESERVE) if arch >= _COUNTS_RESERVE else kernel.shared
 
 
-def _plain(kernel: sass.Kernel) -> dict[str, Any]:
+def resources_of(kernel: sass.Kernel) -> dict[str, Any]:
+    """A kernel's resources as plain values."""
     content = asdict(kernel)
     del content["name"]
     return content
-
-
-def cuda_library() -> Path:
-    """The built CUDA library.
-
-    Raises:
-        BackendUnavailable: it is not built.
-    """
-    from ditscale.kernels.library import path_of
-
-    path = path_of("cuda")
-    if not path.is_file():
-        raise BackendUnavailable(f"{path.name} is not built here: python setup.py build_native --inplace, with nvcc")
-    return path
-
-
-def cuda_entries(known: dict[str, Entry] | None = None) -> list[Entry]:
-    """The kernels of the built CUDA library, all architectures in it.
-
-    Args:
-        known: entries by fingerprint, whose resources are taken over instead of taking their code apart again.
-    """
-    known = known or {}
-    path = cuda_library()
-    compiler = f"nvcc {nvcc_version() or 'unknown'}"
-    identities = sass.identities(path)
-    prints = {key: f"{identity.digest} {compiler}" for key, identity in identities.items()}
-    names = _demangled(sorted({name for _, name in prints}))
-    new = sorted({name for (_, name), print_ in prints.items() if print_ not in known})
-    allowed, asked = _cuda_stack(), sass.asked_shared(path)
-    entries = []
-    for arch, kernel in sass.read(path, functions=new):
-        unit, function, case = names[kernel.name]
-        print_ = prints[arch, kernel.name]
-        old = known.get(print_)
-        resources = dict(old.resources if old and old.resources else _plain(kernel))
-        # The code does not change with what is asked for beside it: never from the budget.
-        resources["shared"] = _static_shared(kernel, int(arch)) + asked.get((function, case), 0)
-        threads = identities[arch, kernel.name].threads
-        stack = allowed.get((function, case, arch), 0)
-        entries.append(
-            Entry(f"cuda-{unit}", case, function, arch, print_, threads, resources=resources, stack_bytes=stack)
-        )
-    return sorted(entries, key=lambda e: (e.family, e.kernel, e.case, int(e.arch)))
-
-
-def _cuda_stack() -> dict[tuple[str, str, str], int]:
-    """Local memory that a CUDA kernel may use, by function, template arguments and architecture, where its family says why."""
-    found: dict[tuple[str, str, str], int] = {}
-    for family in families():
-        told = getattr(importlib.import_module(f"ditscale.kernels.{family}.aot"), "CUDA_STACK", {})
-        found |= {key: stack_bytes for key, (stack_bytes, _) in told.items()}
-    return found
-
-
-def cuda_flop_efficiency(entries: Sequence[Entry]) -> dict[str, dict[int, float]]:
-    """Useful over issued FLOPs of matrix products by head width, by key, of the kernels whose family tells of them.
-
-    Args:
-        entries: all kernels of the CUDA library: which heads one takes hangs on the others.
-    """
-    kernels = {(entry.kernel, entry.case) for entry in entries}
-    told: dict[tuple[str, str], dict[int, float]] = {}
-    for family in families():
-        tell = getattr(importlib.import_module(f"ditscale.kernels.{family}.aot"), "cuda_flop_efficiency", None)
-        told |= tell(kernels) if tell else {}
-    return {entry.key: told[entry.kernel, entry.case] for entry in entries if (entry.kernel, entry.case) in told}
-
-
-def nvcc_version() -> str | None:
-    """Such as "13.0.88"; None where there is no nvcc."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    with contextlib.suppress(OSError):
-        found = re.search(r"V([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
-        return found[1] if found else None
-    return None
-
-
-def _demangled(names: list[str]) -> dict[str, tuple[str, str, str]]:
-    """Mangled name -> (source file, function, template arguments)."""
-    if shutil.which("c++filt") is None:
-        raise BackendUnavailable("c++filt is not here: it comes with binutils")
-    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    found = {}
-    for name, plain in zip(names, text.splitlines(), strict=True):
-        unit = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", name)
-        plain = plain.replace("(anonymous namespace)::", "").removeprefix("void ").replace("ditscale::cuda::", "")
-        head = re.match(r"([\w:]+)(?:<(.*)>)?\(", plain)
-        function, arguments = (head[1], head[2] or "") if head else (plain, "")
-        arguments = re.sub(r"\((?:int|bool|unsigned int)\)", "", arguments)
-        found[name] = (unit[1] if unit else "other", function, arguments)
-    return found

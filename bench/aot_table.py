@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ditscale.bench import aot, budget, traffic
+from ditscale.bench import aot, aot_cuda, budget, traffic
 from ditscale.bench.aot import Entry
 from ditscale.bench.budget import Finding
 from ditscale.errors import BackendUnavailable, InputError
@@ -198,13 +198,13 @@ def _cuda(table: Table, archs: Sequence[int], only: Sequence[str], *, fresh: boo
         for key, entry in budget.load(path.stem).items()
     }
     try:
-        found = aot.cuda_entries({} if fresh else budget.by_fingerprint(old))
+        found = aot_cuda.cuda_entries({} if fresh else budget.by_fingerprint(old))
     except BackendUnavailable as error:
         table.notes.append(str(error))
         return
     now, made = found[0].compiler, budget.made_by(old)
     comparable = not old or made == now
-    table.efficiency = aot.cuda_flop_efficiency(found)
+    table.efficiency = aot_cuda.cuda_flop_efficiency(found)
     whole = not archs and not only
     if not comparable:
         table.notes.append(f"cuda: the budget is of {made} and is not compared with {now}")

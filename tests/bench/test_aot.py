@@ -15,9 +15,9 @@ import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
-from ditscale.bench import aot, aot_table, budget, sass, traffic
+from ditscale.bench import aot, aot_cuda, aot_table, budget, sass, traffic
 from ditscale.bench.aot import Entry
-from ditscale.errors import InputError
+from ditscale.errors import BackendUnavailable, InputError
 
 SASS = """
         Function : a_kernel
@@ -156,14 +156,14 @@ def test_budgets_are_written_and_read_back(tmp_path: Path) -> None:
 def test_names_of_cuda_kernels() -> None:
     name = "_ZN8ditscale4cuda39_GLOBAL__N__8a2a5fea_7_norm_cu_83b5015612forward_fastIfLb1EEEvNS_11ForwardArgsEll"
     try:
-        assert aot._demangled([name])[name] == ("norm", "forward_fast", "float, true")
-    except aot.BackendUnavailable as error:
+        assert aot_cuda._demangled([name])[name] == ("norm", "forward_fast", "float, true")
+    except BackendUnavailable as error:
         pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(("arch", "told", "own"), [(80, 384, 384), (90, 1408, 384), (120, 1024, 0), (100, 0, 0)])
 def test_what_the_system_takes_of_a_block_is_counted_once(arch: int, told: int, own: int) -> None:
-    assert aot._static_shared(sass.Kernel("a_kernel", 32, 0, told), arch) == own
+    assert aot.static_shared(sass.Kernel("a_kernel", 32, 0, told), arch) == own
     entry = replace(ENTRY, arch=str(arch), resources={**RESOURCES, "shared": 49 << 10})
     assert entry.blocks_per_sm == aot.LIMITS[str(arch)][2] // (50 << 10)
 
@@ -179,8 +179,8 @@ def test_the_budget_of_cuda_attention_has_what_launches_ask_for() -> None:
 
 def test_the_library_tells_what_launches_of_every_attention_kernel_ask_for() -> None:
     try:
-        asked = sass.asked_shared(aot.cuda_library())
-    except aot.BackendUnavailable as error:
+        asked = sass.asked_shared(aot_cuda.cuda_library())
+    except BackendUnavailable as error:
         pytest.skip(str(error))
     kernels = {
         (e.kernel, e.case) for unit in ("bf16", "f16", "f32") for e in budget.load(f"cuda-attention_{unit}").values()
@@ -192,7 +192,7 @@ def test_the_library_tells_what_launches_of_every_attention_kernel_ask_for() -> 
 def test_a_head_pays_for_the_columns_of_the_narrowest_kernel_that_holds_it() -> None:
     entries = [replace(ENTRY, case=case, kernel="attention_forward") for case in ("f16, 64", "f16, 72", "float, 80")]
     entries += [replace(ENTRY, case="float, 80", kernel="attention_dq"), ENTRY]
-    found = aot.cuda_flop_efficiency(entries)
+    found = aot_cuda.cuda_flop_efficiency(entries)
     assert found == {
         "f16, 64 attention_forward sm_90": {64: 1.0},
         "f16, 72 attention_forward sm_90": {72: 1.0},
@@ -255,9 +255,9 @@ def test_traffic_without_a_budget_is_stale() -> None:
 
 def test_machine_code_is_told_apart_by_its_bytes() -> None:
     try:
-        library = aot.cuda_library()
+        library = aot_cuda.cuda_library()
         found = sass.identities(library)
-    except aot.BackendUnavailable as error:
+    except BackendUnavailable as error:
         pytest.skip(str(error))
     usage = {(arch, kernel.name) for arch, kernel in sass.read(library, functions=())}
     assert set(found) == usage
