@@ -165,15 +165,21 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def quick(op: str, backend: str, x: Tensor) -> Any:
-    """The operators for an eager call on ``x`` where ``resolve`` has chosen them before; None where there is more to find out.
+    """The operators for an eager call on ``x``; None where something else serves it, or more is to be found out.
 
+    The first call of a kind, too, where a kernel serves it: checkpointing makes it again, and must find that the same was kept.
     None too inside torch.compile and transforms. What an operator does with the answer may so leave out every step that
     only those need: a small call lasts three microseconds in all. And None under a dispatch mode, for one that counts calls, as
     selective checkpointing does, must not meet one that is tried and refused.
     """
     if _is_compiling() or _transforms_active() or forward_ad._current_level >= 0 or _modes_active():
         return None
-    return _quick.get((op, backend, "cpu" if x.is_cpu else x.device.type, x.dtype))
+    key = (op, backend, "cpu" if x.is_cpu else x.device.type, x.dtype)
+    found = _quick.get(key)
+    if found is None and key not in _chosen and x.dtype in KERNEL_DTYPES:
+        resolve(*key, x.device.index)
+        found = _quick.get(key)
+    return found
 
 
 def choose(op: str, backend: str, x: Tensor) -> str:

@@ -100,6 +100,19 @@ def test_checkpointing_that_keeps_the_kernels_results(native):
     assert "ditscale.gate_residual_layernorm_modulate_infer.default" in ran
 
 
+def test_checkpointing_of_a_first_call(backend, monkeypatch):
+    # Half modulation beside a float32 stream, as autocast has it: what was kept must be what the second call keeps.
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_quick", {})
+    x, branch, table, bias = (t.detach() for t in block_inputs())
+    leaves = [x, branch, table.bfloat16(), bias.bfloat16()]
+    leaves = [t.requires_grad_() for t in leaves]
+    out = checkpoint(block, *leaves, backend, use_reentrant=False)
+    got = torch.autograd.grad(out.sum(), leaves)  # raises where the two calls differ
+    want = torch.autograd.grad(block(*leaves, backend).sum(), leaves)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 def test_gradients_add_up_over_two_uses(backend):
     leaves = block_inputs()
 
