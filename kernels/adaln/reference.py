@@ -6,9 +6,14 @@ the dtype of ``x``. Everything is differentiable, to any order and in forward mo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ditscale.kernels.autograd import differentiable, wants_graph
+from ditscale.kernels.dispatch import in_transform
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -22,7 +27,43 @@ def _rows(m: Tensor) -> Tensor:
 
 def _norm(x: Tensor, eps: float, rms: bool) -> Tensor:
     width = (x.shape[-1],)
-    return F.rms_norm(x, width, eps=eps) if rms else F.layer_norm(x, width, eps=eps)
+    if in_transform():
+        return _plain_norm(x, eps, rms)
+    if rms:
+        return F.rms_norm(x, width, eps=eps)
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y: Tensor = _LayerNorm.apply(x, eps)
+        return y
+    return F.layer_norm(x, width, eps=eps)
+
+
+def _plain_norm(x: Tensor, eps: float, rms: bool = False) -> Tensor:
+    """Line by line. PyTorch's own layer norm takes its statistics for constants where a tangent, or a second derivative, is
+    differentiated: numbers that are wrong without a word (torch 2.13)."""
+    if not rms:
+        x = x - x.mean(-1, keepdim=True)
+        x = x - x.mean(-1, keepdim=True)  # what was left of the mean: a constant row is centred to zeros
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """PyTorch's layer norm and its gradient, with derivatives of that gradient to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), None, None, eps)
+        ctx.save_for_backward(x, mean, rstd)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd = ctx.saved_tensors
+        if wants_graph():
+            return *differentiable(lambda x: _plain_norm(x, ctx.eps), (x,), dy), None
+        width, wanted = (x.shape[-1],), (True, False, False)
+        dx: Tensor = torch.ops.aten.native_layer_norm_backward(dy, x, width, mean, rstd, None, None, wanted)[0]
+        return dx, None
 
 
 def layernorm_modulate_ref(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import block, block_inputs, close, plain_block, rows
+from cases import block, block_inputs, close, plain_block, plain_norm, rows
 from torch.autograd import forward_ad
 
 from ditscale import kernels
@@ -120,6 +120,18 @@ class TestSecondDerivatives:
             return F.layer_norm(x_new, (8,), eps=1e-6) * (1 + m) + m + x_new + m * x_new
 
         self.compare(ours, lines, leaves)
+
+    def test_third_derivatives(self, backend):
+        def thrice(f, args):
+            ones = [torch.ones_like(t) for t in args]
+            first = torch.autograd.grad(f(*args).pow(3).sum(), args, create_graph=True)
+            second = torch.autograd.grad(first, args, ones, create_graph=True)
+            return torch.autograd.grad(second, args, ones)
+
+        leaves = [torch.randn(*s).requires_grad_() for s in ((2, 5, 8), (2, 1, 8), (2, 1, 8))]
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        want = thrice(lambda x, shift, scale: plain_norm(x) * (1 + scale) + shift, exact)
+        close(thrice(lambda *a: kernels.layernorm_modulate(*a, backend=backend), leaves), want, 1e-3)
 
     def test_gelu(self, backend):
         leaves = [torch.randn(6, 8).requires_grad_(), torch.randn(8).requires_grad_()]
