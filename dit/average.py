@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ditscale.dit.checks import need_choice
 from ditscale.errors import InputError
 
 RULES = ("share", "fixed", "power")
@@ -48,8 +49,7 @@ class Profile:
     value: float
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise InputError(f"ema: expected one of {', '.join(RULES)}, got {self.rule!r}")
+        need_choice("ema", self.rule, RULES)
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             field = {"share": "ema_share", "fixed": "ema_decay", "power": "ema_widths"}[self.rule]
             raise InputError(f"{field}: expected a number, got {self.value!r}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditscale.dit.checks import is_number, need_choice, need_flag, need_whole
 from ditscale.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -168,7 +169,7 @@ class DiTConfig:
             "experts_per_token",
             "moe_every",
         ):
-            _need_positive_int(field, getattr(self, field))
+            need_whole(field, getattr(self, field), 1)
         for field in (
             "num_classes",
             "caption_width",
@@ -179,23 +180,22 @@ class DiTConfig:
             "experts",
             "shared_experts",
         ):
-            _need_natural(field, getattr(self, field))
+            need_whole(field, getattr(self, field), 0)
         for field in ("mup_base_width", "mlp_hidden", "kv_heads", "image_width"):
             if getattr(self, field) is not None:
-                _need_positive_int(field, getattr(self, field))
+                need_whole(field, getattr(self, field), 1)
         for field in ("learn_sigma", "guidance_embed", "rope", "cross_norm"):
-            if not isinstance(getattr(self, field), bool):
-                raise InputError(f"{field}: expected true or false, got {getattr(self, field)!r}")
+            need_flag(field, getattr(self, field))
         if not isinstance(self.name, str):
             raise InputError(f"name: expected a text, got {self.name!r}")
-        _need_choice("condition", self.condition, CONDITIONS)
-        _need_choice("modulation", self.modulation, MODULATIONS)
-        _need_choice("context", self.context, CONTEXTS)
-        _need_choice("attention", self.attention, ATTENTIONS)
-        _need_choice("mlp", self.mlp, ("gelu", "swiglu"))
-        _need_choice("norm", self.norm, ("layer", "rms"))
-        _need_choice("qk_norm", self.qk_norm, ("none", "head", "width"))
-        _need_choice("positions", self.positions, ("sincos", "learned", "none"))
+        need_choice("condition", self.condition, CONDITIONS)
+        need_choice("modulation", self.modulation, MODULATIONS)
+        need_choice("context", self.context, CONTEXTS)
+        need_choice("attention", self.attention, ATTENTIONS)
+        need_choice("mlp", self.mlp, ("gelu", "swiglu"))
+        need_choice("norm", self.norm, ("layer", "rms"))
+        need_choice("qk_norm", self.qk_norm, ("none", "head", "width"))
+        need_choice("positions", self.positions, ("sincos", "learned", "none"))
         if type(self.caption_layers) is not int or self.caption_layers not in (1, 2):
             raise InputError(f"caption_layers: expected 1 or 2, got {self.caption_layers!r}")
         if self.width % self.heads:
@@ -229,11 +229,11 @@ class DiTConfig:
 
     def _check_condition(self) -> None:
         if self.condition == "class":
-            _need_positive_int("num_classes", self.num_classes)
+            need_whole("num_classes", self.num_classes, 1)
         if self.condition == "caption":
-            _need_positive_int("caption_width", self.caption_width)
+            need_whole("caption_width", self.caption_width, 1)
             needed = "vocabulary_size" if self.context == "pooled" else "caption_tokens"
-            _need_positive_int(needed, getattr(self, needed))
+            need_whole(needed, getattr(self, needed), 1)
         if self.modulation == "none" and self.context not in ("in-context", "cross-attention"):
             raise InputError(
                 f"context: expected in-context or cross-attention where modulation is none, got {self.context!r}"
@@ -300,7 +300,7 @@ class DiTConfig:
         cell = self.latent_factor * self.patch
         sides = {"image_size": image_size, "image_width": image_size if image_width is None else image_width}
         for field, side in sides.items():
-            _need_positive_int(field, side)
+            need_whole(field, side, 1)
             if side % cell:
                 raise InputError(
                     f"{field}: expected a multiple of {cell} "
@@ -308,7 +308,7 @@ class DiTConfig:
                     f"got {side}"
                 )
         frames = self.frames if frames is None else frames
-        _need_positive_int("frames", frames)
+        need_whole("frames", frames, 1)
         if frames % self.patch_frames:
             raise InputError(f"frames: expected a multiple of patch_frames {self.patch_frames}, got {frames}")
         return frames // self.patch_frames, sides["image_size"] // cell, sides["image_width"] // cell
@@ -414,26 +414,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected a readable TOML file, got {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a readable TOML file, got {error}") from error
-
-
-def _need_positive_int(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{field}: expected a whole number of at least 1, got {value!r}")
-
-
-def _need_natural(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InputError(f"{field}: expected a whole number of at least 0, got {value!r}")
-
-
-def _need_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{field}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a finite number that a float can hold; true and false are none."""
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _need_known_fields(values: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ditscale.dit.checks import need_choice, need_flag, need_whole
 from ditscale.dit.objective import TIME_SCALE, Objective, Prediction, mean_per_sample, need_number, per_sample
 from ditscale.errors import InputError
 
@@ -69,13 +70,9 @@ class DDPM(Objective):
     learn_sigma: bool = True
 
     def __post_init__(self) -> None:
-        steps = self.timesteps
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 2 <= steps <= _MOST_STEPS:
-            raise InputError(f"timesteps: expected a whole number from 2 to {_MOST_STEPS:,}, got {steps!r}")
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if not isinstance(self.learn_sigma, bool):
-            raise InputError(f"learn_sigma: expected true or false, got {self.learn_sigma!r}")
+        need_whole("timesteps", self.timesteps, 2, _MOST_STEPS)
+        need_choice("schedule", self.schedule, SCHEDULES)
+        need_flag("learn_sigma", self.learn_sigma)
 
     @property
     def record_name(self) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from ditscale.dit.checks import need_choice, need_whole
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.encoders import AUTOENCODERS, TEXT_ENCODERS, AutoencoderSpec, TextEncoderSpec, find_spec
 from ditscale.dit.ledger import FlopReport, LedgerLine
@@ -32,8 +33,7 @@ def optimizer_lines(
     """
     lines = []
     if optimizer is not None:
-        if optimizer not in OPTIMIZERS:
-            raise InputError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+        need_choice("optimizer", optimizer, tuple(OPTIMIZERS))
         each, numbers = OPTIMIZERS[optimizer]
         moved = 4 * numbers * params
         lines.append(
@@ -80,8 +80,7 @@ def encoder_lines(
 
 def evaluations(steps: int, sampler: str) -> int:
     """How often a sampler runs the model: "euler" once a step, "heun" twice but once in the last."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps: expected a whole number of at least 1, got {steps!r}")
+    need_whole("steps", steps, 1)
     if sampler not in ("euler", "heun"):
         raise InputError(f"sampler: expected euler or heun, got {sampler!r}")
     return steps if sampler == "euler" else 2 * steps - 1

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ditscale.dit.checks import is_whole, need_whole
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.conventions import CONVENTIONS, COUNTED, Comparison, compare, published, resolve
 from ditscale.dit.counting import Walk, Workload
@@ -106,8 +107,7 @@ def count(
     Raises:
         InputError: an argument is not possible; names it, what was expected and what came.
     """
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise InputError(f"batch: expected a whole number of at least 1, got {batch!r}")
+    need_whole("batch", batch, 1)
     if image_size is None:
         height, width = config.image_size, config.image_width
     elif isinstance(image_size, tuple):
@@ -201,7 +201,7 @@ def _packed(
 ) -> Workload:
     """Samples of different lengths, counted together where they are alike."""
     for name, given in (("lengths", lengths), ("context_lengths", context_lengths)):
-        bad = [n for n in given or () if isinstance(n, bool) or not isinstance(n, int) or n < 1]
+        bad = [n for n in given or () if not is_whole(n, 1)]
         if bad or (given is not None and not given):
             raise InputError(f"{name}: expected whole numbers of at least 1, got {bad[0] if bad else 'none'!r}")
     if lengths is not None and config.attention != "full":

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ditscale.dit.checks import need_choice
 from ditscale.dit.condition import Condition, each
 from ditscale.dit.objective import TIME_SCALE, Objective, Prediction, mean_per_sample, need_number, per_sample
 from ditscale.errors import InputError
@@ -64,10 +65,9 @@ class RectifiedFlow(Objective):
     network: str = "flow"
 
     def __post_init__(self) -> None:
-        for field, choices in (("prediction", PREDICTIONS), ("times", TIMES), ("network", NETWORKS)):
-            value = getattr(self, field)
-            if value not in choices:
-                raise InputError(f"{field}: expected one of {', '.join(choices)}, got {value!r}")
+        need_choice("prediction", self.prediction, PREDICTIONS)
+        need_choice("times", self.times, TIMES)
+        need_choice("network", self.network, NETWORKS)
         if self.network == "sit" and self.prediction != "velocity":
             raise InputError(f"prediction: expected velocity where network is sit, got {self.prediction!r}")
         need_number("time_mean", self.time_mean)

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ditscale.dit.checks import need_choice, need_whole
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.diffusion import DDPM
 from ditscale.dit.files import read_json, write_atomically, write_json
@@ -109,8 +110,7 @@ def load_foreign(
     Raises:
         InputError: the file cannot be read, or its tensors are not those of such a model; names the first that is not.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    need_choice("layout", layout, LAYOUTS)
     if layout == "diffusers":
         tensors, heads, told = _read_diffusers(Path(path), heads)
     else:
@@ -374,9 +374,7 @@ def _read_diffusers(path: Path, heads: int | None) -> tuple[dict[str, Tensor], i
         if values.get(field, known[0]) not in known:
             raise InputError(f"{source}: {field}: expected {known[0]}, got {values[field]!r}")
     for field in ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim"):
-        value = values.get(field)
-        if type(value) is not int or value < 1:
-            raise InputError(f"{source}: {field}: expected a whole number of at least 1, got {value!r}")
+        need_whole(f"{source}: {field}", values.get(field), 1)
     tensors = _from_diffusers(read_tensors(found))
     side, width = (
         values["sample_size"] // values["patch_size"],

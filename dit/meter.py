@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ditscale.dit.checks import need_choice, need_whole
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.encoders import AutoencoderSpec, TextEncoderSpec
 from ditscale.dit.flops import count
@@ -87,10 +88,8 @@ class FlopMeter:
         budget: float | None = None,
         charge: str = "model",
     ) -> None:
-        if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
-            raise InputError(f"devices: expected a whole number of at least 1, got {devices!r}")
-        if charge not in CHARGES:
-            raise InputError(f"charge: expected one of {', '.join(CHARGES)}, got {charge!r}")
+        need_whole("devices", devices, 1)
+        need_choice("charge", charge, CHARGES)
         if budget is not None and not 0 < budget < float("inf"):
             raise InputError(f"budget: expected a number of FLOPs above 0, got {budget!r}")
         self.config = config
@@ -253,9 +252,7 @@ class FlopMeter:
         if state.get("counts") not in {self._fingerprint(), *earlier}:
             raise InputError("state: expected that of a meter of the same model and encoders, got another's")
         for name in _COUNTERS:
-            value = state.get(name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise InputError(f"state.{name}: expected a whole number of at least 0, got {value!r}")
+            need_whole(f"state.{name}", state.get(name), 0)
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self._recent.clear()

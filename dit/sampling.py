@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ditscale.dit.checks import is_whole, need_choice
 from ditscale.dit.condition import each
 from ditscale.dit.diffusion import DDPM
 from ditscale.dit.flow import RectifiedFlow
@@ -109,16 +110,16 @@ def draw_samples(
     steps = default_steps(objective) if steps is None else steps
     if noise.ndim < 2 or len(noise) == 0:
         raise InputError(f"noise: expected shape [B, C, ...] with B >= 1, got {list(noise.shape)}")
-    if not _is_whole(steps, 1, _MOST_STEPS):
+    if not is_whole(steps, 1, _MOST_STEPS):
         raise InputError(f"steps: expected at least 1 and at most {_MOST_STEPS:,}, got {steps!r}")
     need_sampler(sampler)
     need_number("guidance", guidance)
-    if guided_channels is not None and not _is_whole(guided_channels, 1, noise.shape[1]):
+    if guided_channels is not None and not is_whole(guided_channels, 1, noise.shape[1]):
         raise InputError(f"guided_channels: expected 1 to {noise.shape[1]}, got {guided_channels!r}")
     if guided_channels is not None and told_guidance(model):
         raise InputError("guided_channels: expected none for a model that is told the guidance, got some")
     for one in seed if isinstance(seed, Sequence) else [seed]:
-        if not _is_whole(one, -(2**63), 2**63 - 1):
+        if not is_whole(one, -(2**63), 2**63 - 1):
             raise InputError(f"seed: expected a whole number of 64 bits, got {one!r}")
     if isinstance(seed, Sequence) and len(seed) != len(noise):
         raise InputError(f"seed: expected one, or one for each of {len(noise)} samples, got {len(seed)}")
@@ -182,8 +183,7 @@ def told_guidance(model: nn.Module) -> bool:
 
 def need_sampler(sampler: Any) -> None:
     """Raise InputError unless there is such a sampler."""
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    need_choice("sampler", sampler, SAMPLERS)
 
 
 def need_interval(interval: Any) -> None:
@@ -195,10 +195,6 @@ def need_interval(interval: Any) -> None:
         good = False
     if not good:
         raise InputError(f"guidance_interval: expected 0 <= least <= greatest <= 1, got {interval!r}")
-
-
-def _is_whole(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def guided_share(

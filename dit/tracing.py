@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ditscale.dit.attribution import EVERYTHING, ModuleAttribution
+from ditscale.dit.checks import need_choice
+from ditscale.dit.conventions import COUNTED
 from ditscale.dit.ledger import aligned
 from ditscale.dit.torch_costs import Formula, all_cost, all_formulas, is_light, matmul_formulas, own_operators, raw
 from ditscale.errors import InputError
-
-CONVENTIONS = ("matmul", "all", "hardware")
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def trace(
             listed); the model cannot be copied or does not run on the meta device; nothing of the output can
             be differentiated.
     """
-    if convention not in CONVENTIONS:
-        raise InputError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    need_choice("convention", convention, COUNTED)
     if sharded not in ("local", "global"):
         raise InputError(f"sharded: expected local or global, got {sharded!r}")
     twin = meta_twin(model)

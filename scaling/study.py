@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ditscale.dit.config import DiTConfig, is_number, read_toml
+from ditscale.dit.checks import is_number
+from ditscale.dit.config import DiTConfig, read_toml
 from ditscale.dit.files import folder_lock, read_json, write_atomically, write_json
 from ditscale.dit.flops import CONVENTION, count
 from ditscale.errors import InputError

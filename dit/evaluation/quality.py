@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditscale.cache import cached_path
+from ditscale.dit.checks import is_whole
 from ditscale.dit.condition import Condition, each
 from ditscale.dit.data import EmojiScenes, ImageBatch, ImageShards, ImageStream, to_float
 from ditscale.dit.evaluation.captions import CANDIDATES, caption_match
@@ -110,7 +111,7 @@ class QualitySettings:
 
     def _need_whole(self, field: str, least: int, most: int) -> None:
         value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        if not is_whole(value, least, most):
             raise InputError(f"{field}: expected a whole number of at least {least}, at most {most:,}, got {value!r}")
 
 

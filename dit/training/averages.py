@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ditscale.dit.average import Snapshot, reconstruction, snapshot_steps
+from ditscale.dit.checks import need_whole
 from ditscale.dit.files import write_atomically
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.state import TrainState
@@ -59,8 +60,8 @@ def reconstruct(folder: str | Path, width: float, *, step: int | None = None) ->
     Raises:
         InputError: the folder has no kept averages, or a damaged one, or the step is none or lies after all of them.
     """
-    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
-        raise InputError(f"step: expected a whole number of at least 1, got {step!r}")
+    if step is not None:
+        need_whole("step", step, 1)
     files = {}
     for path in sorted((Path(folder) / "averages").glob("*.safetensors")):
         match = _NAME.fullmatch(path.name)

@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from ditscale.dit.average import Profile
-from ditscale.dit.config import DiTConfig, is_number
+from ditscale.dit.checks import is_number, is_whole, need_choice, need_flag, need_whole
+from ditscale.dit.config import DiTConfig
 from ditscale.dit.flops import count
 from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.objective import Objective, objective_from_dict
@@ -123,26 +124,22 @@ class TrainConfig:
         if self.objective is not None and self.prediction != "velocity":
             raise InputError(f"prediction: expected it in the objective, which is given, got {self.prediction!r}")
         self.flow.check_model(self.model)
-        choices = {"precision": PRECISIONS, "optimizer": OPTIMIZERS, "on_nonfinite": ("stop", "skip")}
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise InputError(f"{field}: expected one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        need_choice("precision", self.precision, PRECISIONS)
+        need_choice("optimizer", self.optimizer, OPTIMIZERS)
+        need_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         if not isinstance(self.ema_widths, (list, tuple)):
             raise InputError(f"ema_widths: expected a list of relative widths, got {self.ema_widths!r}")
         object.__setattr__(self, "ema_widths", tuple(self.ema_widths))
         _ = self.profiles  # checks the averages
         for field in ("batch", "evaluation_images", "evaluation_times", "ema_snapshots"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_COUNT:
-                raise InputError(f"{field}: expected a whole number from 1 to {_MOST_COUNT:,}, got {value!r}")
+            need_whole(field, getattr(self, field), 1, _MOST_COUNT)
         for field in ("seed", "evaluation_seed"):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_SEED:
+            if not is_whole(value, 0, _MOST_SEED):
                 raise InputError(f"{field}: expected a whole number from 0 to 2 ** 63 - 1, got {value!r}")
         if not isinstance(self.data, str) or not self.data:
             raise InputError(f"data: expected a name or a folder's path, got {self.data!r}")
-        if not isinstance(self.flip, bool):
-            raise InputError(f"flip: expected true or false, got {self.flip!r}")
+        need_flag("flip", self.flip)
         for field in ("lr", "clip", "muon_lr"):
             value = getattr(self, field)
             if not (_is_number(value) and value > 0):

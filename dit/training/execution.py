@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ditscale.dit.checks import need_whole
 from ditscale.errors import InputError
 
 PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
@@ -72,11 +73,11 @@ class Execution:
             if getattr(self, name) not in choices:
                 listed = ", ".join(str(choice).lower() for choice in choices)
                 raise InputError(f"execution.{name}: expected one of {listed}, got {getattr(self, name)!r}")
-        for name, least in (("data_workers", 0), ("validate_every", 0), ("sample_every", 0)):
-            _need_whole(name, getattr(self, name), least)
+        for name in ("data_workers", "validate_every", "sample_every"):
+            need_whole(f"execution.{name}", getattr(self, name), 0)
         for name in ("microbatch", "shard_ranks"):
             if getattr(self, name) is not None:
-                _need_whole(name, getattr(self, name), 1)
+                need_whole(f"execution.{name}", getattr(self, name), 1)
         seconds = self.checkpoint_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
             raise InputError(f"execution.checkpoint_seconds: expected a number of at least 0, got {seconds!r}")
@@ -100,8 +101,3 @@ class Execution:
         if unknown:
             raise InputError(f"execution.{unknown[0]}: no such field (fields: {', '.join(sorted(known))})")
         return cls(**values)
-
-
-def _need_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"execution.{name}: expected a whole number of at least {least}, got {value!r}")
