@@ -146,7 +146,7 @@ class Updater:
         self._parts = {name: local_part(p.detach()) for name, p in self._parameters.items()}
         named = {id(p): name for name, p in self._parameters.items()}
         # Experts' biases and modulation tables have two axes too, but are no linear maps.
-        matrices = {n for n in hidden_matrices(model) if rule.muon and n.startswith(("blocks.", "single_blocks."))}
+        matrices = {n for n in hidden_matrices(model) if rule.muon and n.startswith("blocks.")}
         self._groups: list[_Group] = []
         for group in groups:
             members = [named[id(p)] for p in group["params"]]

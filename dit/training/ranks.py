@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ditscale.dit.model import DiT
 from ditscale.dit.training.execution import Execution
 from ditscale.errors import InputError
 
@@ -59,7 +60,7 @@ class Ranks:
             raise InputError(f"execution.shard_ranks: expected a divisor of {self.count} processes, got {size}")
         return init_device_mesh(self.device.type, (self.count // size, size), mesh_dim_names=("replicate", "shard"))
 
-    def distribute(self, model: nn.Module) -> nn.Module:
+    def distribute(self, model: DiT) -> nn.Module:
         """Spread a model's blocks over the ranks, in place; the module to call, which may be a wrapper of it."""
         if self.mode == "ddp":
             from torch.nn.parallel import DistributedDataParallel
@@ -70,11 +71,11 @@ class Ranks:
             from torch.distributed.fsdp import fully_shard
 
             # Gates, which blocks hand on, are parts of one projection; nobody writes them in place.
-            kinds = "|".join(sorted({f"FSDP{type(module).__name__}" for module in (model, *blocks_of(model))}))
+            kinds = "|".join(sorted({f"FSDP{type(module).__name__}" for module in (model, *model.blocks)}))
             warnings.filterwarnings(
                 "ignore", rf"FSDP2-wrapped module \(({kinds})\) returned a view tensor", UserWarning
             )
-            for block in blocks_of(model):
+            for block in model.blocks:
                 fully_shard(block, mesh=self._mesh)
             fully_shard(model, mesh=self._mesh)
         return model
@@ -140,11 +141,6 @@ class Ranks:
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, value)
         return found
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """A model's blocks, of both kinds where it has two: what is compiled, sharded and computed again one at a time."""
-    return [*model.blocks, *getattr(model, "single_blocks", ())]  # type: ignore[misc]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ditscale.dit.optim import parameter_groups
 from ditscale.dit.training.batches import seed_for
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.execution import Execution
-from ditscale.dit.training.ranks import Ranks, blocks_of
+from ditscale.dit.training.ranks import Ranks
 from ditscale.dit.training.record import device_name, now
 from ditscale.dit.update import Updater, UpdateRule
 from ditscale.errors import InputError
@@ -26,7 +26,7 @@ from ditscale.errors import InputError
 
 def repeat_blocks(model: DiT) -> None:
     """From now on each block's activations are computed again in the backward pass: what the ledger calls "fused-block"."""
-    for block in blocks_of(model):
+    for block in model.blocks:
         block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
 
 
@@ -54,7 +54,7 @@ class TrainState:
         if execution.recompute == "block":
             repeat_blocks(self.model)
         if execution.compile:
-            for block in blocks_of(self.model):
+            for block in self.model.blocks:
                 block.compile()
         self.called = ranks.distribute(self.model)
         rule = UpdateRule(
