@@ -10,9 +10,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ditscale.errors import InputError
 
 if TYPE_CHECKING:
     from ditscale.dit.config import DiTConfig
@@ -110,7 +112,6 @@ def train(
     from ditscale.dit.files import read_json
     from ditscale.dit.training import Execution, Stopped, TrainConfig
     from ditscale.dit.training import train as run_training
-    from ditscale.errors import InputError
 
     table = read_toml(config)
     execution = Execution.from_dict(table.pop("execution", {}))
@@ -156,8 +157,6 @@ def resolve_model(text: str) -> DiTConfig:
 
 def parse_size(text: str | None) -> int | tuple[int, int] | None:
     """Pixels from "256" (a side) or "480x832" (height and width)."""
-    from ditscale.errors import InputError
-
     if text is None:
         return None
     try:
@@ -176,8 +175,6 @@ def use_threads(threads: int | None, *, processes: int = 1) -> None:
     """
     import torch
 
-    from ditscale.errors import InputError
-
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise InputError(f"--threads: expected 1 to {_MOST_THREADS}, got {threads}")
     if threads is None and processes > 1:
@@ -195,8 +192,6 @@ def _cores() -> int:
 def use_device(name: str | None) -> str:
     """A device by its name; default CUDA where there is one."""
     import torch
-
-    from ditscale.errors import InputError
 
     if name not in (None, "cpu", "cuda"):
         raise InputError(f"--device: expected cpu or cuda, got {name!r}")
@@ -219,28 +214,25 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def progress_bar(name: str, *, show: bool) -> Any:
-    """A context manager whose value is called with (steps done, steps, loss) and draws a bar on stderr.
+@contextlib.contextmanager
+def progress_bar(name: str, *, show: bool) -> Iterator[Callable[[int, int, float], None]]:
+    """While this lasts, its value is called with (steps done, steps, loss) and draws a bar on stderr.
 
     A loss of NaN is none, as where images are drawn: it is not shown.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    @contextlib.contextmanager
-    def drawn() -> Iterator[Callable[[int, int, float], None]]:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        times = (TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
-        progress = Progress(*columns, *times, console=Console(stderr=True), disable=not show)
-        task = progress.add_task(name, total=None, loss="")
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    times = (TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, *times, console=Console(stderr=True), disable=not show)
+    task = progress.add_task(name, total=None, loss="")
 
-        with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
 
-            def advance(done: int, steps: int, loss: float) -> None:
-                if not progress.live.is_started:  # with the first step: a mistake in what was asked stands alone
-                    stack.enter_context(progress)
-                progress.update(task, completed=done, total=steps, loss="" if math.isnan(loss) else f"loss {loss:.4f}")
+        def advance(done: int, steps: int, loss: float) -> None:
+            if not progress.live.is_started:  # with the first step: a mistake in what was asked stands alone
+                stack.enter_context(progress)
+            progress.update(task, completed=done, total=steps, loss="" if math.isnan(loss) else f"loss {loss:.4f}")
 
-            yield advance
-
-    return drawn()
+        yield advance

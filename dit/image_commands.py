@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ditscale.dit.commands import Json, progress_bar, use_device, use_threads
+from ditscale.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
 
 _MOST_IMAGES = 65_536  # in one picture
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 Steps = Annotated[int | None, typer.Option(help="Steps of the sampler. Default: 25, or those of a shorter chain.")]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, its weights.safetensors, or what export made of it.")]
@@ -62,30 +64,17 @@ def sample(
     """Draw images from a trained model."""
     import torch
 
-    from ditscale.dit.commands import use_device
     from ditscale.dit.condition import each
     from ditscale.dit.encoding import Autoencoder
     from ditscale.dit.pictures import save_grid
     from ditscale.dit.rundata import RunData
     from ditscale.dit.sampling import default_clip, default_steps, draw_samples
     from ditscale.dit.weights import load_weights
-    from ditscale.errors import InputError
 
     where = use_device(device)
     model, objective = load_weights(weights_path(run))
     model, config = model.to(where), model.config
-    given = {"caption": caption, "class": label}.get(config.condition)
-    if (caption and config.condition != "caption") or (label and config.condition != "class"):
-        raise InputError(f"--caption, --label: expected what the model takes ({config.condition}), got the other")
-    if config.condition != "none" and not given:
-        raise InputError(
-            f"--{'caption' if config.condition == 'caption' else 'label'}: expected at least one, got none"
-        )
-    if given and count is not None:
-        raise InputError(f"--count: expected none beside captions or labels, one image each, got {count}")
-    number = len(given) if given else 16 if count is None else count
-    if not 1 <= number <= _MOST_IMAGES:
-        raise InputError(f"--count: expected 1 to {_MOST_IMAGES:,}, got {number}")
+    given, number = _asked(config, caption, label, count)
     guidance = _default_guidance(run, config) if guidance is None else guidance
     if guided_channels is not None and guidance == 1:
         raise InputError("--guided-channels: expected none with --guidance 1, which guides nothing, got some")
@@ -123,6 +112,25 @@ def sample(
         typer.echo(f"{number} {'videos' if config.is_video else 'images'} in {out}")
 
 
+def _asked(
+    config: DiTConfig, caption: list[str] | None, label: list[int] | None, count: int | None
+) -> tuple[list[Any] | None, int]:
+    """The captions or labels to draw, if the model takes any, and how many images."""
+    given: list[Any] | None = {"caption": caption, "class": label}.get(config.condition)
+    if (caption and config.condition != "caption") or (label and config.condition != "class"):
+        raise InputError(f"--caption, --label: expected what the model takes ({config.condition}), got the other")
+    if config.condition != "none" and not given:
+        raise InputError(
+            f"--{'caption' if config.condition == 'caption' else 'label'}: expected at least one, got none"
+        )
+    if given and count is not None:
+        raise InputError(f"--count: expected none beside captions or labels, one image each, got {count}")
+    number = len(given) if given else 16 if count is None else count
+    if not 1 <= number <= _MOST_IMAGES:
+        raise InputError(f"--count: expected 1 to {_MOST_IMAGES:,}, got {number}")
+    return given, number
+
+
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     images: Annotated[int | None, typer.Option(help="Validation images. Default: as the run did.")] = None,
@@ -146,7 +154,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate finished runs' averaged weights: the loss on the fixed validation set and, with --samples, their images."""
-    from ditscale.dit.commands import progress_bar, use_device, use_threads
     from ditscale.dit.encoding import Autoencoder
     from ditscale.dit.evaluation.quality import FIELDS, Decoder, QualitySettings, measure_quality
     from ditscale.dit.files import read_json, write_json
@@ -214,8 +221,6 @@ def evaluate(
 
 def _check_decoding(config: DiTConfig, autoencoder: Autoencoder | None) -> None:
     """Raise InputError unless what a model draws can be made into pictures."""
-    from ditscale.errors import InputError
-
     if autoencoder is not None:
         autoencoder.check_model(config)
     elif config.latent_factor > 1:
@@ -272,7 +277,6 @@ def export(
     from ditscale.dit.foreign import LAYOUTS, load_foreign, save_diffusers, save_released
     from ditscale.dit.rundata import RunData
     from ditscale.dit.weights import load_weights, save_weights
-    from ditscale.errors import InputError
 
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -322,8 +326,6 @@ def condition_tensor(
 ) -> Any:
     """Captions or labels as the model takes them; None for a model without condition. ``data``: of its training."""
     import torch
-
-    from ditscale.errors import InputError
 
     if config.condition == "none" or given is None:
         return None
