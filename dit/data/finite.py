@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +60,7 @@ class EpochOrder:
 
 
 class FiniteImages:
-    """What all finite sources share; a source adds `name`, `sha256` and `_read`.
+    """What all finite sources share; a source adds `kind`, which its name begins with, its `path`, `sha256` and `_read`.
 
     keys: a name of every sample, by whose hash it falls into a split, so that adding samples moves none.
     captions, labels: of every sample; label -1 where it has no class.
@@ -75,7 +76,9 @@ class FiniteImages:
     groups: int of every sample, the shard it lies in; see `EpochOrder`.
     """
 
+    kind: ClassVar[str]
     dtype: type[np.generic] = np.uint8
+    path: Path
 
     def __init__(
         self,
@@ -120,6 +123,12 @@ class FiniteImages:
         self._flips = f"{order_key} flip"
         self._kept: dict[int, NDArray[Any]] = {}
         self._keep = max(0, cache_bytes // (int(np.prod(shape)) * np.dtype(self.dtype).itemsize))
+
+    @property
+    def name(self) -> str:
+        """``KIND:NAME`` with the folder's own name, not a link's, and ``/train`` or ``/validation`` for a split."""
+        folder = os.path.basename(os.path.realpath(self.path))
+        return f"{self.kind}:{folder}" + ("" if self.split == "all" else f"/{self.split}")
 
     @property
     def size(self) -> int:
@@ -188,11 +197,6 @@ def numbered_classes(labels: Sequence[int], place: str) -> list[str]:
     if most >= _MOST_CLASSES:
         raise InputError(f"{place}: expected classes numbered from 0, below {_MOST_CLASSES:,}, got {most}")
     return [str(label) for label in range(most + 1)]
-
-
-def folder_name(path: str | os.PathLike[str]) -> str:
-    """The last part of a path that is no link."""
-    return os.path.basename(os.path.realpath(path))
 
 
 def _share(name: str) -> float:

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditscale.dit.data.finite import FiniteImages, Split, folder_name
+from ditscale.dit.data.finite import FiniteImages, Split
 from ditscale.dit.data.words import Vocabulary
 from ditscale.errors import InputError
 
@@ -60,6 +60,8 @@ class ImageFolder(FiniteImages):
     without images, a bad caption file; at `batch` for a file that is no image.
     """
 
+    kind = "folder"
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -99,11 +101,6 @@ class ImageFolder(FiniteImages):
             flip=flip,
             cache_bytes=cache_bytes,
         )
-
-    @property
-    def name(self) -> str:
-        """``folder:NAME`` with the folder's own name, and ``/train`` or ``/validation`` for a split."""
-        return f"folder:{folder_name(self.path)}" + ("" if self.split == "all" else f"/{self.split}")
 
     @functools.cached_property
     def sha256(self) -> str:

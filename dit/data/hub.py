@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditscale.dit.data.finite import FiniteImages, Split, folder_name, numbered_classes
+from ditscale.dit.data.finite import FiniteImages, Split, numbered_classes
 from ditscale.dit.data.folder import UNREADABLE, fitted
 from ditscale.dit.data.words import Vocabulary
 from ditscale.errors import InputError
@@ -38,6 +38,8 @@ class HubImages(FiniteImages):
     Raises InputError where ``datasets`` is not installed, the folder holds no data set with images, or a label or caption is
     none.
     """
+
+    kind = "hub"
 
     def __init__(
         self,
@@ -87,11 +89,6 @@ class HubImages(FiniteImages):
             cache_bytes=cache_bytes,
         )
         self.split = split
-
-    @property
-    def name(self) -> str:
-        """``hub:NAME`` with the folder's own name, and ``/train`` or ``/validation`` for a split."""
-        return f"hub:{folder_name(self.path)}" + ("" if self.split == "all" else f"/{self.split}")
 
     @functools.cached_property
     def sha256(self) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditscale.dit.data.finite import FiniteImages, Split, folder_name, numbered_classes
+from ditscale.dit.data.finite import FiniteImages, Split, numbered_classes
 from ditscale.dit.data.stream import ImageBatch
 from ditscale.dit.data.words import Vocabulary
 from ditscale.dit.files import write_atomically, write_json
@@ -98,6 +98,7 @@ class LatentShards(FiniteImages):
     Raises InputError for a folder without shards, a shard that is none, or a description that does not fit.
     """
 
+    kind = "latents"
     dtype = np.float32
 
     def __init__(
@@ -153,11 +154,6 @@ class LatentShards(FiniteImages):
             cache_bytes=0,
             groups=[number for number, _ in self._rows],
         )
-
-    @property
-    def name(self) -> str:
-        """``latents:NAME`` with the folder's own name, and ``/train`` or ``/validation`` for a split."""
-        return f"latents:{folder_name(self.path)}" + ("" if self.split == "all" else f"/{self.split}")
 
     @property
     def latent_factor(self) -> int | None:

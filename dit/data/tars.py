@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditscale.cache import cached_path
-from ditscale.dit.data.finite import FiniteImages, Split, folder_name, numbered_classes
+from ditscale.dit.data.finite import FiniteImages, Split, numbered_classes
 from ditscale.dit.data.folder import SUFFIXES, read_image
 from ditscale.dit.data.words import Vocabulary
 from ditscale.dit.files import keep
@@ -52,6 +52,8 @@ class ImageShards(FiniteImages):
     compressed, cut short or several in one, a sample with several images or a file twice, bad texts; at `batch` for an image
     that is none.
     """
+
+    kind = "shards"
 
     def __init__(
         self,
@@ -93,11 +95,6 @@ class ImageShards(FiniteImages):
             cache_bytes=cache_bytes,
             groups=[member.shard for member in self._members],
         )
-
-    @property
-    def name(self) -> str:
-        """``shards:NAME`` with the folder's own name, and ``/train`` or ``/validation`` for a split."""
-        return f"shards:{folder_name(self.path)}" + ("" if self.split == "all" else f"/{self.split}")
 
     @functools.cached_property
     def sha256(self) -> str:
