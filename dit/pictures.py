@@ -1,4 +1,4 @@
-"""Pictures for people: tensors to PNG grids."""
+"""Pictures: tensors to bytes, and to PNG grids for people."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ditscale.dit.files import write_atomically
 from ditscale.errors import InputError
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8, rounded and clipped, as a picture is stored."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def save_grid(path: str | Path, images: Tensor, *, columns: int | None = None, gap: int = 2) -> None:
@@ -37,7 +43,7 @@ def save_grid(path: str | Path, images: Tensor, *, columns: int | None = None, g
     count, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_bytes(images.float()).permute(0, 2, 3, 1).cpu().numpy()
     sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
     for i, picture in enumerate(pixels):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)

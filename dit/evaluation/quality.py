@@ -26,6 +26,7 @@ from ditscale.dit.extras import count_sampling
 from ditscale.dit.files import keep
 from ditscale.dit.model import DiT
 from ditscale.dit.objective import Objective, need_number
+from ditscale.dit.pictures import to_bytes
 from ditscale.dit.rundata import RunData
 from ditscale.dit.sampling import (
     default_clip,
@@ -305,11 +306,6 @@ def reference_features(
     features = np.concatenate(parts)
     keep(path, safetensors.numpy.save({"frames": np.ascontiguousarray(features)}))
     return features.astype(np.float64)
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """[-1, 1] to uint8, rounded and clipped, as a picture is stored."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 @torch.no_grad()

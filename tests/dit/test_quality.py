@@ -27,11 +27,11 @@ from ditscale.dit.evaluation.quality import (
     QualitySettings,
     measure_quality,
     reference_features,
-    to_bytes,
 )
 from ditscale.dit.evaluation.scene_network import scene_network, scene_network_card, scene_network_sha256, word_targets
 from ditscale.dit.flops import count
 from ditscale.dit.image_commands import evaluate, sample
+from ditscale.dit.pictures import to_bytes
 from ditscale.dit.rundata import RunData
 from ditscale.dit.training import TrainConfig, train
 from ditscale.dit.weights import save_weights
