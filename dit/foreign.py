@@ -22,6 +22,7 @@ from torch import Tensor
 from ditscale.dit.checks import need_choice, need_whole
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.diffusion import DDPM
+from ditscale.dit.embed import position_table
 from ditscale.dit.files import read_json, write_atomically, write_json
 from ditscale.dit.flow import RectifiedFlow
 from ditscale.dit.model import DiT
@@ -361,8 +362,6 @@ _DIFFUSERS = {
 
 def _read_diffusers(path: Path, heads: int | None) -> tuple[dict[str, Tensor], int | None, Any]:
     """Tensors under the released names, with the positions that diffusers does not store; the heads; the objective, if told."""
-    from ditscale.dit.embed import position_table
-
     folder = path if path.is_dir() else path.parent
     found = folder / _DIFFUSERS_WEIGHTS if path.is_dir() else path
     if path.is_dir() and not found.exists():
@@ -376,9 +375,7 @@ def _read_diffusers(path: Path, heads: int | None) -> tuple[dict[str, Tensor], i
     for field in ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim"):
         need_whole(f"{source}: {field}", values.get(field), 1)
     tensors = _from_diffusers(read_tensors(found))
-    side, width = (
-        values["sample_size"] // values["patch_size"],
-        values["num_attention_heads"] * values["attention_head_dim"],
-    )
+    side = values["sample_size"] // values["patch_size"]
+    width = values["num_attention_heads"] * values["attention_head_dim"]
     tensors["pos_embed"] = position_table(width, (1, side, side)).unsqueeze(0)
     return tensors, heads or values["num_attention_heads"], values.get(f"_{_ENTRY}")

@@ -263,7 +263,7 @@ def is_light(func: Any) -> bool:
     namespace = func.namespace
     if namespace == "prims":
         return name in ("convert_element_type", "iota", "broadcast_in_dim", "device_put", "fma")
-    if namespace == "c10d" or namespace == "_c10d_functional" or namespace == "_c10d_functional_autograd":
+    if namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
         return True  # communication
     if namespace not in ("aten", "prim"):
         return False

@@ -31,7 +31,6 @@ def save_weights(
 
     ``data``: what its run knows of its data, for a file that leaves the run's folder. Default: None.
     """
-
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     content = {"version": ditscale.__version__, "config": config.to_dict(), "flow": flow.to_dict()}
     if data is not None:
@@ -47,7 +46,6 @@ def load_weights(path: str | Path) -> tuple[DiT, Objective]:
     Raises:
         InputError: no such file, or it is damaged or no weights of ours.
     """
-
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             content = json.loads((file.metadata() or {})[_ENTRY])

@@ -25,6 +25,7 @@ from ditscale.dit.foreign import read_tensors
 from ditscale.errors import InputError
 
 KINDS = ("scenes", "inception", "clip", "dinov2")
+_MODEL_TYPES = {"clip": ("clip", "clip_vision_model"), "dinov2": ("dinov2", "dinov2_with_registers")}
 # What transformers' processors of these models do where a folder holds no preprocessor_config.json.
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -84,9 +85,9 @@ def _inception(path: Path, device: torch.device | str) -> FeatureNetwork:
     fidelity: Any = library("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity")
     with tempfile.TemporaryDirectory() as folder:
         # It unpickles what it is given, so it is given a copy of the tensors alone.
-        copy = Path(folder) / path.name
-        torch.save(read_tensors(path), copy)
-        settings = {"feature_extractor_weights_path": str(copy)}
+        tensors = Path(folder) / path.name
+        torch.save(read_tensors(path), tensors)
+        settings = {"feature_extractor_weights_path": str(tensors)}
         network = loaded(path, lambda: fidelity.FeatureExtractorInceptionV3("inception", ["2048"], **settings))
     network = network.to(device).eval()
     return FeatureNetwork("inception-v3-fid", sha256, lambda images: network(images.to(device))[0].float())
@@ -95,11 +96,7 @@ def _inception(path: Path, device: torch.device | str) -> FeatureNetwork:
 def _vision_transformer(kind: str, folder: Path, device: torch.device | str) -> FeatureNetwork:
     """CLIP's image embedding, or DINOv2's normalised class token."""
     found = model_kind(folder, "model_type")
-    if (
-        found not in ("clip", "clip_vision_model")
-        if kind == "clip"
-        else found not in ("dinov2", "dinov2_with_registers")
-    ):
+    if found not in _MODEL_TYPES[kind]:
         raise InputError(f"features: expected a {kind} model's folder, got model_type {found!r} in {folder}")
     transformers = library("transformers")
     class_name = "CLIPVisionModelWithProjection" if kind == "clip" else "AutoModel"

@@ -13,7 +13,7 @@ from ditscale.dit.condition import each
 from ditscale.dit.flow import ValidationSet
 from ditscale.dit.pictures import save_grid
 from ditscale.dit.rundata import RunData
-from ditscale.dit.sampling import default_clip, draw_samples
+from ditscale.dit.sampling import default_clip, default_steps, draw_samples
 from ditscale.dit.training.batches import StepInputs, seed_for
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.state import TrainState
@@ -47,7 +47,7 @@ def validation_losses(config: TrainConfig, state: TrainState, validation: Valida
 def picture_settings(config: TrainConfig) -> tuple[int, float]:
     """Steps and guidance of pictures that show how a run does: of a short chain all its steps, and no guidance by a model that
     has never gone without its condition, or that training told a guidance of 1."""
-    steps = min(_PICTURE_STEPS, getattr(config.flow, "timesteps", _PICTURE_STEPS))
+    steps = min(_PICTURE_STEPS, default_steps(config.flow))
     model = config.model
     guided = model.condition != "none" and config.condition_dropout > 0 and not model.guidance_embed
     return steps, _GUIDANCE if guided else 1.0
