@@ -8,14 +8,10 @@ input is needed).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from ditscale.dit import elementwise as ew
 from ditscale.dit.config import DiTConfig
-from ditscale.dit.parts import Pairs, Parts, Tokens, Workload
+from ditscale.dit.parts import Pairs, Parts, Sequences, Workload, rows_of
 from ditscale.errors import InputError
-
-__all__ = ["Walk", "Workload", "kept"]
 
 
 class Walk(Parts):
@@ -38,15 +34,16 @@ class Walk(Parts):
 
     # -- token counts
 
-    def _rows(self, groups: Sequence[Tokens], length: Callable[[int, int], int]) -> int:
-        return sum(n * length(t, s) for n, t, s in groups)
-
     def _context(self, s: int) -> int:
         """Tokens of the condition, the time's among them where nothing else tells it."""
         return s + (self.config.modulation == "none")
 
-    def _sequences(self, share: float) -> list[tuple[int, int]]:
-        """(samples, tokens) of the block's own sequence where ``share`` of the image's tokens are kept."""
+    def _context_rows(self) -> int:
+        """The same of the whole batch."""
+        return sum(n * self._context(s) for n, _, s in self.work.groups)
+
+    def _sequences(self, share: float) -> Sequences:
+        """The block's own sequences where ``share`` of the image's tokens are kept."""
         joined = self.config.context == "in-context"
         return [(n, kept(t, share) + (self._context(s) if joined else 0)) for n, t, s in self.work.groups]
 
@@ -54,7 +51,7 @@ class Walk(Parts):
 
     def _inputs(self) -> None:
         c, b, d, half = self.config, self.batch, self.config.width, self.config.frequency_width // 2
-        rows = self._rows(self.work.groups, lambda t, s: t)
+        rows = sum(n * t for n, t, _ in self.work.groups)
         self.linear("patch_embed", 1, rows, c.patch_width, d, "2·B·T·P²C·D", "token", input_grad=False)
         if c.positions != "none":
             # A learned table is shared by the batch; one sample needs no sum over it, a packed one is
@@ -91,7 +88,7 @@ class Walk(Parts):
 
     def _caption(self) -> None:
         c, b, d, w = self.config, self.batch, self.config.width, self.config.caption_width
-        words = self._rows(self.work.groups, lambda t, s: s) if c.context != "pooled" else b * c.caption_tokens
+        words = sum(n * s for n, _, s in self.work.groups) if c.context != "pooled" else b * c.caption_tokens
         learned = c.vocabulary_size > 0
         if learned:
             self.parameters("embedding", c.vocabulary_size * w)
@@ -131,7 +128,7 @@ class Walk(Parts):
         for (share, mixture, along), times in kinds.items():
             self._block(times, share, mixture, along)
         if c.context == "cross-attention" and self.elementwise:
-            shared = (c.depth - 1) * self._rows(self.work.groups, lambda t, s: self._context(s)) * c.width
+            shared = (c.depth - 1) * self._context_rows() * c.width
             self.light("blocks.cross.fan_out", "elementwise", "gradients of S tokens meet", (0, shared))
         if self.elementwise and any(share < 1 for share in c.token_keep):
             self._routes()
@@ -172,7 +169,7 @@ class Walk(Parts):
         if c.context == "cross-attention":
             self._cross_attention(times, share)
         self._norm("blocks.mlp", times, sequences)
-        rows = sum(n * t for n, t in sequences)
+        rows = rows_of(sequences)
         sent = 0
         if mixture:
             sent = self._mixture(times, rows)
@@ -204,11 +201,9 @@ class Walk(Parts):
         if sent:
             self.skip("blocks.moe.dispatch", times * rows * d)
 
-    def _self_attention(
-        self, name: str, times: int, sequences: list[tuple[int, int]], pairs: Pairs, product: str
-    ) -> None:
+    def _self_attention(self, name: str, times: int, sequences: Sequences, pairs: Pairs, product: str) -> None:
         c, d = self.config, self.config.width
-        rows = sum(n * t for n, t in sequences)
+        rows = rows_of(sequences)
         heads, width = c.heads + 2 * c.key_heads, d // c.heads
         self._norm(name, times, sequences)
         self.linear(f"{name}.qkv", times, rows, d, heads * width, self._qkv_formula, "token")
@@ -222,8 +217,8 @@ class Walk(Parts):
     def _cross_attention(self, times: int, share: float) -> None:
         c, d, name = self.config, self.config.width, "blocks.cross"
         sequences = self._sequences(share)
-        rows = sum(n * t for n, t in sequences)
-        context = self._rows(self.work.groups, lambda t, s: self._context(s))
+        rows = rows_of(sequences)
+        context = self._context_rows()
         width = 2 * c.key_heads * (d // c.heads)
         if c.cross_norm:
             self._norm(name, times, sequences, modulated=False)
@@ -239,12 +234,12 @@ class Walk(Parts):
     def _routes(self) -> None:
         """Gathering the kept tokens where the share changes, and putting them back."""
         c, d = self.config, self.config.width
-        whole = sum(n * t for n, t in self._sequences(1.0))
+        whole = rows_of(self._sequences(1.0))
         before = 1.0
         backward = 0
         for share in c.token_keep:
             if share != before and share < 1:
-                part = sum(n * t for n, t in self._sequences(share))
+                part = rows_of(self._sequences(share))
                 backward += part * d + whole * d
             before = share
         self.light("blocks.route", "elementwise", "gradients of kept tokens", (0, backward))
@@ -266,7 +261,7 @@ class Walk(Parts):
                 self.linear("blocks.context.modulation", times, b, d, parts * d, formula, "sample")
         self._stream("blocks", image, c.depth, "token")
         self._stream("blocks.context", text, through, "context")
-        rows = sum(n * t for n, t in both)
+        rows = rows_of(both)
         self._rope("blocks.attn", c.depth, rows)
         self._scores("blocks.attn", c.depth, [(n, t, t) for n, t in both], rows, "2·L·B·(T+S)²·D")
         heads = c.heads + 2 * c.key_heads
@@ -274,16 +269,16 @@ class Walk(Parts):
         self._modulated_uses += 2 * c.depth + c.single_depth
         # The caption's stream is added to last; where it has stopped, the image's.
         for name, stream, times in (("blocks.context.mlp", text, through), ("blocks.mlp", image, c.depth - through)):
-            rows_of_stream = sum(n * t for n, t in stream)
+            rows_of_stream = rows_of(stream)
             self.skip(f"{name}.residual", 2 * rows_of_stream * d * times)
             self.skip(f"{name}.fc2", 2 * rows_of_stream * c.mlp_width * d * times, fused=True)
         if c.single_depth:
             self._single_blocks(both, rows)
 
-    def _stream(self, name: str, sequences: list[tuple[int, int]], through: int, who: str) -> None:
+    def _stream(self, name: str, sequences: Sequences, through: int, who: str) -> None:
         """One stream of the joint blocks, of which ``through`` go on after the keys and values."""
         c, d = self.config, self.config.width
-        rows = sum(n * t for n, t in sequences)
+        rows = rows_of(sequences)
         letter = "T" if who == "token" else "S"
         width = (c.heads + 2 * c.key_heads) * (d // c.heads)
         self._norm(f"{name}.attn", c.depth, sequences)
@@ -296,7 +291,7 @@ class Walk(Parts):
             self._feed_forward(f"{name}.mlp", through, rows, who)
             self._residual(f"{name}.mlp", through, sequences)
 
-    def _single_blocks(self, sequences: list[tuple[int, int]], rows: int) -> None:
+    def _single_blocks(self, sequences: Sequences, rows: int) -> None:
         """One stream of image and caption; attention and feed-forward side by side (Flux)."""
         c, d, times = self.config, self.config.width, self.config.single_depth
         f, gate = c.mlp_width, c.mlp == "swiglu"
@@ -330,7 +325,7 @@ class Walk(Parts):
             # The table's gradient sums over samples, the time's over the two vectors.
             self.light("final.modulation", "modulation", "B·2D", (2 * b * d, 4 * b * d))
         self._norm("final", 1, sequences)
-        rows = sum(n * t for n, t in sequences)
+        rows = rows_of(sequences)
         out = c.patch_frames * c.patch**2 * c.out_channels
         self.linear("final.linear", 1, rows, d, out, "2·B·T·D·P²·C_out", "token")
 

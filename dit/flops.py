@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from ditscale.dit.checks import is_whole, need_whole
 from ditscale.dit.config import DiTConfig
 from ditscale.dit.conventions import CONVENTIONS, COUNTED, Comparison, compare, published, resolve
-from ditscale.dit.counting import Walk, Workload
+from ditscale.dit.counting import Walk
 from ditscale.dit.ledger import FlopReport, LedgerLine, ParamCount
+from ditscale.dit.parts import Workload
 from ditscale.errors import InputError
 
 if TYPE_CHECKING:

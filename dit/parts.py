@@ -14,6 +14,7 @@ from ditscale.kernels.gelu import cost as gelu_cost
 from ditscale.kernels.rotary import cost as rotary_cost
 
 Tokens = tuple[int, int, int]  # samples, image tokens of each, tokens of each one's condition
+Sequences = list[tuple[int, int]]  # sequences, tokens of each
 Pairs = list[tuple[int, int, int]]  # sequences, queries of each, keys of each
 
 
@@ -176,22 +177,14 @@ class Parts(Sheet):
             self.light("blocks.moe.dispatch", "elementwise", "6·L·B·T·E + 2·L·rows·D", scaled(times, cost))
         return sent
 
-    def _norm(
-        self,
-        name: str,
-        times: int,
-        sequences: list[tuple[int, int]],
-        *,
-        modulated: bool | None = None,
-        who: str = "token",
-    ) -> None:
+    def _norm(self, name: str, times: int, sequences: Sequences, *, modulated: bool | None = None) -> None:
         c, d = self.config, self.config.width
         rms = c.norm == "rms"
         if modulated is None:
             modulated = c.modulation != "none"
         if not modulated:
-            self.parameters(who, times * d * (1 if rms else 2))
-        rows = sum(n * t for n, t in sequences)
+            self.parameters("token", times * d * (1 if rms else 2))
+        rows = rows_of(sequences)
         self.norm_elements += times * rows * d
         if not self.elementwise:
             return
@@ -219,11 +212,11 @@ class Parts(Sheet):
             numbers=times * rows * d,
         )
 
-    def _residual(self, name: str, times: int, sequences: list[tuple[int, int]], *, gated: bool | None = None) -> None:
+    def _residual(self, name: str, times: int, sequences: Sequences, *, gated: bool | None = None) -> None:
         if not self.elementwise:
             return
         c, d = self.config, self.config.width
-        rows = sum(n * t for n, t in sequences)
+        rows = rows_of(sequences)
         if gated is None:
             gated = c.modulation in ("adaln-zero", "adaln-single")
         if not gated:
@@ -241,11 +234,16 @@ class Parts(Sheet):
         formula = "2·L·B·T·D" if gated else "L·B·T·D"
         self.light(f"{name}.residual", "modulation", formula, scaled(times, cost), numbers=times * rows * d)
 
-    def _summed(self, sequences: list[tuple[int, int]]) -> int:
+    def _summed(self, sequences: Sequences) -> int:
         """Rows that the gradient of a sample's vector sums over; a single token is no sum."""
         if self.work.packed:
-            return sum(n * t for n, t in sequences)
+            return rows_of(sequences)
         return sum(n * t for n, t in sequences if t > 1)
+
+
+def rows_of(sequences: Sequences) -> int:
+    """Tokens of all sequences together."""
+    return sum(n * t for n, t in sequences)
 
 
 def scaled(times: int, cost: tuple[int, int]) -> tuple[int, int]:
