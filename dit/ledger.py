@@ -210,18 +210,18 @@ class FlopReport:
 
     def to_markdown(self) -> str:
         """The ledger as a Markdown table with its sums and its convention."""
-        body = [
-            *self.rows(),
-            ("total", "", f"train {self.train:,}", f"{self.forward:,}", f"{self.backward:,}", "100 %"),
-        ]
-        table = ["| line | class | formula | forward | backward | share |", "|---|---|---|---:|---:|---:|"]
-        table += ["| " + " | ".join(row) + " |" for row in body]
+        head, *body = ["| " + " | ".join(row) + " |" for row in self._table()]
+        table = [head, "|---|---|---|---:|---:|---:|", *body]
         return f"{self.title}, convention `{self.convention}`\n\n" + "\n".join(table) + "\n"
 
     def __str__(self) -> str:
+        return f"{self.title}, convention {self.convention}\n" + aligned(self._table(), right=3)
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """:meth:`rows` between their headings and their sums."""
         head = ("line", "class", "formula", "forward", "backward", "share")
         total = ("total", "", f"train {self.train:,}", f"{self.forward:,}", f"{self.backward:,}", "100 %")
-        return f"{self.title}, convention {self.convention}\n" + aligned([head, *self.rows(), total], right=3)
+        return [head, *self.rows(), total]
 
 
 def aligned(rows: Iterable[tuple[str, ...]], *, right: int) -> str:

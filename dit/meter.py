@@ -180,20 +180,19 @@ class FlopMeter:
     @property
     def spent(self) -> int:
         """FLOPs charged to the budget so far."""
-        if self.charge == "model":
-            return self.model_flops
-        extra = self.encoder_flops + self.optimizer_flops if self.charge == "everything" else 0
-        return self.hardware_flops + extra
+        return self._charged(self.model_flops, self.hardware_flops, self.encoder_flops + self.optimizer_flops)
 
     def steps_left(self, batch: int = 1) -> int | None:
         """Whole steps on ``batch`` samples that the rest of the budget pays for; None without a budget."""
         if self.budget is None:
             return None
         cost = self.cost(batch)
-        each = cost.model if self.charge == "model" else cost.hardware
-        if self.charge == "everything":
-            each += cost.encoder + cost.optimizer
+        each = self._charged(cost.model, cost.hardware, cost.encoder + cost.optimizer)
         return max(0, self.budget - self.spent) // each
+
+    def _charged(self, model: int, hardware: int, beside: int) -> int:
+        """What of some FLOPs the budget pays for."""
+        return {"model": model, "hardware": hardware, "everything": hardware + beside}[self.charge]
 
     @property
     def mfu(self) -> float | None:
@@ -223,19 +222,17 @@ class FlopMeter:
     def summary(self) -> dict[str, Any]:
         """All counters and ratios as plain values, for a log line or a run's record."""
         content: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS if name != "nanoseconds"}
-        content |= {
+        return content | {
             "seconds": self.nanoseconds / 1e9,
             "mfu": self.mfu,
             "hfu": self.hfu,
             "budget": self.budget,
-        }
-        content |= {
             "convention": "matmul",
             "charge": self.charge,
             "spent": self.spent,
             "devices": self.devices,
+            "peak": None if self.peak is None else self.peak._asdict(),
         }
-        return content | {"peak": None if self.peak is None else self.peak._asdict()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; whole numbers, so a resumed meter goes on exactly."""
