@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ditscale.dit.checks import need_choice, need_flag, need_whole
-from ditscale.dit.objective import TIME_SCALE, Objective, Prediction, mean_per_sample, need_number, per_sample
+from ditscale.dit.checks import need_choice, need_flag, need_number, need_whole
+from ditscale.dit.objective import TIME_SCALE, Objective, Prediction, mean_per_sample, per_sample
 from ditscale.errors import InputError
 
 if TYPE_CHECKING:

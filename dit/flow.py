@@ -14,9 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ditscale.dit.checks import need_choice
+from ditscale.dit.checks import need_choice, need_number
 from ditscale.dit.condition import Condition, each
-from ditscale.dit.objective import TIME_SCALE, Objective, Prediction, mean_per_sample, need_number, per_sample
+from ditscale.dit.objective import TIME_SCALE, Objective, Prediction, mean_per_sample, per_sample
 from ditscale.errors import InputError
 
 PREDICTIONS = ("velocity", "clean")

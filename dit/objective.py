@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # The model's sines and cosines were made for times from 0 to 1000.
 TIME_SCALE = 1000.0
-_GREATEST = torch.finfo(torch.float32).max
 
 
 class Prediction(NamedTuple):
@@ -150,16 +149,3 @@ def per_sample(t: Tensor, like: Tensor) -> Tensor:
 def mean_per_sample(x: Tensor) -> Tensor:
     """[B, ...] to [B]."""
     return x.mean(dim=tuple(range(1, x.ndim)))
-
-
-def need_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
-    """Raise InputError unless ``value`` is a number that float32 can hold, within the bounds."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _GREATEST
-    if above is not None:
-        if not (good and value > above):
-            raise InputError(f"{name}: expected a number above {above:g}, got {value!r}")
-    elif least is not None:
-        if not (good and value >= least):
-            raise InputError(f"{name}: expected a number of at least {least:g}, got {value!r}")
-    elif not good:
-        raise InputError(f"{name}: expected a number, got {value!r}")

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ditscale.dit.checks import is_whole, need_choice
+from ditscale.dit.checks import is_whole, need_choice, need_number
 from ditscale.dit.condition import each
 from ditscale.dit.diffusion import DDPM
 from ditscale.dit.flow import RectifiedFlow
-from ditscale.dit.objective import Objective, Prediction, need_number
+from ditscale.dit.objective import Objective, Prediction
+from ditscale.dit.seeds import seed_for
 from ditscale.errors import InputError
 
 if TYPE_CHECKING:
@@ -218,8 +219,6 @@ class _Noise:
     """Standard normal tensors of one shape in a fixed order, the same on every device; of one seed, or of one for each sample."""
 
     def __init__(self, like: Tensor, seed: int | Sequence[int]) -> None:
-        from ditscale.dit.training.batches import seed_for  # which imports this module
-
         self.like, self.together = like, isinstance(seed, int)
         seeds = [seed] if isinstance(seed, int) else seed
         # A caller may well have drawn the noise that sampling starts from with the same seed.

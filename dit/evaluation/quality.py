@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditscale.cache import cached_path
-from ditscale.dit.checks import is_whole
+from ditscale.dit.checks import is_whole, need_number
 from ditscale.dit.condition import Condition, each
 from ditscale.dit.data import EmojiScenes, ImageBatch, ImageShards, ImageStream, to_float
 from ditscale.dit.evaluation.captions import CANDIDATES, caption_match
@@ -25,7 +25,7 @@ from ditscale.dit.evaluation.networks import FeatureNetwork, open_network
 from ditscale.dit.extras import count_sampling
 from ditscale.dit.files import keep
 from ditscale.dit.model import DiT
-from ditscale.dit.objective import Objective, need_number
+from ditscale.dit.objective import Objective
 from ditscale.dit.pictures import to_bytes
 from ditscale.dit.rundata import RunData
 from ditscale.dit.sampling import (
@@ -36,8 +36,8 @@ from ditscale.dit.sampling import (
     need_interval,
     need_sampler,
 )
+from ditscale.dit.seeds import seed_for
 from ditscale.dit.training import TrainConfig, batch_tensors, open_stream
-from ditscale.dit.training.batches import seed_for
 from ditscale.errors import InputError
 
 # All that :func:`measure_quality` may enter into a run's record; what an earlier measurement left there is none of a later.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -18,6 +17,7 @@ from ditscale.dit.data.scenes import CAPTION_LENGTH
 from ditscale.dit.data.sources import EMBEDDED, EMOJI_CLIPS, open_source
 from ditscale.dit.flow import ValidationSet
 from ditscale.dit.rundata import RunData
+from ditscale.dit.seeds import seed_for
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.ranks import Ranks
 from ditscale.errors import InputError
@@ -247,9 +247,3 @@ def validation_set(config: TrainConfig, trained: RunData | None = None) -> Valid
     x_0, y = batch_tensors(batch, config.model, None if trained is None else trained.vocabulary)
     times = config.flow.validation_times(config.evaluation_times)
     return ValidationSet(x_0, y, times, seed=seed_for(config.evaluation_seed, "validation noise"))
-
-
-def seed_for(seed: int, purpose: str) -> int:
-    """A 63-bit seed of its own for every purpose, so that streams of random numbers never overlap by accident."""
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -14,7 +14,8 @@ from ditscale.dit.flow import ValidationSet
 from ditscale.dit.pictures import save_grid
 from ditscale.dit.rundata import RunData
 from ditscale.dit.sampling import default_clip, default_steps, draw_samples
-from ditscale.dit.training.batches import StepInputs, seed_for
+from ditscale.dit.seeds import seed_for
+from ditscale.dit.training.batches import StepInputs
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.state import TrainState
 

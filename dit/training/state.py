@@ -15,7 +15,7 @@ from ditscale.dit.checkpoint import Checkpoint, has_checkpoint, newest_checkpoin
 from ditscale.dit.meter import FlopMeter
 from ditscale.dit.model import DiT
 from ditscale.dit.optim import parameter_groups
-from ditscale.dit.training.batches import seed_for
+from ditscale.dit.seeds import seed_for
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.execution import Execution
 from ditscale.dit.training.ranks import Ranks
