@@ -156,29 +156,14 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         for field in (
-            "image_size",
-            "latent_factor",
-            "in_channels",
-            "patch",
-            "width",
-            "depth",
-            "heads",
-            "frames",
-            "patch_frames",
-            "frequency_width",
-            "experts_per_token",
-            "moe_every",
+            *("image_size", "latent_factor", "in_channels", "patch", "frames", "patch_frames"),
+            *("width", "depth", "heads"),
+            *("frequency_width", "experts_per_token", "moe_every"),
         ):
             need_whole(field, getattr(self, field), 1)
         for field in (
-            "num_classes",
-            "caption_width",
-            "vocabulary_size",
-            "caption_tokens",
-            "pooled_width",
-            "single_depth",
-            "experts",
-            "shared_experts",
+            *("num_classes", "caption_width", "vocabulary_size", "caption_tokens", "pooled_width"),
+            *("single_depth", "experts", "shared_experts"),
         ):
             need_whole(field, getattr(self, field), 0)
         for field in ("mup_base_width", "mlp_hidden", "kv_heads", "image_width"):
@@ -198,6 +183,19 @@ class DiTConfig:
         need_choice("positions", self.positions, ("sincos", "learned", "none"))
         if type(self.caption_layers) is not int or self.caption_layers not in (1, 2):
             raise InputError(f"caption_layers: expected 1 or 2, got {self.caption_layers!r}")
+        self._check_widths()
+        self._check_condition()
+        self._check_blocks()
+        frames, _, _ = self.grid(self.image_size, self.image_width)
+        axes = 3 if frames > 1 and self.attention == "full" else 2
+        if self.rope and self.width // self.heads < 2 * axes:
+            # An axis without a pair of numbers would not be turned: its places would be all the same.
+            raise InputError(
+                f"rope: expected a head width of at least {2 * axes}, a pair of numbers for each of {axes} axes, "
+                f"got {self.width // self.heads}"
+            )
+
+    def _check_widths(self) -> None:
         if self.width % self.heads:
             raise InputError(f"heads: expected a divisor of width {self.width}, got {self.heads}")
         if self.heads % self.key_heads:
@@ -216,16 +214,6 @@ class DiTConfig:
             )
         if self.frequency_width % 2:
             raise InputError(f"frequency_width: expected an even number, got {self.frequency_width}")
-        self._check_condition()
-        self._check_blocks()
-        frames, _, _ = self.grid(self.image_size, self.image_width)
-        axes = 3 if frames > 1 and self.attention == "full" else 2
-        if self.rope and self.width // self.heads < 2 * axes:
-            # An axis without a pair of numbers would not be turned: its places would be all the same.
-            raise InputError(
-                f"rope: expected a head width of at least {2 * axes}, a pair of numbers for each of {axes} axes, "
-                f"got {self.width // self.heads}"
-            )
 
     def _check_condition(self) -> None:
         if self.condition == "class":

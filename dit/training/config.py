@@ -140,17 +140,21 @@ class TrainConfig:
         if not isinstance(self.data, str) or not self.data:
             raise InputError(f"data: expected a name or a folder's path, got {self.data!r}")
         need_flag("flip", self.flip)
+        self._check_rates()
+        if self.steps < 1:
+            asked = f"{self.images} images" if self.images is not None else f"{self.flops:.4g} FLOPs"
+            raise InputError(
+                f"{'images' if self.images is not None else 'flops'}: expected enough for one batch of {self.batch} "
+                f"({count(self.model, batch=self.batch).train:.4g} FLOPs), got {asked}"
+            )
+        _ = self.schedule  # checks the decay's shape
+
+    def _check_rates(self) -> None:
         for field in ("lr", "clip", "muon_lr"):
             value = getattr(self, field)
             if not (_is_number(value) and value > 0):
                 raise InputError(f"{field}: expected a positive number, got {value!r}")
-        for field in (
-            "warmup_fraction",
-            "decay_fraction",
-            "condition_dropout",
-            "muon_momentum",
-            "balance_weight",
-        ):
+        for field in ("warmup_fraction", "decay_fraction", "condition_dropout", "muon_momentum", "balance_weight"):
             value = getattr(self, field)
             if not (_is_number(value) and 0 <= value <= 1):
                 raise InputError(f"{field}: expected a number from 0 to 1, got {value!r}")
@@ -165,13 +169,6 @@ class TrainConfig:
                 raise InputError(f"{field}: expected a number from 0 to below 1, got {value!r}")
         if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
             raise InputError(f"weight_decay: expected a number of at least 0, got {self.weight_decay!r}")
-        if self.steps < 1:
-            asked = f"{self.images} images" if self.images is not None else f"{self.flops:.4g} FLOPs"
-            raise InputError(
-                f"{'images' if self.images is not None else 'flops'}: expected enough for one batch of {self.batch} "
-                f"({count(self.model, batch=self.batch).train:.4g} FLOPs), got {asked}"
-            )
-        _ = self.schedule  # checks the decay's shape
 
     @cached_property
     def steps(self) -> int:
