@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ditscale.dit.config import DiTConfig
     from ditscale.dit.encoding import Autoencoder
+    from ditscale.dit.evaluation.quality import QualitySettings
     from ditscale.dit.rundata import RunData
 
 _MOST_IMAGES = 65_536  # in one picture
@@ -155,11 +156,7 @@ def evaluate(
 ) -> None:
     """Evaluate finished runs' averaged weights: the loss on the fixed validation set and, with --samples, their images."""
     from ditscale.dit.encoding import Autoencoder
-    from ditscale.dit.evaluation.quality import FIELDS, Decoder, QualitySettings, measure_quality
-    from ditscale.dit.files import read_json, write_json
-    from ditscale.dit.rundata import RunData
-    from ditscale.dit.training import TrainConfig, check_record, validation_set
-    from ditscale.dit.weights import load_weights
+    from ditscale.dit.evaluation.quality import QualitySettings
 
     use_threads(threads)
     where = use_device(device)
@@ -176,47 +173,67 @@ def evaluate(
             guidance_interval=(guidance_from, guidance_to),
             seed=sample_seed,
         )
+    given = {"evaluation_images": images, "evaluation_seed": seed}
+    changes = {name: value for name, value in given.items() if value is not None}
     results = []
     for run in runs:
-        plan = TrainConfig.from_dict(read_json(run / "config.json"))
-        changes = {"evaluation_images": images, "evaluation_seed": seed}
-        plan = TrainConfig.from_dict(plan.to_dict() | {k: v for k, v in changes.items() if v is not None})
-        model, objective = load_weights(weights_path(run))
-        model = model.to(where)
-        if settings is not None:
-            _check_decoding(model.config, autoencoder)
-        data = RunData.read(run)
-        validation = validation_set(plan, data)
-        by_time = validation.loss(model, objective)
-        result: dict[str, Any] = {"run": run.name, "loss": math.fsum(by_time) / len(by_time)}
-        result |= {"loss_kind": objective.loss_kind, "images": plan.evaluation_images}
-        result |= {"timesteps": validation.times.tolist(), "loss_by_timestep": by_time}
-        if settings is not None:
-            record = check_record(run / "run.json")
-            decoder = None
-            if autoencoder is not None:
-                decode = functools.partial(_decode, autoencoder, data)
-                scaling = autoencoder.scale, autoencoder.shift
-                decoder = Decoder(autoencoder.name, autoencoder.sha256, decode, scaling)
-            with progress_bar(f"samples of {run.name}", show=not as_json) as advance:
-                quality = measure_quality(
-                    model,
-                    objective,
-                    plan,
-                    settings,
-                    trained=data,
-                    decoder=decoder,
-                    device=where,
-                    progress=lambda n, of: advance(n, of, math.nan),
-                )
-            kept = {name: value for name, value in record.items() if name not in FIELDS}
-            write_json(run / "run.json", {**kept, **quality})
-            result |= quality
-        results.append(result)
+        results.append(_evaluated(run, changes, settings, autoencoder, where, show=not as_json))
         if not as_json:
-            typer.echo(_told(result))
+            typer.echo(_told(results[-1]))
     if as_json:
         typer.echo(json.dumps(results[0] if len(results) == 1 else {"runs": results}))
+
+
+def _evaluated(
+    run: Path,
+    changes: dict[str, Any],
+    settings: QualitySettings | None,
+    autoencoder: Autoencoder | None,
+    device: str,
+    *,
+    show: bool,
+) -> dict[str, Any]:
+    """What the evaluation of a run gives; what its images are like enters its record too. ``changes``: of its configuration."""
+    from ditscale.dit.evaluation.quality import FIELDS, Decoder, measure_quality
+    from ditscale.dit.files import read_json, write_json
+    from ditscale.dit.rundata import RunData
+    from ditscale.dit.training import TrainConfig, check_record, validation_set
+    from ditscale.dit.weights import load_weights
+
+    plan = TrainConfig.from_dict(read_json(run / "config.json"))
+    plan = TrainConfig.from_dict(plan.to_dict() | changes)
+    model, objective = load_weights(weights_path(run))
+    model = model.to(device)
+    if settings is not None:
+        _check_decoding(model.config, autoencoder)
+    data = RunData.read(run)
+    validation = validation_set(plan, data)
+    by_time = validation.loss(model, objective)
+    result: dict[str, Any] = {"run": run.name, "loss": math.fsum(by_time) / len(by_time)}
+    result |= {"loss_kind": objective.loss_kind, "images": plan.evaluation_images}
+    result |= {"timesteps": validation.times.tolist(), "loss_by_timestep": by_time}
+    if settings is None:
+        return result
+    record = check_record(run / "run.json")
+    decoder = None
+    if autoencoder is not None:
+        decode = functools.partial(_decode, autoencoder, data)
+        scaling = autoencoder.scale, autoencoder.shift
+        decoder = Decoder(autoencoder.name, autoencoder.sha256, decode, scaling)
+    with progress_bar(f"samples of {run.name}", show=show) as advance:
+        quality = measure_quality(
+            model,
+            objective,
+            plan,
+            settings,
+            trained=data,
+            decoder=decoder,
+            device=device,
+            progress=lambda n, of: advance(n, of, math.nan),
+        )
+    kept = {name: value for name, value in record.items() if name not in FIELDS}
+    write_json(run / "run.json", {**kept, **quality})
+    return result | quality
 
 
 def _check_decoding(config: DiTConfig, autoencoder: Autoencoder | None) -> None:
