@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ditscale.dit.checks import need_choice, need_whole
 from ditscale.dit.config import DiTConfig
+from ditscale.dit.diffusers_names import from_diffusers, to_diffusers
 from ditscale.dit.diffusion import DDPM
 from ditscale.dit.embed import position_table
 from ditscale.dit.files import read_json, write_atomically, write_json
@@ -235,7 +236,7 @@ def save_diffusers(folder: str | Path, model: DiT, objective: Objective | None =
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name != "pos_embed":
-            tensors |= _to_diffusers(name, tensor, config.depth)
+            tensors |= to_diffusers(name, tensor, config.depth)
     values: dict[str, Any] = {
         "_class_name": "DiTTransformer2DModel",
         "activation_fn": "gelu-approximate",
@@ -283,73 +284,6 @@ def _released_state(model: DiT) -> dict[str, Tensor]:
     return {name: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
 
 
-# The released name's beginning -> diffusers'. What stands in every block there is told in _to_diffusers.
-_TOP = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.linear": "proj_out_2",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-}
-_EVERY_BLOCK = {
-    "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
-    "y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table",
-}
-_IN_BLOCK = {
-    "adaLN_modulation.1": "norm1.linear",
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-}
-_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-
-
-def _to_diffusers(name: str, tensor: Tensor, depth: int) -> dict[str, Tensor]:
-    """One released tensor under diffusers' names; each block there has the time and label embedders of its own."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _TOP:
-        return {f"{_TOP[stem]}.{kind}": tensor}
-    if stem in _EVERY_BLOCK:
-        # Copies, since safetensors writes no tensor twice.
-        return {f"transformer_blocks.{i}.{_EVERY_BLOCK[stem]}.{kind}": tensor.clone() for i in range(depth)}
-    _, index, part = stem.split(".", 2)
-    block = f"transformer_blocks.{index}"
-    if part == "attn.qkv":
-        pieces = zip(_QKV, tensor.chunk(3), strict=True)
-        return {f"{block}.{piece}.{kind}": chunk.contiguous() for piece, chunk in pieces}
-    return {f"{block}.{_IN_BLOCK[part]}.{kind}": tensor}
-
-
-def _from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Diffusers' tensors under the released names, positions left out; a name that is not known stays as it is.
-
-    Raises:
-        InputError: the blocks' embedders of time and label differ, of which the released model has one.
-    """
-    top, once, inside = ({new: old for old, new in table.items()} for table in (_TOP, _EVERY_BLOCK, _IN_BLOCK))
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        stem, _, kind = name.rpartition(".")
-        match = re.match(r"transformer_blocks\.(\d+)\.(.*)", stem)
-        if match is None:
-            found[f"{top.get(stem, stem)}.{kind}"] = tensor
-        elif match.group(2) in once:
-            shared = f"{once[match.group(2)]}.{kind}"
-            if shared in found and not torch.equal(found[shared], tensor):
-                raise InputError(f"{name}: expected the values of the other blocks, got others: no released DiT")
-            found[shared] = tensor
-        elif match.group(2) in _QKV:
-            if match.group(2) == _QKV[0]:
-                names = [f"transformer_blocks.{match.group(1)}.{part}.{kind}" for part in _QKV]
-                parts = [tensors[n] for n in names if n in tensors]
-                if tensor.ndim == 0 or any(part.shape[1:] != tensor.shape[1:] for part in parts):
-                    shapes = [list(part.shape) for part in parts]
-                    raise InputError(f"{name}: expected queries, keys and values of one width, got {shapes}")
-                found[f"blocks.{match.group(1)}.attn.qkv.{kind}"] = torch.cat(parts)
-        else:
-            found[f"blocks.{match.group(1)}.{inside.get(match.group(2), match.group(2))}.{kind}"] = tensor
-    return found
-
-
 # What diffusers' configuration may say of what no tensor tells; an entry that is not there is the first. The released
 # folders bear the class's older name and its default for the last layer norm, 1e-5, where the DiT was trained with 1e-6.
 _DIFFUSERS = {
@@ -374,7 +308,7 @@ def _read_diffusers(path: Path, heads: int | None) -> tuple[dict[str, Tensor], i
             raise InputError(f"{source}: {field}: expected {known[0]}, got {values[field]!r}")
     for field in ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim"):
         need_whole(f"{source}: {field}", values.get(field), 1)
-    tensors = _from_diffusers(read_tensors(found))
+    tensors = from_diffusers(read_tensors(found))
     side = values["sample_size"] // values["patch_size"]
     width = values["num_attention_heads"] * values["attention_head_dim"]
     tensors["pos_embed"] = position_table(width, (1, side, side)).unsqueeze(0)
