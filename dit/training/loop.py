@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,17 +12,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ditscale.dit.checkpoint import MetricsLog, remove_checkpoints, remove_later
+from ditscale.dit.checkpoint import MetricsLog, remove_later
 from ditscale.dit.data import ImageStream
-from ditscale.dit.files import file_sha256, folder_lock, read_json, remove_unfinished, write_json
+from ditscale.dit.files import file_sha256, folder_lock, remove_unfinished
 from ditscale.dit.rundata import RunData
 from ditscale.dit.training.averages import keep_averages
 from ditscale.dit.training.batches import Feeder, open_stream, validation_set
 from ditscale.dit.training.config import TrainConfig
 from ditscale.dit.training.evaluation import draw_pictures, validation_losses
 from ditscale.dit.training.execution import Execution
+from ditscale.dit.training.folder import WEIGHTS, claim, clear, settle
 from ditscale.dit.training.ranks import Ranks, started
-from ditscale.dit.training.record import RunRecord, check_record, describe, validation_name
+from ditscale.dit.training.record import RunRecord, describe, validation_name
 from ditscale.dit.training.sinks import Sink, open_sink, sink_module
 from ditscale.dit.training.state import TrainState
 from ditscale.dit.training.step import Stepper
@@ -38,9 +38,6 @@ _SMOOTHING_IMAGES = 1024.0
 _MOST_SKIPS = 20
 # Lines of metrics in a whole run, about.
 _LINES = 200
-_WEIGHTS = "weights.safetensors"
-# What a run writes before its first step.
-_FIRST_FILES, _FIRST_FOLDERS = ("config.json", "data.json", "metrics.jsonl"), ("tensorboard", "wandb")
 
 
 class Stopped(Exception):
@@ -109,36 +106,30 @@ def train(
         )
         _need_even_shares(config, execution, ranks)
 
-        def claim() -> RunRecord | None:
+        def take() -> RunRecord | None:
             if not (folder / "run.json").exists():
                 for name in execution.sinks:
                     sink_module(name)  # one that is missing is said before the folder is this run's
             stack.enter_context(folder_lock(folder))
             new = not (folder / "config.json").exists()
-            record = _claim(folder, config, speak)
+            record = claim(folder, config, speak)
             remove_unfinished(folder)
             if new:
-                stack.push(_release)
+                stack.push(release)
             return record
 
-        def _release(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        def release(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
             """A run that failed before its first step, whatever the fault, leaves its folder to the corrected one."""
-            if error is None or (run is not None and run.state.step):
-                return
-            remove_checkpoints(folder)  # of step 0, which diverged
-            for name in _FIRST_FILES:
-                with contextlib.suppress(OSError):
-                    (folder / name).unlink()
-            for name in _FIRST_FOLDERS:
-                shutil.rmtree(folder / name, ignore_errors=True)
+            if error is not None and (run is None or not run.state.step):
+                clear(folder)
 
         run: _Run | None = None
-        record = ranks.on_first(claim)
+        record = ranks.on_first(take)
         if record is None:
             run = _Run(config, execution, ranks, folder, listeners)
             record = run.train()
             record |= dict(extra or {})  # type: ignore[typeddict-item]
-            ranks.on_first(lambda: _settle(folder, record))
+            ranks.on_first(lambda: settle(folder, record))
         return record
 
 
@@ -156,53 +147,6 @@ def _need_even_shares(config: TrainConfig, execution: Execution, ranks: Ranks) -
         raise InputError(
             f"execution.microbatch: expected a divisor of {share}, a process's share of batch {config.batch}, got {micro}"
         )
-
-
-def _claim(folder: Path, config: TrainConfig, say: Callable[[str], None]) -> RunRecord | None:
-    """Make the folder this run's, and return the record where it is done already.
-
-    Raises:
-        InputError: the folder is not empty and holds something else.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        foreign = [p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
-        if foreign:
-            raise InputError(
-                f"{folder}: expected an empty folder or a run of this configuration, got {foreign[0]!r} in it"
-            )
-        write_json(path, config.to_dict())
-    elif TrainConfig.from_dict(read_json(path)).run_id != config.run_id:
-        raise InputError(f"{folder}: expected an empty folder or a run of this configuration, got another run's")
-    record_path = folder / "run.json"
-    if record_path.exists():
-        try:
-            record = check_record(record_path, config)
-        except InputError as error:
-            say(f"{error}; training this run again")
-            record_path.unlink()
-        else:
-            _check_weights(folder / _WEIGHTS, record, say)
-            return record
-    return None
-
-
-def _check_weights(path: Path, record: RunRecord, say: Callable[[str], None]) -> None:
-    """Say where a finished run's weights are not there, or not those that its record was written with."""
-    if record["status"] != "finished":
-        return
-    expected = record.get("weights_sha256")  # records of earlier versions have none
-    if not path.is_file():
-        say(f"{path}: expected the weights of this finished run, got none")
-    elif expected is not None and file_sha256(path) != expected:
-        say(f"{path}: expected the weights of this finished run, got others")
-
-
-def _settle(folder: Path, record: RunRecord) -> None:
-    """Write the record, which is what makes a run finished. A diverged run keeps its checkpoint, to look into."""
-    write_json(folder / "run.json", record)
-    if record["status"] == "finished":
-        remove_checkpoints(folder)
 
 
 def _decoder(config: TrainConfig, execution: Execution, stream: ImageStream) -> Callable[[Tensor], Tensor] | None:
@@ -438,7 +382,7 @@ class _Run:
         return record
 
     def _write_weights(self, tensors: Mapping[str, Tensor]) -> str:
-        path = self.folder / _WEIGHTS
+        path = self.folder / WEIGHTS
         save_weights(path, tensors, self.config.model, self.config.flow)
         return file_sha256(path)
 

@@ -185,16 +185,16 @@ def test_a_run_that_meets_nan_stops_before_the_update_and_can_be_replayed(tmp_pa
 def test_a_step_that_diverged_is_recorded_once_however_often_it_is_met(tmp_path, monkeypatch):
     """As when the disk was full for the record, or the process was killed before it."""
     poisoned(monkeypatch, 5)
-    settle = loop._settle
+    settle = loop.settle
 
     def full(folder, record):
         raise InputError(f"{folder}: no space")
 
-    monkeypatch.setattr(loop, "_settle", full)
+    monkeypatch.setattr(loop, "settle", full)
     for _ in range(2):
         with pytest.raises(InputError, match="no space"):
             train(tiny(), tmp_path, say=lambda sentence: None)
-    monkeypatch.setattr(loop, "_settle", settle)
+    monkeypatch.setattr(loop, "settle", settle)
     record = train(tiny(), tmp_path, say=lambda sentence: None)
     assert record["nonfinite_steps"] == 1 and [event["step"] for event in record["nonfinite"]] == [5]
 
@@ -300,7 +300,7 @@ def test_pictures_and_sinks_that_fail_are_said_once_and_cost_no_run(tmp_path, mo
     monkeypatch.undo()
     (tmp_path / "full/samples").mkdir(parents=True)
     (tmp_path / "full/samples/step-000000004.png").mkdir()  # no file can take its place
-    monkeypatch.setattr(loop, "_claim", lambda *args: None)
+    monkeypatch.setattr(loop, "claim", lambda *args: None)
     assert train(tiny(evaluation_images=4), tmp_path / "full", execution=Execution(sample_every=4), say=said.append)
     assert len(said) == 3 and "picture not drawn" in said[2] and "a folder" in said[2]
 
