@@ -193,10 +193,13 @@ class Parts(Sheet):
             self.light(f"{name}.norm", "norm", "a norm with weight", scaled(times, cost), numbers=times * rows * d)
             return
         if self.fused and not rms:
-            cost = (
+            # "operator" is what cost.py tells of an operator: the test that changes every number of a formula leaves it
+            # to the tests of the operators.
+            operator = (
                 adaln_cost.layernorm_modulate_flops_forward(1, rows, d),
                 adaln_cost.layernorm_modulate_flops_backward(1, rows, d),
             )
+            cost = operator
         else:
             base = ew.rms_norm(rows, d, weighted=False) if rms else ew.layer_norm(rows, d, affine=False)
             vectors = rows * d if self.work.packed else self.batch * d
@@ -222,10 +225,11 @@ class Parts(Sheet):
         if not gated:
             cost = (rows * d, 0)
         elif self.fused:
-            cost = (
+            operator = (
                 adaln_cost.gate_residual_flops_forward(1, rows, d),
                 adaln_cost.gate_residual_flops_backward(1, rows, d),
             )
+            cost = operator
         else:
             cost = (2 * rows * d, 2 * rows * d + self._summed(sequences) * d)
         self._last_residual = times * cost[0]
