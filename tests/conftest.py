@@ -43,6 +43,14 @@ def _same_start() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> None:
+    """Torch computes on one thread; `_same_start` puts their number back."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run ``ditscale`` in this process: (exit code, stdout, stderr). Most of a small command's time is its imports."""
     from ditscale import cli

@@ -6,7 +6,6 @@ import json
 import math
 
 import pytest
-import torch
 from training_cases import metrics, result, stop_after, tiny, weights_of
 
 from ditscale.dit.checkpoint import newest_checkpoint, read_metrics
@@ -18,13 +17,7 @@ from ditscale.dit.training.record import objective_name
 from ditscale.dit.weights import load_weights
 from ditscale.errors import InputError
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_loss_falls_and_the_record_is_true(tmp_path):

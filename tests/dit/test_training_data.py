@@ -22,13 +22,7 @@ from ditscale.errors import InputError
 
 COLOURS = ("red", "green", "blue", "grey", "pink", "teal")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def add(folder, numbers, caption=None):

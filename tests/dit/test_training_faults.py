@@ -29,13 +29,7 @@ from ditscale.errors import InputError
 
 PROGRAM = Path(__file__).resolve().parents[1] / "killed_program.py"
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def kill(tmp_path, rounds, seed):

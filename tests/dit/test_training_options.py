@@ -26,13 +26,7 @@ from ditscale.dit.update import Updater
 from ditscale.dit.weights import load_weights
 from ditscale.errors import InputError
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_bfloat16_multiplies_in_bfloat16_and_keeps_its_weights_in_float32(tmp_path):

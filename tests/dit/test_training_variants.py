@@ -62,12 +62,7 @@ def plan(model: DiTConfig, **changes) -> TrainConfig:
     return TrainConfig(**{"model": model, **settings, **changes})
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def untrained_loss(config: TrainConfig) -> float:
