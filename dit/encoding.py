@@ -188,7 +188,9 @@ def model_kind(folder: Path, field: str) -> str:
     """What a folder's config.json says of its model; InputError where it says nothing."""
     try:
         return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))[field])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except KeyError:
+        raise InputError(f"{folder}: expected a model's folder with a config.json that has {field}, got none") from None
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: expected a model's folder with a config.json, got {error}") from error
 
 

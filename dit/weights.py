@@ -48,14 +48,17 @@ def load_weights(path: str | Path) -> tuple[DiT, Objective]:
     """
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_ENTRY])
+            header = (file.metadata() or {}).get(_ENTRY)
+            if header is None:
+                raise ValueError("a safetensors file whose header tells no model")
+            content = json.loads(header)
             config, flow = DiTConfig.from_dict(content["config"]), objective_from_dict(content["flow"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         model = DiT(config)
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         missing = [name for name in missing if name != "pos_embed"]
         if missing or unexpected:
-            raise KeyError(f"tensors {(missing + unexpected)[:3]} missing or unexpected")
+            raise ValueError(f"tensors {(missing + unexpected)[:3]} missing or unexpected")
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: expected weights written by ditscale, got {error}") from error
     return model, flow

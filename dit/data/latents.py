@@ -194,8 +194,8 @@ def _description(path: Path, shape: Sequence[int]) -> dict[str, Any]:
         return found
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-        if told["format"] != 1:
-            raise ValueError(f"format {told['format']!r}")
+        if told.get("format") != 1:
+            raise ValueError(f"format {told.get('format')!r}")
         found |= {name: told[name] for name in found if name in told}
         if not all(map(_finite, [*found["mean"], *found["std"]])):
             raise ValueError(f"mean {found['mean']} and std {found['std']}, which are not all finite numbers")
@@ -206,7 +206,7 @@ def _description(path: Path, shape: Sequence[int]) -> dict[str, Any]:
             raise ValueError(f"classes {classes!r}, which are no list of names")
         if factor is not None and not (_finite(factor) and factor >= 1):
             raise ValueError(f"latent_factor {factor!r}, which is no number of at least 1")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{file}: expected a description of format 1, got {error}") from error
     return found
 

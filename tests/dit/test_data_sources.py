@@ -494,6 +494,12 @@ def test_shards_that_pad_features_apart_are_refused_before_two_of_them_meet(tmp_
 
 @pytest.mark.parametrize("told", ['"classes": 5', '"classes": "abc"', '"latent_factor": "8"', '"latent_factor": 0'])
 def test_descriptions_of_other_types_are_refused(latents, told):
+    (latents / "latents.json").write_text("{}")
+    with pytest.raises(InputError, match="expected a description of format 1, got format None"):
+        LatentShards(latents)
+    (latents / "latents.json").write_text("[]")
+    with pytest.raises(InputError, match="expected a description of format 1, got"):
+        LatentShards(latents)
     (latents / "latents.json").write_text(f'{{"format": 1, {told}}}')
     with pytest.raises(InputError, match="expected a description of format 1, got"):
         LatentShards(latents)

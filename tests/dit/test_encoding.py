@@ -161,7 +161,7 @@ def test_folders_that_hold_something_else_are_named(tmp_path, vae_folder, clip_f
         Autoencoder.load(tmp_path)
     with pytest.raises(InputError, match="expected an AutoencoderKL's folder|_class_name"):
         Autoencoder.load(clip_folder)
-    with pytest.raises(InputError, match="model_type"):
+    with pytest.raises(InputError, match="that has model_type, got none"):
         TextEncoder.load(vae_folder[0] / "vae")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(InputError, match="CLIP or T5"):

@@ -352,3 +352,11 @@ def test_the_command_line_converts_both_ways(tmp_path, capsys):
     ):
         with pytest.raises(InputError, match=named):
             export(run=tmp_path / "ours.safetensors", out=tmp_path / "x", **options)
+
+
+def test_weights_of_another_project_are_said_to_be_such(tmp_path):
+    safetensors.torch.save_file(small_tensors(), tmp_path / "small.safetensors")
+    with pytest.raises(
+        InputError, match="expected weights written by ditscale, got a safetensors file whose header tells no"
+    ):
+        load_weights(tmp_path / "small.safetensors")
