@@ -9,10 +9,8 @@ import numpy as np
 
 from ditscale.errors import InputError
 from ditscale.scaling.isoflop import IsoflopFit, fit_isoflop
-from ditscale.scaling.laws import Law
 from ditscale.scaling.losses import Loss
 from ditscale.scaling.more_laws import SURFACE_LAWS
-from ditscale.scaling.power import PowerFit
 from ditscale.scaling.runs import RunTable
 from ditscale.scaling.surface import SurfaceFit, fit_surface
 
@@ -47,18 +45,12 @@ class Fitted:
 
     Attributes:
         name: of the candidate.
-        formula: in plain text.
-        law: the fit behind it.
         predict: (params, data, flops, share of a run's variance) -> Predictive; an InputError where the runs do not
             determine it.
-        free: how many parameters it fitted.
     """
 
     name: str
-    formula: str
-    law: SurfaceFit | PowerFit
     predict: Callable[[float, float, float, float], Predictive]
-    free: int
 
 
 def fit_candidate(name: str, runs: RunTable, *, loss_fn: str | Loss = "huber:auto") -> Fitted:
@@ -90,7 +82,7 @@ def _surface(surface: SurfaceFit) -> Fitted:
             raise InputError(f"{fit.law.name}: the runs do not determine its loss at N {params:.4g}, D {data:.4g}")
         return Predictive(float(np.log(mean.value)), run.se, run.dof, mean.se, mean.dof)
 
-    return Fitted(fit.law.name, fit.law.formula, surface, predict, len(fit.theta))
+    return Fitted(fit.law.name, predict)
 
 
 def _power(name: str, iso: IsoflopFit) -> Fitted:
@@ -102,14 +94,13 @@ def _power(name: str, iso: IsoflopFit) -> Fitted:
     run_variance = iso.run_noise**2
 
     def predict(params: float, data: float, flops: float, share: float) -> Predictive:
-        form: Law = law.fit.law
-        model = form.model({"x": np.log([flops])}, law.fit.centre)
+        model = law.fit.law.model({"x": np.log([flops])}, law.fit.centre)
         mean = law.fit.interval_of(lambda th: model.value(th)[:, 0], log=True)
         # The line's own scatter is that of minima; a single run adds its own noise.
         scatter = law.fit.components.run + share * run_variance
         return Predictive(float(np.log(mean.value)), float(np.sqrt(mean.se**2 + scatter)), mean.dof, mean.se, mean.dof)
 
-    return Fitted(name, law.fit.law.formula.replace("x", "C").replace("y", "L"), law, predict, len(law.fit.theta))
+    return Fitted(name, predict)
 
 
 def eligible(names: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-"""Which of two designs or data sets scales better: differences of exponents and of predicted loss, with
-intervals.
+"""Which of two designs or data sets scales better: differences of exponents and of predicted loss, with intervals.
+
 The idea is Liang et al.'s (arXiv:2410.08184, section 4): at fixed data a more efficient model shows a smaller
 model exponent and a larger data exponent; at fixed model better data show the reverse; either shows a loss
 that falls faster. Two fitted numbers alone say nothing; their difference with its interval does. Losses must
@@ -20,7 +20,7 @@ from ditscale.scaling.checks import need_positive
 from ditscale.scaling.intervals import Interval
 from ditscale.scaling.isoflop import fit_isoflop
 from ditscale.scaling.jsonable import plain
-from ditscale.scaling.runs import RunTable
+from ditscale.scaling.runs import RunTable, is_empty
 from ditscale.scaling.schema import COMPARED_COLUMNS, POOL_COLUMNS
 from ditscale.scaling.surface import SurfaceFit, fit_surface
 from ditscale.scaling.tradeoffs import compute_for
@@ -193,7 +193,7 @@ def _same_conventions(first: RunTable, second: RunTable, names: tuple[str, str])
 
 def _labels(table: RunTable, column: str) -> set[str]:
     """The values of a column, where there are any."""
-    return {str(value) for value in table.columns[column].tolist() if value not in (None, "") and value == value}
+    return {str(value) for value in table.columns[column].tolist() if not is_empty(value)}
 
 
 def _difference(a: Interval, b: Interval, *, log: bool = False) -> Difference:

@@ -266,9 +266,8 @@ def _study(scenario: Scenario, seed: int, hits: dict[str, dict[str, list[bool]]]
     truth = {"a": a, "N_opt": n, "loss": loss, "new run": scenario.new_run(seed)}
     runs = scenario.simulate(seed)
 
-    def note(method: str, **ends: Any) -> None:
-        for key, (low, high) in ends.items():
-            quantity = key.replace("_run", " run")
+    def note(method: str, ends: dict[str, list[float]]) -> None:
+        for quantity, (low, high) in ends.items():
             hits[method][quantity].append(bool(low <= truth[quantity] <= high))
 
     surface = fit_surface(runs)
@@ -277,19 +276,15 @@ def _study(scenario: Scenario, seed: int, hits: dict[str, dict[str, list[bool]]]
         if method.startswith("isoflop"):
             iso = fit_isoflop(runs, vertex=method.split()[1], bootstrap=_BOOTSTRAP, seed=seed, with_surface=False)
             p = iso.predict(target, floor=True)
-            note(
-                method,
-                a=iso.intervals["N_exponent"],
-                N_opt=p["params"].interval,
-                loss=p["loss"].interval,
-            )
+            exponent = iso.intervals["N_exponent"]
+            note(method, {"a": exponent, "N_opt": p["params"].interval, "loss": p["loss"].interval})
         elif method == "forecast auto":
             f = Forecaster(runs).forecast(n, d, target)
-            note(method, loss=f.mean_interval_95, new_run=f.interval_95)
+            note(method, {"loss": f.mean_interval_95, "new run": f.interval_95})
         else:
             asked = "auto" if method == "default" else method
             best = surface.optimum(target, method=asked)
-            ends: dict[str, Any] = {"N_opt": best["params"].ends, "loss": best["loss"].ends}
+            ends = {"N_opt": best["params"].ends, "loss": best["loss"].ends}
             if method != "profile":  # the profile is of the law, not of a run
-                ends["new_run"] = best["new_run"].ends
-            note(method, a=surface.interval("a", method=asked).ends, **ends)
+                ends["new run"] = best["new_run"].ends
+            note(method, {"a": surface.interval("a", method=asked).ends, **ends})

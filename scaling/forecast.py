@@ -29,6 +29,10 @@ _LEAST_WEIGHT = 1e-3
 _OFF_BEST = 0.02
 # Sizes so many times further from the best than any run's go without saying: the best is an estimate itself.
 _BEYOND = 1.25
+# More than any run will ever have of anything; beyond it float64 has no room for the laws.
+_MOST = 1e60
+# Compute this many times off what size and data cost is another run's; the cost law itself is off by far less.
+_AT_ODDS = 2.0
 
 
 @dataclass
@@ -172,8 +176,6 @@ class Forecaster:
                 weights, names = {"surface": 1.0}, ("surface",)
                 self.rule = f"{levels} budgets: too few to hold one out; the surface, untested"
                 self.warnings.append(self.rule)
-            if not weights:
-                raise InputError("law: expected at least one law that could be fitted and scored, got none")
         else:
             weights = {law: 1.0}
             self.rule = f"the law was named: {law}"
@@ -295,12 +297,6 @@ class Forecaster:
         }
 
 
-# More than any run will ever have of anything; beyond it float64 has no room for the laws.
-_MOST = 1e60
-# Compute this many times off what size and data cost is another run's; the cost law itself is off by far less.
-_AT_ODDS = 2.0
-
-
 def _new_run(
     runs: RunTable, params: float | None, mine: float | None, data: float | None, flops: float | None
 ) -> tuple[float, float, float]:
@@ -346,15 +342,15 @@ def _widening(board: Backtest | None, weights: dict[str, float]) -> float:
 
 def _mixture(parts: list[tuple[float, float, float, float]], level: float = 0.95) -> list[float]:
     """Ends of the central interval of a mixture of t distributions on the logarithm, as losses."""
-    centres = np.array([p[1] for p in parts])
-    scales = np.array([max(p[2], 1e-15) for p in parts])
+    parts = [(w, m, max(s, 1e-15), max(dof, 1.0)) for w, m, s, dof in parts]
+    centres, scales = np.array([p[1] for p in parts]), np.array([p[2] for p in parts])
 
     def below(x: float) -> float:
-        return float(sum(w * stats.t.cdf((x - m) / max(s, 1e-15), max(dof, 1.0)) for w, m, s, dof in parts))
+        return float(sum(w * stats.t.cdf((x - m) / s, dof) for w, m, s, dof in parts))
 
     ends: list[float] = []
     for q in (0.5 - level / 2, 0.5 + level / 2):
-        reach = np.array([abs(stats.t.ppf(q, max(p[3], 1.0))) for p in parts])
+        reach = np.array([abs(stats.t.ppf(q, p[3])) for p in parts])
         low, high = float((centres - reach * scales).min()), float((centres + reach * scales).max())
         pad = 1e-9 + 1e-6 * (high - low)
         root = optimize.brentq(lambda x, q=q: below(x) - q, low - pad, high + pad, xtol=1e-13)

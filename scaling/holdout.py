@@ -20,8 +20,6 @@ from ditscale.scaling.losses import Loss
 from ditscale.scaling.runs import RunTable, cluster_budgets
 
 _MIN_LEVELS = 3
-
-
 AXES = ("budget", "params", "data")
 
 
@@ -68,10 +66,10 @@ class Backtest:
 
     Attributes:
         trials: every prediction.
-        scoreboard: one row a law, best first: law, score (mean log score), rms_error, worst_error,
-            equivalent_compute (the error as a factor of compute), inside (share of 95 % intervals that held),
-            p_value (of a paired t test that its absolute errors are no larger than the best law's), trials,
-            skipped (why not, if so).
+        scoreboard: one row a law, best first: law, score (mean log score), rms_error, mean_error, worst_error,
+            equivalent_compute (the error as a factor of compute), inside (share of 95 % intervals that held), spread
+            (rms of errors over the scales that the law gave for them), p_value (of a paired t test that its absolute
+            errors are no larger than the best law's), trials, splits, skipped (why not, if so).
         axis: what was held out: "budget", "params" or "data".
         held_out: the held-out places on that axis.
         warnings: what a reader must know.

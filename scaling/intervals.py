@@ -109,7 +109,7 @@ def interval_of(
         fit: the fit.
         quantity: internal parameters [S, p] -> values [S].
         log: whether to build the interval on the logarithm (positive quantities).
-        method: one of ``METHODS``; see the module's table for "auto".
+        method: one of ``METHODS``; what "auto" takes stands at the top of this module.
         level: nominal coverage. Default: 0.95.
         new_run: add the noise of one new run at a new budget (for predicted losses on the fit's own scale); a
             number is the share of a run's variance, such as 0.2 for the mean of five runs of one budget.
@@ -120,12 +120,10 @@ def interval_of(
         raise InputError(f"level: expected a number between 0 and 1, got {level!r}")
 
     def on_scale(theta: Array) -> Array:
-        with np.errstate(all="ignore"):
-            values = quantity(theta)
-            return np.log(values) if log else values
+        values = quantity(theta)
+        return np.log(values) if log else values
 
-    with np.errstate(all="ignore"):
-        value = float(quantity(fit.theta[None, :])[0])
+    value = float(quantity(fit.theta[None, :])[0])
     if method == "auto":
         method = "case-t" if fit.n >= MANY_RUNS else "jackknife" if fit.uneven else "components"
     parts = fit.components_for(method)

@@ -48,6 +48,7 @@ class IsoflopFit:
         surface: the surface fit on the same runs, or None where it could not be fitted.
         vertex: "parabola" or "cubic".
         data_unit: "images" or "tokens".
+        source: where the runs came from.
         bootstrap: draws of exponents and log-coefficients by name.
         run_noise: relative spread of runs around their curves.
         size: the column that N came from.
@@ -74,32 +75,27 @@ class IsoflopFit:
     @property
     def params(self) -> dict[str, float]:
         """Exponents and coefficients of N_opt(C), D_opt(C) and L(C)."""
-        laws = {"N": self.n_law, "D": self.d_law, "L": self.loss_law}
-        return {f"{k}_{what}": getattr(law, what) for k, law in laws.items() for what in ("exponent", "coefficient")}
+        return {f"{k}_{what}": getattr(law, what) for k, law, what in self._parts}
 
     @property
     def intervals(self) -> dict[str, list[float]]:
         """95 % intervals by name."""
-        laws = {"N": self.n_law, "D": self.d_law, "L": self.loss_law}
-        return {
-            f"{k}_{what}": self._interval(law, k, what).ends
-            for k, law in laws.items()
-            for what in ("exponent", "coefficient")
-        }
+        return {f"{k}_{what}": self._interval(law, k, what).ends for k, law, what in self._parts}
+
+    @property
+    def _parts(self) -> list[tuple[str, PowerFit, str]]:
+        laws = (("N", self.n_law), ("D", self.d_law), ("L", self.loss_law))
+        return [(k, law, what) for k, law in laws for what in ("exponent", "coefficient")]
 
     def _interval(self, law: PowerFit, prefix: str, what: str) -> Interval:
-        """The wider of two: the line's own t interval (scatter of the minima) and the run-level bootstrap
-        (their error).
-        """
+        """The wider of two: the line's own t interval (scatter of the minima) and the run-level bootstrap (their error)."""
         line = law.interval(what)
         draws = self.bootstrap.get(f"{prefix}_{what}")
-        se = float(draws.std(ddof=1)) if draws is not None else 0.0
-        return self._wider(line, se, log=what == "coefficient")
-
-    def _wider(self, line: Interval, se: float, *, log: bool) -> Interval:
-        dof = float(max(self.vertices[0].dof, 1))
-        mine = t_interval(line.value, se, dof, log=log, level=line.level, method="run bootstrap")
-        return mine if np.isfinite(se) and mine.high - mine.low > line.high - line.low else line
+        if draws is None:
+            return line
+        se, dof = float(draws.std(ddof=1)), float(max(self.vertices[0].dof, 1))
+        runs = t_interval(line.value, se, dof, log=what == "coefficient", level=line.level, method="run bootstrap")
+        return runs if np.isfinite(se) and runs.high - runs.low > line.high - line.low else line
 
     @property
     def converged(self) -> bool:
@@ -168,8 +164,9 @@ class IsoflopFit:
                 f"  {v.budget:12.4g}{v.params:14.5g}{v.data:14.5g}{v.loss:12.6g}{v.runs:6d}  "
                 f"{'yes' if v.bracketed else 'NO'}"
             )
+        intervals = self.intervals
         for name, value in self.params.items():
-            low, high = self.intervals[name]
+            low, high = intervals[name]
             lines.append(f"  {name:14s}{value:16.8g}   [{low:.6g}, {high:.6g}]")
         lines += [f"  warning: {w}" for w in self.warnings]
         lines += [f"  note: {note}" for note in self.notes]
@@ -268,18 +265,17 @@ def fit_isoflop(
     elif len(used) < len(vertices):
         out = ", ".join(f"{v.budget:.3g}" for v in vertices if not v.bracketed)
         warnings.append(f"left out of the laws, minimum not bracketed: budget {out}")
-    _grid_warnings([vertices[i] for i in used], warnings)
-    laws = _laws(np.array([_row(vertices[i]) for i in used]))
-    floor = None
-    if len(used) >= 4:
-        floor = fit_power([vertices[i].budget for i in used], [vertices[i].loss for i in used], floor="free")
+    minima = [vertices[i] for i in used]
+    spent, lowest = [v.budget for v in minima], [v.loss for v in minima]
+    loss_law = fit_power(spent, lowest)
+    _grid_warnings(minima, warnings)
     result = IsoflopFit(
         vertices=vertices,
         used=used,
-        n_law=laws[0],
-        d_law=laws[1],
-        loss_law=laws[2],
-        loss_law_floor=floor,
+        n_law=fit_power(spent, [v.params for v in minima]),
+        d_law=fit_power(spent, [v.data for v in minima]),
+        loss_law=loss_law,
+        loss_law_floor=fit_power(spent, lowest, floor="free") if len(used) >= 4 else None,
         surface=_beside(runs, with_surface),
         vertex=vertex,
         data_unit=runs.data_unit,
@@ -291,19 +287,10 @@ def fit_isoflop(
         notes=runs.notes,
     )
     _disagreement(result)
-    warnings += [f"L(C): {w}" for w in laws[2].warnings if w.startswith("no scaling")]
+    warnings += [f"L(C): {w}" for w in loss_law.warnings if w.startswith("no scaling")]
     if len(used) == 2:
         warnings.append("2 budgets: the laws pass through both exactly, and nothing tests their form")
     return result
-
-
-def _row(v: Vertex) -> tuple[float, float, float, float]:
-    return v.budget, v.params, v.data, v.loss
-
-
-def _laws(rows: Array) -> tuple[PowerFit, PowerFit, PowerFit]:
-    n, d, loss = (fit_power(rows[:, 0], rows[:, k]) for k in (1, 2, 3))
-    return n, d, loss
 
 
 def _bootstrap(

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ditscale.errors import InputError
-from ditscale.scaling.engine import Array
 from ditscale.scaling.fit import fit_law
 from ditscale.scaling.intervals import Interval
 from ditscale.scaling.laws import POWER, POWER_FLOOR, power_with_floor
@@ -137,15 +136,13 @@ def fit_power(
         table = x if isinstance(x, RunTable) else RunTable.read(x)
         x, y = table.column(x_column or "flops"), table.column(y_column or "loss")
     mode = floor_mode(floor)
-    law = {"none": POWER, "free": POWER_FLOOR}.get(mode) if isinstance(mode, str) else power_with_floor(mode)
-    if law is None:
-        raise InputError(f"floor: expected none, free or a number, got {floor!r}")
-    values = np.asarray(x, dtype=float) if y is not None else None
-    if values is None:
+    law = power_with_floor(mode) if isinstance(mode, float) else POWER_FLOOR if mode == "free" else POWER
+    if y is None:
         raise InputError("y: expected numbers, got none")
+    values = np.asarray(x, dtype=float)
     needed = 3 if mode == "free" else 2
     levels = len(np.unique(values[np.isfinite(values)]))
-    if levels < max(needed, 2):
+    if levels < needed:
         raise InputError(f"x: expected at least {needed} different values for this law, got {levels}")
     fit = fit_law(
         law,
@@ -194,7 +191,5 @@ def _flatness(fit: LawFit) -> None:
             if clear
             else f"no scaling in this range: {holds}"
         )
-    if "floor" in fit.law.names and "floor" not in fit.at_bounds:
-        ends: Array = np.array(fit.intervals["floor"])
-        if ends[0] <= 0:
-            fit.warnings.append("the floor cannot be told from none: extrapolate with and without it")
+    if "floor" in fit.law.names and "floor" not in fit.at_bounds and fit.intervals["floor"][0] <= 0:
+        fit.warnings.append("the floor cannot be told from none: extrapolate with and without it")

@@ -13,7 +13,7 @@ from ditscale.scaling.checks import need_least, need_whole
 from ditscale.scaling.jsonable import load, plain
 from ditscale.scaling.power import PowerFit, fit_power
 from ditscale.scaling.results import Prediction
-from ditscale.scaling.runs import RunTable
+from ditscale.scaling.runs import RunTable, is_empty
 
 # Repeats of one DiT recipe: B/4 68.4, 68.9 and 68.3 (seeds, under 1 %), XL/2 19.5 and 18.1 (JAX and PyTorch,
 # 7 %); DiT's README, facebookresearch/DiT.
@@ -229,7 +229,7 @@ def fit_quality_of_runs(
 def _only(runs: RunTable, name: str) -> Any:
     """The first value of a column that should have one, None where there is none."""
     values = runs.columns[name].tolist() if name in runs.columns else []
-    return next((v for v in values if v not in (None, "") and v == v), None)
+    return next((v for v in values if not is_empty(v)), None)
 
 
 def saved_quality(source: QualityFit | str | Path) -> QualityFit:

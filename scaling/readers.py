@@ -36,7 +36,7 @@ def read_columns(path: Path) -> tuple[Columns, NDArray[np.int64]]:
         InputError: no such file, not a table, no rows, duplicate columns, too many rows.
     """
     if path.is_dir():
-        return _from_records(_study_records(path), str(path), first=1)
+        return _from_records(_study_records(path), str(path))
     if not path.exists():
         raise InputError(f"{path}: expected a file or a study folder, got nothing there")
     suffix = path.suffix.lower()
@@ -46,7 +46,7 @@ def read_columns(path: Path) -> tuple[Columns, NDArray[np.int64]]:
             with path.open("rb") as stream:
                 begins = stream.read(16)
         if begins.startswith(b"SQLite format 3"):
-            return _from_records(read_trackio(path, MAX_ROWS), str(path), first=1)
+            return _from_records(read_trackio(path, MAX_ROWS), str(path))
         if suffix in (".parquet", ".pq") or begins.startswith(b"PAR1"):
             return _parquet(path)
         for magic, kind in _PACKED.items():
@@ -108,7 +108,7 @@ def _unpacked(columns: Columns, rows: NDArray[np.int64], path: Path) -> tuple[Co
     """A table whose cells hold whole configs (wandb's runs as pandas writes them) with one column a setting."""
     if not has_records(columns):
         return columns, rows
-    return _from_records(unpack(columns, rows, str(path)), str(path), first=1)[0], rows
+    return _from_records(unpack(columns, rows, str(path)), str(path))[0], rows
 
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
@@ -163,7 +163,7 @@ def _json_lines(path: Path) -> tuple[Columns, NDArray[np.int64]]:
                 raise InputError(_too_many(path))
             records.append(record)
             lines.append(number)
-    columns, _ = _from_records(records, str(path), first=1)
+    columns, _ = _from_records(records, str(path))
     return columns, np.array(lines)
 
 
@@ -191,7 +191,7 @@ def _json(path: Path) -> tuple[Columns, NDArray[np.int64]]:
         raise InputError(f"{path}: expected a list of runs (JSON objects), got {type(value).__name__}")
     if len(value) > MAX_ROWS:
         raise InputError(_too_many(path))
-    return _from_records(value, str(path), first=1)
+    return _from_records(value, str(path))
 
 
 def _parquet(path: Path) -> tuple[Columns, NDArray[np.int64]]:
@@ -214,14 +214,13 @@ def _parquet(path: Path) -> tuple[Columns, NDArray[np.int64]]:
     return _unpacked({n: table.column(n).to_pylist() for n in names}, np.arange(1, table.num_rows + 1), path)
 
 
-def _from_records(
-    records: Sequence[Mapping[str, Any]], source: str, *, first: int
-) -> tuple[Columns, NDArray[np.int64]]:
+def _from_records(records: Sequence[Mapping[str, Any]], source: str) -> tuple[Columns, NDArray[np.int64]]:
+    """Columns of nested records, and the records' places, counted from 1."""
     if not records:
         raise InputError(f"{source}: expected at least one run, got none")
     flat = [flatten(r) for r in records]
     names = dict.fromkeys(name for r in flat for name in r)
-    return {n: [r.get(n) for r in flat] for n in names}, np.arange(first, first + len(flat))
+    return {n: [r.get(n) for r in flat] for n in names}, np.arange(1, len(flat) + 1)
 
 
 def _study_records(folder: Path) -> list[Mapping[str, Any]]:

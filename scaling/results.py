@@ -67,7 +67,7 @@ class LawFit:
         asked_loss: its name as asked for.
         space: "log" or "raw" residuals.
         objective: the weighted sum of losses at the optimum.
-        certificate: decrement, kkt, iterations, sharp-knee scale: what convergence rests on.
+        certificate: decrement, kkt, iterations: what convergence rests on.
         converged: whether the certificate holds.
         starts, starts_agreeing: how many starts were polished, and how many reached this optimum (1e-8
             relative).
@@ -230,7 +230,7 @@ class LawFit:
         return model.lower, model.upper
 
     @cached_property
-    def _problem(self) -> Any:
+    def _problem(self) -> engine.Problem:
         goal = np.log(self.target) if self.space == "log" else self.target
         return engine.Problem(self._model, goal, self.loss, self.weights, self.space)
 
@@ -240,8 +240,7 @@ class LawFit:
 
     def gradient_at(self, theta: Array) -> Array:
         """Its gradient."""
-        gradient: Array = self._problem.derivatives(theta[None, :], slice(None))[0][0]
-        return gradient
+        return self._problem.derivatives(theta[None, :], slice(None))[0][0]
 
     @property
     def objective_scale(self) -> float:

@@ -276,7 +276,7 @@ class RunTable:
         seeds = self.columns["seed"].tolist() if by_seed else [None] * len(self)
         first: dict[object, object] = {}
         for seed, value in zip(seeds, self.columns[name].tolist(), strict=True):
-            if value in (None, "") or value != value:  # no value, or NaN
+            if is_empty(value):
                 continue
             if first.setdefault(seed, value) != value:
                 return first[seed], value
@@ -327,7 +327,7 @@ def _one_row_a_run(
         members.setdefault(names[i], []).append(i)
     # A tracker leaves a cell empty at the steps where a value was not logged.
     kept = {
-        name: [next((v for i in reversed(m) if not _empty(v := cells[i])), None) for m in members.values()]
+        name: [next((v for i in reversed(m) if not is_empty(v := cells[i])), None) for m in members.values()]
         for name, cells in columns.items()
     }
     losses = (
@@ -346,7 +346,8 @@ def _diverged(log: list[Any]) -> bool:
     return nan == sorted(nan) and nan[-1:] == [True]
 
 
-def _empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing: None, no text, or NaN."""
     return value is None or value == "" or value != value
 
 
@@ -408,7 +409,7 @@ def _find_roles(data: Mapping[str, Any], roles: Mapping[str, str | None], source
             named[role] = asked
         elif role in data:
             named[role] = role
-    if roles.get("tokens") or ("images" in named and "tokens" in named and roles.get("tokens")):
+    if roles.get("tokens"):
         named.pop("images", None)
     elif "images" in named:
         named.pop("tokens", None)
