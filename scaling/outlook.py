@@ -44,9 +44,12 @@ def fit_laws(study: Study) -> dict[str, Any]:
     runs = study_table(study)
     iso = fit_isoflop(runs)
     forecaster = Forecaster(runs)
-    budgets = np.geomspace(0.5 * min(study.config.budgets), 2.0 * study.config.target, _BAND_POINTS)
+    target = float(study.config.target)
+    budgets = np.geomspace(0.5 * min(study.config.budgets), 2.0 * target, _BAND_POINTS)
     band = forecaster.band(budgets)
-    predicted = forecaster.forecast(*_target_size(study, iso.n_law))
+    params = float(iso.n_law.predict(target).value)
+    images = float(CostLaw.measured(runs.params, runs.data, runs.flops).data(target, params))
+    predicted = forecaster.forecast(params, images, target)
     laws = {
         "size": SIZE,
         "data_unit": runs.data_unit,
@@ -84,7 +87,7 @@ def choose_and_predict(study: Study) -> tuple[PlannedRun, dict[str, Any]]:
     held-out budgets chose.
     """
     runs = study_table(study)
-    wanted = _target_size(study, fit_isoflop(runs).n_law)[0]
+    wanted = float(fit_isoflop(runs).n_law.predict(float(study.config.target)).value)
     target = plan_run(study.config, study.config.nearest(wanted), study.config.target, "prediction")
     forecast = Forecaster(runs).forecast(float(target.params_per_token), float(target.images), float(target.flops))
     if not np.isfinite(forecast.interval_95).all():
@@ -101,14 +104,6 @@ def choose_and_predict(study: Study) -> tuple[PlannedRun, dict[str, Any]]:
         "wanted_params_per_token": wanted,
         "extrapolation_factor": forecast.flops / max(study.config.budgets),
     }
-
-
-def _target_size(study: Study, n_law: PowerFit) -> tuple[float, float, float]:
-    """Size, images and FLOPs of the best run at the target budget by the isoFLOP law."""
-    runs = study_table(study)
-    flops = float(study.config.target)
-    params = float(n_law.predict(flops).value)
-    return params, float(CostLaw.measured(runs.params, runs.data, runs.flops).data(flops, params)), flops
 
 
 def _law(law: PowerFit, budgets: Any) -> dict[str, Any]:
