@@ -19,7 +19,8 @@ _PANEL_POINTS = 295
 
 
 def size_words(view: StudyView) -> str:
-    return "parameters per token N" if view.size == "params_per_token" else "parameters N"
+    """What N counts."""
+    return "parameters per token" if view.size == "params_per_token" else "parameters"
 
 
 def all_sizes(view: StudyView) -> list[float]:
@@ -57,7 +58,7 @@ def law_line(law: LawView, low: float, high: float) -> tuple[Any, Any, Any, Any]
     return budget, law(budget), None, None
 
 
-def draw_law(ax: Axes, view: StudyView, law: LawView, *, band_label: bool = False) -> None:
+def draw_law(ax: Axes, view: StudyView, law: LawView) -> None:
     """The law: solid where it was fitted, dashed beyond, on its band; the fitted range as a pale ground."""
     assert view.laws is not None
     low, high = reach(view)

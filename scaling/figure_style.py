@@ -231,9 +231,8 @@ def _round_steps() -> Iterator[float]:
         yield from (s * 10.0**exponent for s in (1, 2, 2.5, 5))
 
 
-def halo(text: Any) -> Any:
+def halo(text: Any) -> None:
     """A rim in the colour of the ground, so that a label stays readable on lines."""
     from matplotlib import patheffects
 
     text.set_path_effects([patheffects.withStroke(linewidth=_HALO, foreground=LIGHT["card"])])
-    return text

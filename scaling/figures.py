@@ -152,7 +152,7 @@ def _isoflop_figure(view: StudyView, narrow: bool) -> Figure:
         )
     sizes = [view.size_of(r) for r in view.fitted]
     ax.set_xlim(min(sizes) / 1.35, max(sizes) * (3.0 if narrow else 2.4))
-    count_axis(ax, "x", size_words(view))
+    count_axis(ax, "x", f"{size_words(view)} N")
     low, high = min(heights), max(heights)
     loss_axis(ax, low * (low / high) ** 0.07, high * (high / low) ** 0.05)
     return figure
@@ -167,7 +167,7 @@ def _optima_figure(view: StudyView, narrow: bool) -> Figure:
     unit = view.laws.data_unit
     target = view.predicted or view.prediction
     rows: Sequence[tuple[Any, LawView, str, str, str, str]] = (
-        (panels[0], view.laws.params, "N", "params", size_words(view), "Best size at a budget"),
+        (panels[0], view.laws.params, "N", "params", f"{size_words(view)} N", "Best size at a budget"),
         (panels[1], view.laws.data, "D", "data", f"training {unit} D", f"Best number of {unit} at a budget"),
     )
     tint = budget_colours(view)
@@ -313,7 +313,7 @@ def _size_key(ax: Axes, view: StudyView, tint: dict[float, str], place: tuple[fl
     named = sorted({0, len(sizes) // 2, len(sizes) - 1})
     strip.set_xticks([i + 0.5 for i in named], [short(sizes[i], 2) for i in named])
     strip.tick_params(length=0, labelsize=8.8, pad=3)
-    strip.set_title(size_words(view), fontsize=8.8, fontweight="normal", color=LIGHT["muted"], pad=4)
+    strip.set_title(f"{size_words(view)} N", fontsize=8.8, fontweight="normal", color=LIGHT["muted"], pad=4)
 
 
 # Loss by time

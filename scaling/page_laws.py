@@ -46,7 +46,7 @@ def laws_table(view: StudyView) -> str:
     unit = view.laws.data_unit
     rows = []
     listed: Sequence[tuple[str, str, LawView | None]] = (
-        ("params", f"best size, N ({size_words(view)[:-2]})", view.laws.params),
+        ("params", f"best size, N ({size_words(view)})", view.laws.params),
         ("data", f"best number of {unit}, D", view.laws.data),
         ("loss", "loss at the best size, L", view.laws.loss),
     )
@@ -134,7 +134,7 @@ def ask_section(view: StudyView) -> str:
         if low - 1e-9 <= math.log10(b) <= high + 1e-9
     )
     unit = view.laws.data_unit if view.laws else "images"
-    answers = [("answer-params", size_words(view))] if data["params"] else []
+    answers = [("answer-params", f"{size_words(view)} N")] if data["params"] else []
     answers += [("answer-data", f"training {unit} D")] if data["data"] else []
     answers.append(("answer-loss", "validation loss L"))
     if data["flops_per_second"]:

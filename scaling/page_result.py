@@ -138,7 +138,7 @@ def _tiles(view: StudyView) -> str:
         size = view.size_of(view.prediction) if view.prediction.get("params") else None
         words = f"{short(float(view.prediction['images']))} images" if view.prediction.get("images") else ""
         if size:
-            tiles.append(("the predicted run", short(size), f"{size_words(view)[:-2]}, {words}"))
+            tiles.append(("the predicted run", short(size), f"{size_words(view)}, {words}"))
     spent = float(
         (view.outcome or {}).get("flops_spent") or sum(float(r["flops"]) for r in [*view.runs, *view.diverged])
     )
@@ -158,11 +158,10 @@ def _tiles(view: StudyView) -> str:
 
 def _machine_words(view: StudyView) -> str:
     machine = view.study.get("machine") or {}
-    cores = machine.get("workers") or machine.get("cores")
-    threads = machine.get("threads_per_worker") or machine.get("threads_per_process")
-    if not cores:
+    workers, threads = machine.get("workers"), machine.get("threads_per_worker")
+    if not workers:
         return "from start to page"
-    return f"{cores} processes" + (f" of {threads} thread{'s' if threads != 1 else ''}" if threads else "")
+    return f"{workers} processes" + (f" of {threads} thread{'s' if threads != 1 else ''}" if threads else "")
 
 
 def _steps(view: StudyView) -> str:

@@ -13,7 +13,7 @@ from ditscale.scaling.figure_law import size_words
 from ditscale.scaling.numbers_text import power_of_ten, short
 from ditscale.scaling.study_view import Samples, StudyView
 
-# The terms of data that ship with the package; other data name theirs in study.json.
+# The terms of data that ship with the package.
 _LICENCES = {
     "emoji_scenes": (
         "Noto Emoji pictures (Apache-2.0), emoji-data (MIT), Unicode CLDR names (Unicode License v3); the "
@@ -94,11 +94,7 @@ def _is_one_row(sheet: Samples) -> bool:
 
 def _sheet(view: StudyView, sheet: Samples, *, with_captions: bool) -> str:
     record = sheet.record
-    size, flops, loss = (
-        short(view.size_of(record)),
-        power_of_ten(float(record["flops"])),
-        float(record["loss"]),
-    )
+    size, flops = short(view.size_of(record)), power_of_ten(float(record["flops"]))
     star = record.get("role") == "prediction"
     chip = ' <span class="verdict wait">the predicted run</span>' if star else ""
     source = base64.b64encode(sheet.png).decode()
@@ -108,9 +104,9 @@ def _sheet(view: StudyView, sheet: Samples, *, with_captions: bool) -> str:
         captions = f'<span class="small"> {escape(what)}</span>'
     return (
         f'<figure class="sheet"><figcaption><b>{size}</b>{flops} FLOPs<br>loss '
-        f"{loss:.4f}{chip}{captions}</figcaption>"
+        f"{float(record['loss']):.4f}{chip}{captions}</figcaption>"
         f'<img src="data:image/png;base64,{source}" width="{4 * sheet.width}" height="{4 * sheet.height}" '
-        f'alt="{escape(f"Images drawn by the model of {size} {size_words(view)[:-2]}: {what}")}"></figure>'
+        f'alt="{escape(f"Images drawn by the model of {size} {size_words(view)}: {what}")}"></figure>'
     )
 
 
@@ -183,11 +179,8 @@ def facts_section(view: StudyView) -> str:
     """All that is needed to do it again."""
     study, first = view.study, (view.runs or [{}])[0]
     config = study.get("config") or {}
-    given = study.get("data")
-    data: dict[str, Any] = given if isinstance(given, dict) else {}
-    name = data.get("name") or first.get("data") or (study.get("training") or {}).get("data")
-    digest = data.get("sha256") or first.get("data_sha256")
-    licence = data.get("licence") or data.get("license") or _LICENCES.get(str(name).split("/")[0].replace("-", "_"))
+    name = first.get("data") or (study.get("training") or {}).get("data")
+    licence = _LICENCES.get(str(name).split("/")[0].replace("-", "_"))
     convention = str(study.get("flop_convention") or first.get("flop_convention") or "")
     seeds = sorted(
         {str(r["seed"]) for r in view.runs if r.get("seed") is not None} | {str(study.get("seed", ""))} - {""}
@@ -209,7 +202,7 @@ def facts_section(view: StudyView) -> str:
             if view.size == "params_per_token"
             else "all trainable parameters",
         ),
-        ("data", _data_words(name, digest, licence)),
+        ("data", _data_words(name, first.get("data_sha256"), licence)),
         ("validation", escape(_validation(study))),
         ("model", escape(_pairs(study.get("model")))),
         ("training", escape(_pairs(study.get("training")))),
@@ -226,10 +219,10 @@ def facts_section(view: StudyView) -> str:
 
 
 def _replay(view: StudyView) -> str:
-    command = view.study.get("command") or f"ditscale study run {view.folder.resolve().name}"
+    command = f"ditscale study run {view.folder.resolve().name}"
     return (
         "Put this study's <code>study.json</code> alone into an empty folder and run it; the same seeds and "
-        f"versions train the same models.<pre><code>{escape(str(command))}</code></pre>"
+        f"versions train the same models.<pre><code>{escape(command)}</code></pre>"
     )
 
 
@@ -256,13 +249,11 @@ def _data_words(name: Any, digest: Any, licence: Any) -> str:
 
 
 def _validation(study: dict[str, Any]) -> str:
-    training, evaluation = study.get("training") or {}, study.get("evaluation") or {}
-    images = evaluation.get("images") or training.get("evaluation_images")
-    times = evaluation.get("timesteps") or training.get("evaluation_times")
-    count = len(times) if isinstance(times, list) else times
-    if not images or not count:
+    training = study.get("training") or {}
+    images, times = training.get("evaluation_images"), training.get("evaluation_times")
+    if not images or not times:
         return ""
-    return f"{images} fixed held-out images with fixed noise at {count} fixed times, with averaged weights"
+    return f"{images} fixed held-out images with fixed noise at {times} fixed times, with averaged weights"
 
 
 def _prior(study: dict[str, Any], config: dict[str, Any]) -> str:

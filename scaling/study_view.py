@@ -139,7 +139,7 @@ class StudyView:
     @property
     def fitted(self) -> list[dict[str, Any]]:
         """The runs that laws are fitted to."""
-        return [run for run in self.runs if run.get("role", "fit") == "fit"]
+        return [run for run in self.runs if run["role"] == "fit"]
 
     @property
     def predicted(self) -> dict[str, Any] | None:
@@ -149,11 +149,15 @@ class StudyView:
     @property
     def budgets(self) -> list[float]:
         """The fitted budgets, rising."""
-        return sorted({float(run["budget"]) for run in self.fitted if run.get("budget")})
+        return sorted({float(run["budget"]) for run in self.fitted})
 
     def size_of(self, record: dict[str, Any]) -> float:
         """A run's size as the laws count it."""
-        return float(record.get(self.size) or record["params"])
+        return _size_of(record, self.size)
+
+
+def _size_of(record: dict[str, Any], column: str) -> float:
+    return float(record.get(column) or record["params"])
 
 
 def read_study(folder: str | Path) -> StudyView:
@@ -179,13 +183,7 @@ def read_study(folder: str | Path) -> StudyView:
             record["budget"] = planned_budgets.get(record["run_id"]) or record["flops"]
     done = [r for r in records if r["loss"] is not None]
     # "fit" sorts before "prediction", which is where the story ends.
-    done.sort(
-        key=lambda r: (
-            str(r.get("role", "fit")),
-            float(r.get("budget") or r["flops"]),
-            float(r.get(size) or r["params"]),
-        )
-    )
+    done.sort(key=lambda r: (str(r["role"]), float(r["budget"]), _size_of(r, size)))
     prediction = _read_numbers(folder / "prediction.json", "loss", "budget")
     planned = [*grid, {**prediction, "role": "prediction"}] if prediction else grid
     outcome = _read_numbers(folder / "outcome.json", "predicted_loss", "measured_loss")
@@ -265,7 +263,7 @@ def _optimum(row: dict[str, Any]) -> Optimum:
         data=float(data),
         loss=float(row["loss"]),
         params_interval=row.get("params_interval"),
-        data_interval=row.get("data_interval") or row.get("images_interval"),
+        data_interval=row.get("data_interval"),
         bracketed=bool(row.get("bracketed", True)),
         coefficients=[float(c) for c in row["coefficients"]] if row.get("coefficients") else None,
         centre=float(row.get("centre") or 1.0),
@@ -348,7 +346,7 @@ def _samples(folder: Path, records: list[dict[str, Any]], size: str, notes: list
                 notes.append(f"{error}; samples shown without captions")
         captions = [str(c) for c in settings.pop("captions", [])]
         sheets.append(Samples(record, png, width, height, captions, settings))
-    sheets.sort(key=lambda s: (float(s.record.get(size) or s.record["params"]), s.record["flops"]))
+    sheets.sort(key=lambda s: (_size_of(s.record, size), s.record["flops"]))
     return sheets
 
 
