@@ -231,7 +231,7 @@ def _study_records(folder: Path) -> list[Mapping[str, Any]]:
     for file in files:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file}: expected a run record (JSON), got {error}") from None
         if not isinstance(record, dict):
             raise InputError(f"{file}: expected a run record (JSON object), got {type(record).__name__}")

@@ -371,7 +371,7 @@ def _read_numbers(path: Path, *numbers: str) -> dict[str, Any] | None:
 def _read_object(path: Path, *needed: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a JSON file, got {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got a {type(content).__name__}")

@@ -474,6 +474,7 @@ def test_corrupt_records_are_all_named_and_the_old_page_stays(study: Path) -> No
     ("name", "content", "words"),
     [
         ("laws.json", '{"loss": {"exponent": ', "JSON"),
+        pytest.param("laws.json", "[" * 100_000, "JSON", id="nested too deep"),
         ("laws.json", '{"loss": {"exponent": -0.1}}', "coefficient"),
         ("laws.json", '{"N_opt": [1, 2]}', "laws"),
         ("prediction.json", '{"loss": NaN, "budget": 1e13, "interval_95": [0.1, 0.2]}', "loss"),
