@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ditscale.errors import InputError
+from ditscale.scaling.hyper import Hyper, of_tokens
 from ditscale.scaling.isoflop import IsoflopFit, of_one_run
 from ditscale.scaling.jsonable import load
 from ditscale.scaling.power import PowerFit
@@ -56,8 +57,8 @@ class Allocation:
     flop_convention: str
     params_kind: str
     budget_range: tuple[float, float] | None
-    batch_tokens: Callable[[float, float, float, float], float] | None = None
-    lr: Callable[[float, float, float, float], float] | None = None
+    batch_tokens: Hyper | None = None
+    lr: Hyper | None = None
     notes: tuple[str, ...] = ()
     surface: SurfaceFit | None = None
     allocates: bool = True
@@ -117,11 +118,7 @@ def _published(law: PublishedLaw) -> Allocation:
         return best
 
     simple = law.flop_convention == "6ND"
-    hyper: dict[str, Callable[[float, float, float, float], float]] = {}
-    for name in ("batch_tokens", "lr"):
-        if name in law.laws:
-            power = law.laws[name]
-            hyper[name] = lambda n, t, i, c, p=power: float(p(params=n, tokens=t, flops=c))  # type: ignore[misc]
+    hyper = {name: of_tokens(law.laws[name]) for name in ("batch_tokens", "lr") if name in law.laws}
     return Allocation(
         name=law.name,
         source=law.source,

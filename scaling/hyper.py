@@ -46,7 +46,7 @@ def hyper_law(spec: Any) -> HyperLaw:
         if not powers:
             holds = ", ".join(law.laws) or "a surface alone"
             raise InputError(f"hparams: expected a law of batch or learning rate, got {law.name}, which holds {holds}")
-        of = {k: _of_tokens(v) for k, v in powers.items()}
+        of = {k: of_tokens(v) for k, v in powers.items()}
         return HyperLaw(of.get("batch_tokens"), of.get("lr"))
     path = Path(str(spec))
     if not path.is_file():
@@ -71,7 +71,8 @@ def hyper_law(spec: Any) -> HyperLaw:
         raise InputError(f"hparams: expected {path} to hold `ditscale fit hparams --json`, got no {error}") from None
 
 
-def _of_tokens(law: Power) -> Hyper:
+def of_tokens(law: Power) -> Hyper:
+    """A published law, asked as a plan asks."""
     return lambda n, tokens, images, flops: float(law(params=n, tokens=tokens, flops=flops))
 
 

@@ -231,22 +231,13 @@ def plan(
             need_positive(name, value)
     need_least("inference-images", inference_images)
     goals = {"budget": budget, "target-loss": target_loss, "hours": hours}
-    given = [name for name, value in goals.items() if value is not None]
+    given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:
         raise InputError(
             f"budget: expected exactly one of budget, target-loss and hours, got {' and '.join(given) or 'none'}"
         )
     rate, machine = machine_rate(gpu, mfu, flops_per_second, gpus)
-    if rate is None and hours is None and gpus != 1:
-        raise InputError(f"gpus: expected a machine with it (--gpu or --flops-per-second), got {gpus} of none")
-    if hours is not None:
-        if rate is None:
-            raise InputError("gpu: expected a machine (--gpu or --flops-per-second) to turn hours into FLOPs")
-        compute = hours * 3600.0 * gpus * rate
-    elif target_loss is not None:
-        compute = compute_for(chosen, target_loss)
-    else:
-        compute = float(budget)  # type: ignore[arg-type]
+    compute = _compute(chosen, *given.popitem(), gpus, rate)
 
     best = chosen.optimum(compute)
     out = Plan(
@@ -291,6 +282,17 @@ def plan(
             f"{out.extrapolation:.3g}x beyond the largest run behind this law: a guess, not a prediction"
         )
     return out
+
+
+def _compute(law: Allocation, goal: str, value: float, gpus: int, rate: float | None) -> float:
+    """Training FLOPs of a goal: a "budget" of them, a "target-loss" to reach with the least, or "hours" of machines."""
+    if goal == "hours":
+        if rate is None:
+            raise InputError("gpu: expected a machine (--gpu or --flops-per-second) to turn hours into FLOPs")
+        return value * 3600.0 * gpus * rate
+    if rate is None and gpus != 1:
+        raise InputError(f"gpus: expected a machine with it (--gpu or --flops-per-second), got {gpus} of none")
+    return compute_for(law, value) if goal == "target-loss" else float(value)
 
 
 def machine_rate(
