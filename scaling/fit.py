@@ -65,19 +65,7 @@ def fit_law(
         raise InputError(f"space: expected log or raw, got {space!r}")
     need_whole("starts", starts, 1)
     need_whole("seed", seed, 0)
-    y = _vector("loss", target)
-    x = {name: _vector(name, inputs.get(name)) for name in law.inputs}
-    for name, value in x.items():
-        if len(value) != len(y):
-            raise InputError(f"{name}: expected {len(y)} values, as there are losses, got {len(value)}")
-    w = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=float)
-    if w.shape != y.shape or not np.all(np.isfinite(w) & (w >= 0)) or not w.any():
-        raise InputError(f"weights: expected {len(y)} numbers of at least 0, not all 0, got {w.shape}")
-    w = w / w.mean()
-    if len(y) < len(law.names):
-        raise InputError(
-            f"{law.name}: expected at least {len(law.names)} points for parameters {', '.join(law.names)}, got {len(y)}"
-        )
+    x, y, w = _points(law, inputs, target, weights)
     labels = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
 
     logs = {name: np.log(value) for name, value in x.items()}
@@ -144,6 +132,23 @@ def fit_law(
     fit.warnings += _health(fit)
     fit.seconds = time.perf_counter() - begun
     return fit
+
+
+def _points(law: Law, inputs: Mapping[str, Any], target: Any, weights: Any) -> tuple[dict[str, Array], Array, Array]:
+    """Inputs, measured values and weights of mean 1, checked."""
+    y = _vector("loss", target)
+    x = {name: _vector(name, inputs.get(name)) for name in law.inputs}
+    for name, value in x.items():
+        if len(value) != len(y):
+            raise InputError(f"{name}: expected {len(y)} values, as there are losses, got {len(value)}")
+    w = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=float)
+    if w.shape != y.shape or not np.all(np.isfinite(w) & (w >= 0)) or not w.any():
+        raise InputError(f"weights: expected {len(y)} numbers of at least 0, not all 0, got {w.shape}")
+    if len(y) < len(law.names):
+        raise InputError(
+            f"{law.name}: expected at least {len(law.names)} points for parameters {', '.join(law.names)}, got {len(y)}"
+        )
+    return x, y, w / w.mean()
 
 
 def _unreachable(law: Law, y: Array) -> InputError:

@@ -154,7 +154,7 @@ class SurfaceFit:
             InputError: no compute was measured, the law has inputs beside N and D, or it has no best size at all.
         """
         self._need_cost()
-        budget = _budget(flops)
+        budget = need_positive("budget", flops, of="of FLOPs")
         if not self.allocates:
             raise InputError(
                 f"law: {self.fit.law.name} needs {', '.join(self.fit.law.inputs)}: no split of compute alone"
@@ -383,18 +383,17 @@ def fit_surface(
                 f"{name}: expected at least {_MIN_LEVELS} different values to fit a surface, got {levels} "
                 f"in {len(runs)} runs"
             )
-    spends = runs.flops if runs.has("flops") else runs.column("budget") if runs.has("budget") else None
+    spends = runs.column("flops" if runs.has("flops") else "budget") if _has_budgets(runs) else None
     if spends is not None and spends.max() < _ONE_BUDGET * spends.min():
         raise InputError(
             f"budget: expected runs of at least 2 different budgets to fit a surface, got all at about {spends.max():.4g} FLOPs"
         )
-    groups = _budget_groups(runs)
     fit = fit_law(
         form,
         {"params": n, "data": d, **_other_inputs(runs, form, inputs or {})},
         loss,
         weights=weights,
-        groups=groups,
+        groups=_budget_groups(runs),
         loss_fn=loss_fn,
         space=space,
         starts=starts,
@@ -405,27 +404,7 @@ def fit_surface(
         cost: CostLaw | None = CostLaw(6.0, 1.0, 0.0, "6ND")
     else:
         cost = CostLaw.measured(n, d, runs.flops) if runs.has("flops") else None
-    if groups is None and spends is not None and len(np.unique(runs.budgets)) == 2:
-        fit.warnings.append(
-            "2 budgets: an error that all runs of one share cannot be seen; intervals assume there is none"
-        )
-    _flat(fit)
-    if fit.uneven and fit.budget_spreads is not None and interval_method == "auto" and fit.n < MANY_RUNS:
-        spreads = fit.budget_spreads[0]
-        each = ", ".join(f"{100 * s:.2g} %" if space == "log" else f"{s:.3g}" for s in spreads)
-        fit.warnings.append(
-            f"the noise of runs differs between budgets ({each}, rising budgets): intervals are the jackknife's; weights "
-            "of 1/variance would narrow them"
-        )
-    ray = abs(float(np.corrcoef(np.log(n), np.log(d))[0, 1]))
-    if ray > 0.999:
-        fit.warnings.append(
-            f"{NOT_IDENTIFIABLE}: all runs lie on one line of log N against log D; vary N at fixed compute"
-        )
-    if cost and cost.rms > 0.1:
-        fit.warnings.append(
-            f"compute is {100 * cost.rms:.0f} % (rms) off k*N^p*D: allocations from this law are that rough"
-        )
+    _warn(fit, runs, cost)
     result = SurfaceFit(
         fit=fit,
         cost=cost,
@@ -445,13 +424,32 @@ def fit_surface(
     return result
 
 
-def _flat(fit: LawFit) -> None:
-    """Say so where the surface explains no more of the losses than chance would."""
+def _warn(fit: LawFit, runs: RunTable, cost: CostLaw | None) -> None:
+    """Say what the runs leave open."""
+    if fit.groups is None and _has_budgets(runs) and len(np.unique(runs.budgets)) == 2:
+        fit.warnings.append(
+            "2 budgets: an error that all runs of one share cannot be seen; intervals assume there is none"
+        )
     if np.isnan(fit.r2):
         fit.warnings.append("no scaling in this range: all losses are the same")
     elif fit.n > len(fit.theta) and fit.r2 >= 0 and fit.explains_by_chance > 0.05:
         fit.warnings.append(
             f"no scaling in this range: the surface explains {100 * fit.r2:.0f} % of the losses' spread"
+        )
+    if fit.uneven and fit.budget_spreads is not None and fit.interval_method == "auto" and fit.n < MANY_RUNS:
+        spreads = fit.budget_spreads[0]
+        each = ", ".join(f"{100 * s:.2g} %" if fit.space == "log" else f"{s:.3g}" for s in spreads)
+        fit.warnings.append(
+            f"the noise of runs differs between budgets ({each}, rising budgets): intervals are the jackknife's; weights "
+            "of 1/variance would narrow them"
+        )
+    if abs(float(np.corrcoef(np.log(runs.params), np.log(runs.data))[0, 1])) > 0.999:
+        fit.warnings.append(
+            f"{NOT_IDENTIFIABLE}: all runs lie on one line of log N against log D; vary N at fixed compute"
+        )
+    if cost and cost.rms > 0.1:
+        fit.warnings.append(
+            f"compute is {100 * cost.rms:.0f} % (rms) off k*N^p*D: allocations from this law are that rough"
         )
 
 
@@ -488,14 +486,14 @@ def as_table(table: RunTable | str | Path, columns: dict[str, Any]) -> RunTable:
     return RunTable.read(table, **columns)
 
 
+def _has_budgets(runs: RunTable) -> bool:
+    return runs.has("budget") or runs.has("flops")
+
+
 def _budget_groups(runs: RunTable) -> Array | None:
     """Budgets as groups where runs really come in a few budgets with several runs each."""
-    if not runs.has("budget") and not runs.has("flops"):
+    if not _has_budgets(runs):
         return None
     budgets = runs.budgets
     count = len(np.unique(budgets))
     return budgets if 3 <= count <= len(runs) / 2 else None
-
-
-def _budget(flops: Any) -> float:
-    return need_positive("budget", flops, of="of FLOPs")
