@@ -33,7 +33,7 @@ from ditscale.scaling.figure_style import (
     style,
 )
 from ditscale.scaling.numbers_text import power_of_ten, raised, short
-from ditscale.scaling.study_view import Curve, LawView, StudyView
+from ditscale.scaling.study_view import Curve, LawView, Optimum, StudyView
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,33 +87,8 @@ def _isoflop_figure(view: StudyView, narrow: bool) -> Figure:
     figure, ax = canvas(*((NARROW, 4.4) if narrow else (WIDE, 5.2)))
     tint = budget_colours(view)
     optima = {best.budget: best for best in view.laws.optima} if view.laws else {}
-    heights: list[float] = []
     for budget in view.budgets:
-        runs = sorted((r for r in view.fitted if float(r["budget"]) == budget), key=view.size_of)
-        n = np.array([view.size_of(r) for r in runs])
-        loss = np.array([float(r["loss"]) for r in runs])
-        heights += list(loss)
-        best = optima.get(budget)
-        ax.plot(n, loss, "o", ms=6, mfc=tint[budget], mec=LIGHT["card"], mew=0.9, zorder=3)
-        end = (n[-1], loss[-1])
-        if best is not None and best.coefficients:
-            line = np.geomspace(n.min() / 1.12, n.max() * 1.12, 100)
-            ax.plot(line, best.curve(line), color=tint[budget], zorder=2.5)
-            end = (float(line[-1]), float(best.curve(line)[-1]))
-            # A curve that has no minimum between its runs shows no best size.
-            if best.bracketed and best.params_interval:
-                ax.plot(
-                    best.params_interval,
-                    [best.loss] * 2,
-                    color=tint[budget],
-                    linewidth=4.5,
-                    alpha=0.28,
-                    zorder=2.2,
-                )
-            if best.bracketed:
-                ax.plot(best.params, best.loss, "D", ms=8, mfc=LIGHT["card"], mec=tint[budget], mew=1.9, zorder=4)
-        else:
-            ax.plot(n, loss, color=tint[budget], linewidth=1.0, alpha=0.6, zorder=2)
+        end = _draw_curve(ax, view, budget, optima.get(budget), tint[budget])
         halo(
             ax.annotate(
                 power_of_ten(budget) + ("" if narrow else " FLOPs"),
@@ -153,9 +128,29 @@ def _isoflop_figure(view: StudyView, narrow: bool) -> Figure:
     sizes = [view.size_of(r) for r in view.fitted]
     ax.set_xlim(min(sizes) / 1.35, max(sizes) * (3.0 if narrow else 2.4))
     count_axis(ax, "x", f"{size_words(view)} N")
+    heights = [float(r["loss"]) for r in view.fitted]
     low, high = min(heights), max(heights)
     loss_axis(ax, low * (low / high) ** 0.07, high * (high / low) ** 0.05)
     return figure
+
+
+def _draw_curve(ax: Axes, view: StudyView, budget: float, best: Optimum | None, tint: str) -> tuple[float, float]:
+    """One budget's runs with their curve and its minimum; returns where the line ends."""
+    runs = sorted((r for r in view.fitted if float(r["budget"]) == budget), key=view.size_of)
+    n = np.array([view.size_of(r) for r in runs])
+    loss = np.array([float(r["loss"]) for r in runs])
+    ax.plot(n, loss, "o", ms=6, mfc=tint, mec=LIGHT["card"], mew=0.9, zorder=3)
+    if best is None or not best.coefficients:
+        ax.plot(n, loss, color=tint, linewidth=1.0, alpha=0.6, zorder=2)
+        return n[-1], loss[-1]
+    line = np.geomspace(n.min() / 1.12, n.max() * 1.12, 100)
+    curve = best.curve(line)
+    ax.plot(line, curve, color=tint, zorder=2.5)
+    if best.bracketed:  # a curve that has no minimum between its runs shows no best size
+        if best.params_interval:
+            ax.plot(best.params_interval, [best.loss] * 2, color=tint, linewidth=4.5, alpha=0.28, zorder=2.2)
+        ax.plot(best.params, best.loss, "D", ms=8, mfc=LIGHT["card"], mec=tint, mew=1.9, zorder=4)
+    return float(line[-1]), float(curve[-1])
 
 
 # N_opt and D_opt
@@ -170,51 +165,13 @@ def _optima_figure(view: StudyView, narrow: bool) -> Figure:
         (panels[0], view.laws.params, "N", "params", f"{size_words(view)} N", "Best size at a budget"),
         (panels[1], view.laws.data, "D", "data", f"training {unit} D", f"Best number of {unit} at a budget"),
     )
-    tint = budget_colours(view)
     for ax, law, letter, key, label, title in rows:
         draw_law(ax, view, law)
-        for best in view.laws.optima:
-            value, ends = getattr(best, key), getattr(best, f"{key}_interval")
-            colour = tint.get(best.budget, LIGHT["law"])
-            if ends:
-                ax.plot([best.budget] * 2, ends, color=colour, linewidth=1.7, zorder=3)
-            face = colour if best.bracketed else LIGHT["card"]
-            ax.plot(
-                best.budget,
-                value,
-                "D",
-                ms=6.5,
-                mfc=face,
-                mec=LIGHT["card"] if best.bracketed else colour,
-                mew=1,
-                zorder=4,
-            )
+        _draw_optima(ax, view, view.laws.optima, key)
         if target:
             made = view.size_of(target) if key == "params" else target.get(unit)
             if made:
-                ax.plot(
-                    float(target["budget"]),
-                    float(made),
-                    "*",
-                    ms=13,
-                    mfc=LIGHT["measured"],
-                    mec=LIGHT["card"],
-                    mew=0.8,
-                    zorder=5,
-                )
-                halo(
-                    ax.annotate(
-                        f"predicted run\n{short(float(made))}",
-                        (float(target["budget"]), float(made)),
-                        xytext=(-12, 4),
-                        textcoords="offset points",
-                        ha="right",
-                        va="bottom",
-                        fontsize=8.8,
-                        color=LIGHT["measured"],
-                        linespacing=1.3,
-                    )
-                )
+                _draw_made(ax, float(target["budget"]), float(made))
         flops_axis(ax, "compute C (FLOPs)")
         count_axis(ax, "y", label)
         ends = law.intervals.get("exponent")
@@ -231,6 +188,36 @@ def _optima_figure(view: StudyView, narrow: bool) -> Figure:
         ax.set_title(title)
         range_label(ax, view)
     return figure
+
+
+def _draw_optima(ax: Axes, view: StudyView, optima: Sequence[Optimum], key: str) -> None:
+    """Each budget's "params" or "data" at its minimum, hollow where the runs do not bracket it."""
+    tint = budget_colours(view)
+    for best in optima:
+        value, ends = getattr(best, key), getattr(best, f"{key}_interval")
+        colour = tint.get(best.budget, LIGHT["law"])
+        if ends:
+            ax.plot([best.budget] * 2, ends, color=colour, linewidth=1.7, zorder=3)
+        face, edge = (colour, LIGHT["card"]) if best.bracketed else (LIGHT["card"], colour)
+        ax.plot(best.budget, value, "D", ms=6.5, mfc=face, mec=edge, mew=1, zorder=4)
+
+
+def _draw_made(ax: Axes, budget: float, made: float) -> None:
+    """The size or data that the predicted run was given."""
+    ax.plot(budget, made, "*", ms=13, mfc=LIGHT["measured"], mec=LIGHT["card"], mew=0.8, zorder=5)
+    halo(
+        ax.annotate(
+            f"predicted run\n{short(made)}",
+            (budget, made),
+            xytext=(-12, 4),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8.8,
+            color=LIGHT["measured"],
+            linespacing=1.3,
+        )
+    )
 
 
 # Loss curves
