@@ -9,7 +9,7 @@ import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -84,20 +84,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(params=["reference", "cpu", "triton", "emulated"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name to pass as ``backend``. "emulated" asks for the CPU kernels and is given the CUDA ones on the host."""
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name to pass as ``backend``. "emulated" asks for the CPU kernels and is given the CUDA ones on the host, which may do
+    nothing that a GPU forbids."""
     name: str = request.param
     if name == "emulated":
-        operators = request.getfixturevalue("emulated_operators")
-        monkeypatch.setitem(dispatch._eager, "cpu", operators)
+        counts = request.getfixturevalue("shim_counts")
+        monkeypatch.setitem(dispatch._eager, "cpu", request.getfixturevalue("emulated_operators"))
         monkeypatch.setattr(dispatch, "_chosen", {})
         monkeypatch.setattr(dispatch, "_quick", {})
-        return "cpu"
+        yield "cpu"
+        races, _, misaligned, _ = counts()
+        assert (races, misaligned) == (0, 0), "races, and wide accesses at addresses that are not aligned"
+        return
     if name == "triton" and not importlib.util.find_spec("triton"):
         pytest.skip("triton is not installed")
     if name == "cpu" and library.missing_reason("cpu"):
         pytest.skip(str(library.missing_reason("cpu")))
-    return name
+    yield name
 
 
 @pytest.fixture

@@ -80,6 +80,39 @@ def test_modulation_at_any_address_is_read_by_accesses_that_are_aligned(emulated
     assert (races, conflicts, misaligned) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAME.get)
+@pytest.mark.parametrize("lies", ["address", "rows", "samples"])
+def test_one_tensor_that_is_not_aligned_is_enough(backend, lies, dtype):
+    """Each input in turn begins at an odd address, or has rows or samples an odd number of elements apart."""
+    B, T, D = 2, 4, 24
+
+    strides = {"address": (T * D, D, 1), "rows": (8 * T * (D + 1), D + 1, 1), "samples": (T * D + 1, D, 1)}[lies]
+
+    def moved(t):
+        room = torch.zeros(1 + B * 8 * T * (D + 1), dtype=t.dtype)[int(lies == "address") :]
+        return room.as_strided(t.shape, strides if t.dim() == 3 else (D + (lies != "address"), 1)).copy_(t)
+
+    x, branch, dy, dnew = (torch.randn(B, T, D).to(dtype) for _ in range(4))
+    vectors, tokens = torch.randn(3, B, D).to(dtype), torch.randn(3, B, T, D).to(dtype)
+
+    def results(x, branch, dy, dnew, gate, shift, scale):
+        leaves = [t.detach().requires_grad_() for t in (x, branch, gate, shift, scale)]
+        x, branch, gate, shift, scale = leaves
+        new, y = kernels.gate_residual_layernorm_modulate(x, branch, gate, shift, scale, backend=backend)
+        grads = torch.autograd.grad((new, y), leaves, (dnew, dy))
+        out = kernels.gate_residual(x, branch, gate, backend=backend)
+        activated = kernels.bias_gelu(x[0], shift.reshape(-1, D)[0], backend=backend)
+        return new, y, *grads, out, *torch.autograd.grad(out, leaves[:3], dy), *torch.autograd.grad(activated, x, dy[0])
+
+    tolerance = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for modulation in (vectors, tokens):
+        given = [x, branch, dy, dnew, *modulation]
+        want = results(*given)
+        for place, tensor in enumerate(given):
+            got = results(*given[:place], moved(tensor), *given[place + 1 :])
+            assert all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(got, want, strict=True)), place
+
+
 def test_mixed_ranks_of_modulation(backend):
     x = torch.randn(2, 5, 8)
     shift, scale = torch.randn(8), torch.randn(2, 8)
