@@ -11,9 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ditscale.kernels.autograd import differentiable, wants_graph
-from ditscale.kernels.dispatch import in_transform
+from torch.autograd import forward_ad
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -27,7 +25,7 @@ def _rows(m: Tensor) -> Tensor:
 
 def _norm(x: Tensor, eps: float, rms: bool) -> Tensor:
     width = (x.shape[-1],)
-    if in_transform():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _plain_norm(x, eps, rms)
     if rms:
         return F.rms_norm(x, width, eps=eps)
@@ -59,8 +57,11 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd = ctx.saved_tensors
-        if wants_graph():
-            return *differentiable(lambda x: _plain_norm(x, ctx.eps), (x,), dy), None
+        again = torch.is_grad_enabled()
+        if again or forward_ad._current_level >= 0:
+            with torch.enable_grad():
+                own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+                return *torch.autograd.grad(_plain_norm(own, ctx.eps), own, dy, create_graph=again), None
         width, wanted = (x.shape[-1],), (True, False, False)
         dx: Tensor = torch.ops.aten.native_layer_norm_backward(dy, x, width, mean, rstd, None, None, wanted)[0]
         return dx, None
