@@ -33,6 +33,9 @@ QUICK_INTERPRETED = {
 }
 QUICK_EMULATED = {
     "test_values_and_gradients": "dit-xl-bf16|head-80-fp16|head-96-bf16|head-128-fp16|head-128-fp32",
+    "test_key_bias_beside_lengths": "emulated",
+    "test_key_bias_of_many_blocks": "emulated",
+    "test_keys_masked_in_front": "emulated",
 }
 
 

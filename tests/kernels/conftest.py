@@ -72,9 +72,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         name = getattr(item, "originalname", "")
         if item.path.name.startswith("test_attention"):
-            quick = QUICK_INTERPRETED.get(name)
-            if params["backend"] == "emulated" and name in QUICK_EMULATED:
-                quick = f"{quick}|{QUICK_EMULATED[name]}"
+            tables = (QUICK_INTERPRETED, QUICK_EMULATED) if params["backend"] == "emulated" else (QUICK_INTERPRETED,)
+            patterns = [table[name] for table in tables if name in table]
+            quick = "|".join(patterns) if patterns else None
         elif item.path.name == "test_rotary.py" and name == "test_values_and_gradients":
             quick = "dit-xl|odd-half.*fp32|demo-rms|one-rms|many-tokens-rms-halves-fp32"
         else:

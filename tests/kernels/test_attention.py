@@ -88,6 +88,17 @@ def test_key_bias_of_many_blocks(backend):
     check([make(1, 8, 70, 16, H_kv=1, key_bias="head") for _ in range(2)], backend)
 
 
+def test_keys_masked_in_front(backend):
+    # Whole tiles without a weight before the first key that counts, and a sample without any.
+    call = make(3, 2, 40, 16, S=200, key_bias="sample")
+    call.key_bias[0, ..., :130] = -torch.inf
+    check([call], backend)
+    call.key_bias[1] = -torch.inf
+    got = call.run(backend)
+    for name in ("out", "dq", "dk", "dv"):
+        assert got[name].isfinite().all() and not got[name][1].any(), name
+
+
 @dtypes
 def test_packed_sequences(backend, dtype):
     # Empty ones, of one token, of a block exactly, of more than a block; a rest that belongs to none.
