@@ -65,7 +65,7 @@ class Comparison:
             both trained optimally), "log_params" (N_opt at the target).
         equivalent_compute: how many times the target's compute the first needs for the second's loss; None
             where its law cannot reach it.
-        verdict: in words. It speaks of the loss and of N_exponent, each at p < 0.025: of designs that are alike, 5 % at most
+        verdict: in words. It speaks of the loss and of N_exponent, each at p < 0.025: of designs that are alike, about 5 %
             are told apart.
         warnings: what a reader must know.
     """
